@@ -1,0 +1,55 @@
+"""One 32-bit integer hash, for everything that is random here.
+
+The functions use only `^`, `>>`, `*` and `+` on uint32, so that the same lines serve NumPy, XLA and
+Pallas kernels and give the same bits in each. A number is drawn by folding what it is for into a
+key: `fold(fold(seed, purpose), example)`. No state, no order, no dependence on where it runs.
+
+`mix` is a bijection of 32-bit words with an avalanche bias near the best known for two
+multiplications (constants: C. Wellons, "Prospecting for hash functions", 2018).
+"""
+
+import numpy as np
+
+GOLDEN = np.uint32(0x9E3779B9)  # 2**32 / golden ratio, odd: spreads consecutive integers
+_FIRST, _SECOND = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
+_15, _16 = np.uint32(15), np.uint32(16)
+
+
+@np.errstate(over="ignore")  # NumPy warns when scalars wrap, arrays wrap in silence
+def mix(x):
+    """Scrambles uint32 `x` (NumPy or JAX array, any shape) one to one."""
+    x = (x ^ (x >> _16)) * _FIRST
+    x = (x ^ (x >> _15)) * _SECOND
+    return x ^ (x >> _16)
+
+
+@np.errstate(over="ignore")
+def fold(key, value):
+    """A uint32 for (uint32 `key`, uint32 `value`), broadcasting; itself fit to be a key.
+
+    The key enters twice, so that the sequences of two keys over consecutive values are not shifted
+    copies of each other, as they would be if one counter were merely offset.
+    """
+    x = (value * GOLDEN) ^ key
+    x = (x ^ (x >> _16)) * _FIRST ^ mix(key + GOLDEN)
+    x = (x ^ (x >> _15)) * _SECOND
+    return x ^ (x >> _16)
+
+
+def fold_all(seed: int, *values: int) -> np.uint32:
+    """`fold` over Python integers of up to 64 bits each, on the host."""
+    key = np.uint32(0)
+    for value in (seed, *values):
+        value = int(value) & 0xFFFFFFFFFFFFFFFF
+        key = fold(key, np.uint32(value & 0xFFFFFFFF))
+        if value >> 32:
+            key = fold(key, np.uint32(value >> 32))
+    return np.uint32(key)
+
+
+def purpose(name: str) -> int:
+    """A stable integer for the name of what a random number is for."""
+    word = 2166136261  # FNV-1a
+    for byte in name.encode():
+        word = ((word ^ byte) * 16777619) & 0xFFFFFFFF
+    return word

@@ -1,0 +1,49 @@
+"""Packaging. Ranges hold on Python 3.11 to 3.13; constraints.txt pins what was tested."""
+
+from setuptools import find_packages, setup
+
+VERSION = "0.1.0"
+
+EXTRAS = {
+    # Reading other tools' formats, and being read by them.
+    "embed": ["pyarrow>=17", "h5py>=3.11"],
+    # Witnesses: independent implementations that the tests and benchmarks compare with.
+    "test": [
+        "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "biopython>=1.83", "ruff>=0.12",
+        "zstandard>=0.23", "pyarrow>=17", "h5py>=3.11",
+    ],
+    "cuda12": ["jax[cuda12]"],
+    "tpu": ["jax[tpu]"],
+}
+
+setup(
+    name="esm1nv_jax",
+    version=VERSION,
+    description="Pretrain, average, evaluate and serve ESM-1nv, a protein language model, in JAX",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["esm1nv_jax", "esm1nv_jax.*"]),
+    package_data={"esm1nv_jax.data": ["sample/*.fasta.gz"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "ml-collections>=1.1",
+        "tensorflow-datasets>=4.9.10",
+        "grain>=0.2.18",
+        "array_record>=0.8.6",
+        "absl-py>=2.3",
+        "etils[epath]>=1.12",
+        "numpy>=2.0",
+        "rich>=14",
+        "tensorboardX>=2.6.4",
+        "matplotlib>=3.9",
+        "isal>=1.7",
+        "zstandard>=0.23",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["esm1nv=esm1nv_jax.cli:main"]},
+)
