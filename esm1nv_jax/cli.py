@@ -1,0 +1,47 @@
+"""`esm1nv VERB`: a table of verbs, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from esm1nv_jax import __version__, arguments
+from esm1nv_jax.errors import UserError
+
+# verb: (module with a `main(argv)`, what it does)
+VERBS = {
+    "train": ("esm1nv_jax.main", "train a model from a config file"),
+}
+
+
+def help_text() -> str:
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            f"esm1nv {__version__}: pretrain, average, evaluate and serve a protein language model",
+            "",
+            "usage: esm1nv VERB [options]        esm1nv VERB --help shows an example",
+            "",
+            *(f"  {verb:<{width}}  {what}" for verb, (_, what) in VERBS.items()),
+            "",
+            "example:",
+            "  esm1nv train --config=configs/quickstart.py",
+        ]
+    )
+
+
+def dispatch(argv: list[str]) -> int | None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)} (esm1nv --help)")
+    return importlib.import_module(VERBS[verb][0]).main(rest)
+
+
+def main() -> None:
+    sys.exit(arguments.run(dispatch, sys.argv[1:]))
