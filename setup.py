@@ -41,6 +41,7 @@ setup(
         "rich>=14",
         "tensorboardX>=2.6.4",
         "matplotlib>=3.9",
+        "safetensors>=0.5",
         "isal>=1.7",
         "zstandard>=0.23",
     ],
