@@ -24,7 +24,7 @@ def attention(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, dtype, rate=0.0, row_keys_
     Returns:
       [B, T, N, H] in fp32.
     """
-    B, T, N, H = q_BTNH.shape
+    _, T, N, H = q_BTNH.shape
     kwargs = {"preferred_element_type": jnp.float32, "precision": precision(dtype)}
     scores_BNTS = jnp.einsum(
         "BTNH,BSNH->BNTS", (q_BTNH * H**-0.5).astype(dtype), k_BTNH.astype(dtype), **kwargs

@@ -57,6 +57,6 @@ class Baselines:
 
 
 def unigram(counts: np.ndarray) -> np.ndarray:
-    """Probabilities from residue counts [25], with one added to each, so that none is impossible."""
+    """Probabilities from residue counts [25], one added to each, so that none is impossible."""
     counts = np.asarray(counts, np.float64) + 1
     return counts / counts.sum()

@@ -10,7 +10,7 @@ from esm1nv_jax.errors import EXIT_INTERRUPTED, EXIT_SAVED
 
 
 class Leaving:
-    """While it is open, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once."""
+    """While open, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once."""
 
     def __init__(self):
         self.signal: int | None = None

@@ -13,7 +13,6 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
-from esm1nv_jax.training import step
 
 UNIGRAM_SAMPLE = 20_000  # training sequences from which the unigram baseline is counted
 

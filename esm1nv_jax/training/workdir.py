@@ -25,7 +25,7 @@ def hold(workdir: str):
     """Makes the folder and holds it against any other live run; yields its path.
 
     On a local or shared file system the hold is a file lock, which a killed process cannot leave
-    behind. Object stores (`gs://`) have none: there the caller must not start two runs in one place.
+    behind. Object stores (`gs://`) have none: there nothing stops two runs in one place.
     """
     folder = epath.Path(workdir)
     remote = "://" in str(workdir)
@@ -36,7 +36,7 @@ def hold(workdir: str):
         if remote:
             yield folder
             return
-        lock = open(folder / LOCK, "a+")
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115, closed below
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
