@@ -19,7 +19,7 @@ from flax import nnx
 from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
-from esm1nv_jax.model.attention import attention
+from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
 from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.products import product
 
@@ -30,6 +30,11 @@ ACTIVATIONS = {
 NORMS = ("pre", "post")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMATS = ("none", "dots", "block")
+# Kept by remat `dots`: products with weights and fused attention, never a T x T score.
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(FUSED_ATTENTION),
+)
 INIT_STD = 0.02
 NEVER = -1e30  # logit of a padding row of the vocabulary
 
@@ -85,9 +90,14 @@ class Compute:
 
     dtype: str = "float32"  # of the operands of matrix products
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
+    attention: str = AUTO  # a backend that `attention.choose` found fit; auto is xla here
 
     def __post_init__(self):
-        for name, allowed in (("dtype", tuple(DTYPES)), ("remat", REMATS)):
+        for name, allowed in (
+            ("dtype", tuple(DTYPES)),
+            ("remat", REMATS),
+            ("attention", (AUTO, *BACKENDS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"compute.{name}={getattr(self, name)!r} is unknown; there are "
@@ -141,33 +151,35 @@ class Block(nnx.Module):
         self.ffn_output = Dense(F, D, output_std, rngs)
         self.config, self.layer = config, layer
 
-    def attend(self, x_BTD, segment_ids_BT, dtype, key: DropoutKey | None):
+    def attend(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
         B, T, D = x_BTD.shape
+        dtype = DTYPES[compute.dtype]
         N, rate = self.config.heads, self.config.attention_dropout
-        q_BTNH, k_BTNH, v_BTNH = (
-            part.reshape(B, T, N, D // N) for part in jnp.split(self.qkv(x_BTD, dtype), 3, axis=-1)
-        )
+        qkv_BTCNH = self.qkv(x_BTD, dtype).reshape(B, T, 3, N, D // N)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
-        mixed_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, dtype, rate, row_keys_B)
+        mixed_BTNH = attention(
+            qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B, compute.attention
+        )
         return self.attention_output(mixed_BTNH.reshape(B, T, D), dtype)
 
-    def ffn(self, x_BTD, dtype):
+    def ffn(self, x_BTD, compute: Compute):
+        dtype = DTYPES[compute.dtype]
         return self.ffn_output(
             ACTIVATIONS[self.config.ffn_activation](self.ffn_input(x_BTD, dtype)), dtype
         )
 
-    def __call__(self, x_BTD, segment_ids_BT, dtype, key: DropoutKey | None):
+    def __call__(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
         def dropped(branch_BTD, site):
             return dropout(branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
-            branch_BTD = self.attend(self.attention_norm(x_BTD), segment_ids_BT, dtype, key)
+            branch_BTD = self.attend(self.attention_norm(x_BTD), segment_ids_BT, compute, key)
             x_BTD = x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT)
-            branch_BTD = self.ffn(self.ffn_norm(x_BTD), dtype)
+            branch_BTD = self.ffn(self.ffn_norm(x_BTD), compute)
             return x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT)
-        branch_BTD = self.attend(x_BTD, segment_ids_BT, dtype, key)
+        branch_BTD = self.attend(x_BTD, segment_ids_BT, compute, key)
         x_BTD = self.attention_norm(x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT))
-        branch_BTD = self.ffn(x_BTD, dtype)
+        branch_BTD = self.ffn(x_BTD, compute)
         return self.ffn_norm(x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT))
 
 
@@ -203,10 +215,6 @@ class Encoder(nnx.Module):
         return jnp.where(jnp.arange(PADDED_VOCABULARY) < VOCABULARY, logits_BMV, NEVER)
 
 
-def _block(block: Block, x_BTD, segment_ids_BT, dtype, key):
-    return block(x_BTD, segment_ids_BT, dtype, key)
-
-
 def forward(
     config: EncoderConfig,
     params: dict,
@@ -240,12 +248,12 @@ def forward(
         graph, state = nnx.split(block)
 
         def run(state, x_BTD, segment_ids_BT, key, graph=graph):
-            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, dtype, key)
+            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, compute, key)
 
         if compute.remat == "block":
             run = jax.checkpoint(run)
         elif compute.remat == "dots":
-            run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+            run = jax.checkpoint(run, policy=_PRODUCTS)
         x_BTD = run(state, x_BTD, segment_ids_BT, dropout_key)
         hidden[i + 1] = x_BTD
     if config.norm == "pre":

@@ -15,7 +15,7 @@ REDUCE_DTYPES = ("float32", "bfloat16")
 
 # Fields that may change between the starts of one run: none of them changes what is learned.
 MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
-              "compute.remat", "batch.microbatches", "data.path")  # fmt: skip
+              "compute.remat", "compute.attention", "batch.microbatches", "data.path")  # fmt: skip
 
 
 def step_config(config: ConfigDict) -> StepConfig:
