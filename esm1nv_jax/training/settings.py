@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 from ml_collections import ConfigDict
 
 from esm1nv_jax.data.pipeline import StreamConfig, rows_for
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training.optimizer import OptimizerConfig
@@ -52,6 +56,25 @@ def step_config(config: ConfigDict) -> StepConfig:
         microbatches=config.batch.microbatches,
         reduce_dtype=reduce_dtype,
     )
+
+
+def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConfig:
+    """`step` with the attention backend that the device and the layout of the rows allow.
+
+    Raises UserError where the one that the config names is not fit.
+    """
+    model, compute = step.model, step.compute
+    case = attention.Case(
+        platform=device.platform,
+        capability=float(getattr(device, "compute_capability", 0)),
+        dtype=compute.dtype,
+        packed=config.data.packed,
+        rate=model.attention_dropout,
+        head_size=model.width // model.heads,
+        row_length=config.data.row_length,
+    )
+    chosen = attention.choose(compute.attention, case)
+    return dataclasses.replace(step, compute=dataclasses.replace(compute, attention=chosen))
 
 
 def global_rows(config: ConfigDict, lengths, devices: int) -> int:
