@@ -20,6 +20,7 @@ from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
 from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
+from esm1nv_jax.model.between import layer_norm, recomputed
 from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.products import product
 
@@ -89,12 +90,14 @@ class Compute:
     """How the encoder is evaluated; none of it changes what is computed, rounding apart."""
 
     dtype: str = "float32"  # of the operands of matrix products
+    activations: str = "float32"  # in which results are kept between products; the residual is fp32
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
     attention: str = AUTO  # a backend that `attention.choose` found fit; auto is xla here
 
     def __post_init__(self):
         for name, allowed in (
             ("dtype", tuple(DTYPES)),
+            ("activations", tuple(DTYPES)),
             ("remat", REMATS),
             ("attention", (AUTO, *BACKENDS)),
         ):
@@ -123,8 +126,9 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(self, x, dtype):
-        return product(x, self.kernel[...], dtype) + self.bias[...]
+    def __call__(self, x, compute: Compute):
+        y = product(x, self.kernel[...], DTYPES[compute.dtype]) + self.bias[...]
+        return y.astype(DTYPES[compute.activations])
 
 
 class LayerNorm(nnx.Module):
@@ -133,10 +137,10 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
         self.epsilon = epsilon
 
-    def __call__(self, x):
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+    def __call__(self, x, compute: Compute | None = None):
+        """In the dtype of activations, or fp32 where no product follows."""
+        dtype = DTYPES[compute.activations] if compute else jnp.float32
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, dtype)
 
 
 class Block(nnx.Module):
@@ -153,34 +157,49 @@ class Block(nnx.Module):
 
     def attend(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
         B, T, D = x_BTD.shape
-        dtype = DTYPES[compute.dtype]
         N, rate = self.config.heads, self.config.attention_dropout
-        qkv_BTCNH = self.qkv(x_BTD, dtype).reshape(B, T, 3, N, D // N)
+        qkv_BTCNH = self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         mixed_BTNH = attention(
-            qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B, compute.attention
+            qkv_BTCNH, segment_ids_BT, DTYPES[compute.dtype], rate, row_keys_B, compute.attention
         )
-        return self.attention_output(mixed_BTNH.reshape(B, T, D), dtype)
+        return self.attention_output(mixed_BTNH.reshape(B, T, D), compute)
 
     def ffn(self, x_BTD, compute: Compute):
-        dtype = DTYPES[compute.dtype]
-        return self.ffn_output(
-            ACTIVATIONS[self.config.ffn_activation](self.ffn_input(x_BTD, dtype)), dtype
-        )
+        x_BTF = _activate(self.config.ffn_activation, self.ffn_input(x_BTD, compute), compute)
+        return self.ffn_output(x_BTF, compute)
 
     def __call__(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
-        def dropped(branch_BTD, site):
-            return dropout(branch_BTD, self.config.dropout, key, self.layer, site)
+        def add(x_BTD, branch_BTD, site):
+            return _add(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
-            branch_BTD = self.attend(self.attention_norm(x_BTD), segment_ids_BT, compute, key)
-            x_BTD = x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT)
-            branch_BTD = self.ffn(self.ffn_norm(x_BTD), compute)
-            return x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT)
+            normed_BTD = self.attention_norm(x_BTD, compute)
+            branch_BTD = self.attend(normed_BTD, segment_ids_BT, compute, key)
+            x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
+            branch_BTD = self.ffn(self.ffn_norm(x_BTD, compute), compute)
+            return add(x_BTD, branch_BTD, drop.FFN_OUTPUT)
         branch_BTD = self.attend(x_BTD, segment_ids_BT, compute, key)
-        x_BTD = self.attention_norm(x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT))
+        x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
         branch_BTD = self.ffn(x_BTD, compute)
-        return self.ffn_norm(x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT))
+        return self.ffn_norm(add(x_BTD, branch_BTD, drop.FFN_OUTPUT))
+
+
+def _activate(name: str, x, compute: Compute):
+    """A GELU in fp32, given in the dtype of activations."""
+    activation = ACTIVATIONS[name]
+    if compute.activations == "float32":
+        return activation(x)
+    return recomputed(lambda x: activation(x.astype(jnp.float32)).astype(x.dtype))(x)
+
+
+def _add(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
+    """The residual, fp32, plus a branch under dropout."""
+
+    def dropped(branch_BTD, key):
+        return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
+
+    return x_BTD + recomputed(dropped)(branch_BTD, key)
 
 
 class Encoder(nnx.Module):
@@ -208,10 +227,12 @@ class Encoder(nnx.Module):
             x_BTD = self.outer_norm(x_BTD)
         return dropout(x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
 
-    def head(self, x_BMD, dtype):
-        x_BMD = ACTIVATIONS[self.config.head_activation](self.head_dense(x_BMD, dtype))
-        x_BMD = self.head_norm(x_BMD)
-        logits_BMV = product(x_BMD, self.token_embedding[...], dtype, True) + self.head_bias[...]
+    def head(self, x_BMD, compute: Compute):
+        x_BMD = self.head_dense(x_BMD, compute)
+        x_BMD = _activate(self.config.head_activation, x_BMD, compute)
+        x_BMD = self.head_norm(x_BMD, compute)
+        logits_BMV = product(x_BMD, self.token_embedding[...], DTYPES[compute.dtype], True)
+        logits_BMV = logits_BMV + self.head_bias[...]
         return jnp.where(jnp.arange(PADDED_VOCABULARY) < VOCABULARY, logits_BMV, NEVER)
 
 
@@ -240,7 +261,6 @@ def forward(
       index_BM: if given, logits only at these columns of each row.
       hidden_layers: which hidden states to return, 0..layers or -1.
     """
-    dtype = DTYPES[compute.dtype]
     model = nnx.merge(_graph(config), _to_state(params))
     x_BTD = model.embed(tokens_BT, positions_BT, dropout_key)
     hidden = {0: x_BTD}
@@ -256,13 +276,12 @@ def forward(
             run = jax.checkpoint(run, policy=_PRODUCTS)
         x_BTD = run(state, x_BTD, segment_ids_BT, dropout_key)
         hidden[i + 1] = x_BTD
-    if config.norm == "pre":
-        x_BTD = model.outer_norm(x_BTD)
-    hidden[-1] = x_BTD
-    x_BMD = x_BTD
-    if index_BM is not None:
-        x_BMD = jnp.take_along_axis(x_BTD, index_BM[..., None], axis=1)
-    return Output(model.head(x_BMD, dtype), {layer: hidden[layer] for layer in hidden_layers})
+    last = model.outer_norm if config.norm == "pre" else lambda x: x
+    hidden[-1] = last(x_BTD)
+    x_BMD = hidden[-1]
+    if index_BM is not None:  # the LayerNorm, too, at these columns only
+        x_BMD = last(jnp.take_along_axis(x_BTD, index_BM[..., None], axis=1))
+    return Output(model.head(x_BMD, compute), {layer: hidden[layer] for layer in hidden_layers})
 
 
 def init(config: EncoderConfig, seed) -> dict:

@@ -59,7 +59,7 @@ def step_config(config: ConfigDict) -> StepConfig:
 
 
 def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConfig:
-    """`step` with the attention backend that the device and the layout of the rows allow.
+    """`step` as the device computes it best: its attention backend, and what it keeps in memory.
 
     Raises UserError where the one that the config names is not fit.
     """
@@ -74,7 +74,10 @@ def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConf
         row_length=config.data.row_length,
     )
     chosen = attention.choose(compute.attention, case)
-    return dataclasses.replace(step, compute=dataclasses.replace(compute, attention=chosen))
+    # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
+    kept = "float32" if device.platform == "cpu" else compute.dtype
+    compute = dataclasses.replace(compute, attention=chosen, activations=kept)
+    return dataclasses.replace(step, compute=compute)
 
 
 def global_rows(config: ConfigDict, lengths, devices: int) -> int:
