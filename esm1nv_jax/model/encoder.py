@@ -20,7 +20,7 @@ from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
 from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
-from esm1nv_jax.model.between import layer_norm, recomputed
+from esm1nv_jax.model.between import layer_norm, recomputed, stored, take
 from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.products import product
 
@@ -128,7 +128,7 @@ class Dense(nnx.Module):
 
     def __call__(self, x, compute: Compute):
         y = product(x, self.kernel[...], DTYPES[compute.dtype]) + self.bias[...]
-        return y.astype(DTYPES[compute.activations])
+        return y if compute.activations == "float32" else stored(y, DTYPES[compute.activations])
 
 
 class LayerNorm(nnx.Module):
@@ -225,7 +225,7 @@ class Encoder(nnx.Module):
         x_BTD = self.token_embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
         if self.config.norm == "post":
             x_BTD = self.outer_norm(x_BTD)
-        return dropout(x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
+        return _add(0.0, x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
 
     def head(self, x_BMD, compute: Compute):
         x_BMD = self.head_dense(x_BMD, compute)
@@ -280,7 +280,7 @@ def forward(
     hidden[-1] = last(x_BTD)
     x_BMD = hidden[-1]
     if index_BM is not None:  # the LayerNorm, too, at these columns only
-        x_BMD = last(jnp.take_along_axis(x_BTD, index_BM[..., None], axis=1))
+        x_BMD = last(take(x_BTD, index_BM))
     return Output(model.head(x_BMD, compute), {layer: hidden[layer] for layer in hidden_layers})
 
 
