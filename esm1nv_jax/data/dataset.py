@@ -82,7 +82,8 @@ class ShardSource:
                 )
         self.lengths = _load(folder / layout.lengths_file(split))
         if len(self.lengths) != entry["examples"]:
-            raise UserError(f"{folder / layout.lengths_file(split)} has another length than {split}")
+            name = layout.lengths_file(split)
+            raise UserError(f"{folder / name} is not of this data set; prepare it again")
         first, member = (folder / name for name in layout.groups_files(split))
         self.groups = Groups(_load(first), _load(member)) if first.exists() else None
 
