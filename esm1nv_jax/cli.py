@@ -10,6 +10,8 @@ from esm1nv_jax.errors import UserError
 
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
+    "prepare": ("esm1nv_jax.data.prepare", "make a data set of FASTA files"),
+    "inspect": ("esm1nv_jax.data.inspect", "show a data set and a batch of it"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
 }
 
