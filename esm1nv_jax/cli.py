@@ -14,6 +14,8 @@ VERBS = {
     "inspect": ("esm1nv_jax.data.inspect", "show a data set and a batch of it"),
     "plan": ("esm1nv_jax.planning.plan", "memory and time of a step on chips you do not have"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
+    "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
+    "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
 }
 
 
