@@ -93,7 +93,8 @@ def _gpu(name: str, full_name: str, flops: float, link: float, network: float, d
         flops=flops,
         bandwidth=device["memory_bandwidth"],
         memory=device["device_memory_size"],
-        vector=device["core_count"] * 64 * device["clock_rate_ghz"] * 1e9,  # 64 int32 lanes each
+        # A core issues four warps of 32 a clock, floats and integers side by side.
+        vector=device["core_count"] * 128 * device["clock_rate_ghz"] * 1e9,
         link=link,
         network=network,
         launch=2e-6,

@@ -16,7 +16,7 @@ from esm1nv_jax.planning.chips import Chip
 from esm1nv_jax.planning.program import Kernel, Program
 
 EFFICIENCY = 0.85  # of the peaks of products and of memory
-ATTENTION_EFFICIENCY = 0.5  # of the peak of products inside flash attention: tiles of 64 by 64
+ATTENTION_EFFICIENCY = 0.7  # of the peak of products inside flash attention: assumed, small tiles
 SOFTMAX_OPERATIONS = 12  # of each probability: mask, scale, maximum, exponential, sum
 DROPOUT_OPERATIONS = 14  # of each probability: the hash and its comparison
 
