@@ -39,6 +39,8 @@ class Chip:
 
 def _target(name: str, **device) -> str:
     major, minor = device.pop("capability")
+    # Hopper's own instructions; without them the compiler aborts on its products.
+    extension = "ACCELERATED_FEATURES" if major == 9 else "NONE"
     common = {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -53,7 +55,7 @@ def _target(name: str, **device) -> str:
     lines = "\n".join(f"  {key}: {value}" for key, value in (common | device).items())
     return f"""gpu_device_info {{
 {lines}
-  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: NONE }}
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
