@@ -15,6 +15,8 @@ EXTRAS = {
         "zstandard>=0.23", "pyarrow>=17", "h5py>=3.11",
     ],
     "cuda12": ["jax[cuda12]"],
+    # Compilers for chips that are absent: of jax's own version, without any CUDA library.
+    "plan": ["jax-cuda12-plugin", "libtpu"],
     "tpu": ["jax[tpu]"],
 }
 
