@@ -77,6 +77,32 @@ def test_tfds_reads_what_biopython_reads(folder, fasta_file):
     assert together == expected
 
 
+def test_the_metadata_is_what_tfds_writes(folder, tmp_path):
+    copy = tmp_path / "set"
+    shutil.copytree(folder, copy)
+    own = {name: (copy / name).read_text() for name in ("dataset_info.json", "features.json")}
+    info = json.loads(own["dataset_info.json"])
+    for name in own:
+        (copy / name).unlink()
+    tfds.folder_dataset.write_metadata(
+        data_dir=copy,
+        features=tfds.features.FeaturesDict(
+            {name: tfds.features.Text() for name in ("id", "sequence", "description")}
+        ),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split["name"],
+                shard_lengths=[int(n) for n in split["shardLengths"]],
+                num_bytes=sum(p.stat().st_size for p in copy.glob(f"proteins-{split['name']}.*")),
+            )
+            for split in info["splits"]
+        ],
+        check_data=False,
+        description=info["description"],
+    )
+    assert own == {name: (copy / name).read_text() for name in own}
+
+
 def test_our_own_reader_agrees(folder):
     for split, expected in read_back(folder).items():
         source = open_split(str(folder), split)
