@@ -1,5 +1,7 @@
 """Packaging. Ranges hold on Python 3.11 to 3.13; constraints.txt pins what was tested."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 VERSION = "0.1.0"
@@ -20,7 +22,7 @@ setup(
     name="esm1nv_jax",
     version=VERSION,
     description="Pretrain, average, evaluate and serve ESM-1nv, a protein language model, in JAX",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
@@ -41,6 +43,7 @@ setup(
         "rich>=14",
         "tensorboardX>=2.6.4",
         "matplotlib>=3.9",
+        "safetensors>=0.5",
         "isal>=1.7",
         "zstandard>=0.23",
     ],

@@ -15,9 +15,10 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 class Bar:
     """A task that advances. `note` is free text shown at the end of the line."""
 
-    def __init__(self, what: str, total: float | None, unit: str, every: float):
+    def __init__(self, what: str, total: float | None, unit: str, every: float, start: float):
         self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.done, self.note = 0.0, ""
+        self.start = self.done = start
+        self.note = ""
         self.started = self.printed = time.monotonic()
         self.progress: Progress | None = None
 
@@ -39,8 +40,9 @@ class Bar:
         of, left = "", ""
         if self.total:
             of = f"/{self.total:,.0f} ({100 * self.done / self.total:.0f} %)"
-            if self.done:
-                left = f", {clock(spent * (self.total - self.done) / self.done)} left"
+            if self.done > self.start:
+                left = spent * (self.total - self.done) / (self.done - self.start)
+                left = f", {clock(left)} left"
         console.print(
             f"{self.what} {self.done:,.0f}{of} {self.unit}, {clock(spent)} gone{left}"
             + (f"  {self.note}" if self.note else ""),
@@ -50,12 +52,19 @@ class Bar:
 
 @contextmanager
 def bar(
-    what: str, total: float | None, unit: str = "", show: bool = True, every: float = 10.0
+    what: str,
+    total: float | None,
+    unit: str = "",
+    show: bool = True,
+    every: float = 10.0,
+    start: float = 0,
 ) -> Iterator[Bar]:
     """A progress bar where stderr is a terminal, else a line every `every` seconds."""
-    task = Bar(what, total, unit, every if show else float("inf"))
+    task = Bar(what, total, unit, every if show else float("inf"), start)
     if not (show and console.is_terminal):
         yield task
+        if show and task.done > task.start:
+            task.line()  # how it ended
         return
     columns = (
         TextColumn("{task.description}"),
@@ -67,7 +76,7 @@ def bar(
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as task.progress:
-        task.progress.add_task(what, total=total, note="")
+        task.progress.add_task(what, total=total, completed=start, note="")
         yield task
 
 

@@ -64,5 +64,5 @@ def decode(ids: Sequence[int] | np.ndarray) -> str:
     """The tokens of `ids`, joined; ids of the padding rows of the vocabulary raise ValueError."""
     ids = np.asarray(ids)
     if ids.size and (ids.min() < 0 or ids.max() >= VOCABULARY):
-        raise ValueError(f"token ids must lie in 0..{VOCABULARY - 1}, found {ids.min()}..{ids.max()}")
+        raise ValueError(f"token ids lie in 0..{VOCABULARY - 1}, found {ids.min()}..{ids.max()}")
     return "".join(TOKENS[i] for i in ids)

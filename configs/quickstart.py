@@ -1,0 +1,26 @@
+"""A smoke test: a small ESM on 9,000 real proteins, minutes on two cores, no data to fetch.
+
+    python -m esm1nv_jax.main --config=configs/quickstart.py
+"""
+
+from ml_collections import config_dict
+
+from esm1nv_jax.configuration import arguments, parent
+
+
+def get_config(arg: str = "") -> config_dict.ConfigDict:
+    args = arguments(arg, steps=400, seed=0)
+    config = parent(__file__, "pretrain_small.py", f"batch=16,steps={args['steps']}")
+    config.seed = args["seed"]
+    config.data.update(path="sample", max_residues=254, row_length=256, crop="random")
+    config.model.update(
+        layers=2, width=128, heads=4, ffn=512, positions=256, dropout=0.0, attention_dropout=0.0
+    )
+    config.compute.dtype = "float32"
+    config.optimizer.update(
+        peak_lr=4e-3, min_lr=2e-4, warmup=40, constant=0, horizon=args["steps"], beta2=0.99
+    )
+    config.evaluation.update(every=100, batches=0)
+    config.checkpoint.update(every=100, keep=3)
+    config.log.every = 10
+    return config.lock()

@@ -1,0 +1,30 @@
+"""The doorway of training: `python -m esm1nv_jax.main --config=FILE[:args] [--workdir=DIR]`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from esm1nv_jax import arguments
+
+
+def main(argv: list[str]) -> int:
+    parser = arguments.Parser(
+        "train",
+        "Train a model. Every field of the config can be set: --config.optimizer.peak_lr=1e-3",
+        "esm1nv train --config=configs/quickstart.py --workdir=runs/first --config.seed=1",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="a config file")
+    parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default runs/NAME)")
+    options, overrides = parser.parse_known_args(argv)
+
+    from esm1nv_jax import configuration
+    from esm1nv_jax.training.train import train
+
+    path, _, arg = options.config.partition(":")
+    config = configuration.override(configuration.load(path, arg), overrides)
+    return train(config, options.workdir or f"runs/{Path(path).stem}")
+
+
+if __name__ == "__main__":
+    sys.exit(arguments.run(main, sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""What a perplexity must beat: predictors that know nothing but composition. NumPy only.
+
+Both are held against `<mask>` positions: at a position left unchanged the answer stands in the
+input, and a model that merely copies it looks better than it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from esm1nv_jax.data.tokenizer import FIRST_RESIDUE, VOCABULARY
+
+PSEUDOCOUNTS = 100.0  # of the unigram, in the composition baseline
+LETTERS = VOCABULARY - FIRST_RESIDUE
+
+
+@dataclasses.dataclass
+class Baselines:
+    """Sums of -log p over `<mask>` positions, in nats, under two predictors.
+
+    unigram: the frequencies of residues in training data. composition: each protein's own visible
+    residues, smoothed by 100 pseudocounts of the unigram.
+    """
+
+    unigram: np.ndarray  # float64 [25]: probability of each residue letter
+    positions: int = 0
+    unigram_nats: float = 0.0
+    composition_nats: float = 0.0
+
+    def add(self, inputs_BT, segment_ids_BT, index_BM, targets_BM, masked_BM) -> None:
+        """Counts one corrupted batch (arrays as in `masking.Masked`, on the host)."""
+        rows, columns = np.nonzero(masked_BM)
+        at = index_BM[rows, columns]
+        letter = targets_BM[rows, columns] - FIRST_RESIDUE
+        segments = int(segment_ids_BT.max(initial=0)) + 1
+        owner_BT = np.arange(len(inputs_BT))[:, None] * segments + segment_ids_BT
+        visible_BT = (inputs_BT >= FIRST_RESIDUE) & (segment_ids_BT > 0)
+        keys = owner_BT[visible_BT] * LETTERS + inputs_BT[visible_BT] - FIRST_RESIDUE
+        seen = np.bincount(keys, minlength=len(inputs_BT) * segments * LETTERS).reshape(-1, LETTERS)
+        own = seen[owner_BT[rows, at]]
+        smoothed = own[np.arange(len(own)), letter] + PSEUDOCOUNTS * self.unigram[letter]
+        self.composition_nats -= float(
+            np.log(smoothed / (own.sum(axis=1) + PSEUDOCOUNTS)).sum()
+        )
+        self.unigram_nats -= float(np.log(self.unigram[letter]).sum())
+        self.positions += len(letter)
+
+    def perplexities(self) -> dict[str, float]:
+        """exp of the mean of each sum; NaN where nothing was counted."""
+        n = self.positions or float("nan")
+        return {
+            "unigram": float(np.exp(self.unigram_nats / n)),
+            "composition": float(np.exp(self.composition_nats / n)),
+        }
+
+
+def unigram(counts: np.ndarray) -> np.ndarray:
+    """Probabilities from residue counts [25], one added to each, so that none is impossible."""
+    counts = np.asarray(counts, np.float64) + 1
+    return counts / counts.sum()

@@ -1,0 +1,322 @@
+"""The ESM-1nv encoder and its masked-LM head. The only file that names flax.
+
+Shapes: B rows, T tokens, D width, N heads, H head size, F FFN width, V vocabulary (padded), M
+predictions a row, L layers.
+
+NNX is used in the part that its graph and tree modes share: modules are built once, taken apart
+into a static graph and a plain dict of parameters, and put together again inside a pure function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.model import dropout as drop
+from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
+from esm1nv_jax.model.between import layer_norm, recomputed, stored, take
+from esm1nv_jax.model.dropout import DropoutKey, dropout
+from esm1nv_jax.model.products import product
+
+ACTIVATIONS = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+}
+NORMS = ("pre", "post")
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+REMATS = ("none", "dots", "block")
+# Kept by remat `dots`: products with weights and fused attention, never a T x T score.
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(FUSED_ATTENTION),
+)
+INIT_STD = 0.02
+NEVER = -1e30  # logit of a padding row of the vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """The architecture. The defaults are ESM-1nv with room for 1,024 residues and two specials."""
+
+    layers: int = 6
+    width: int = 768
+    heads: int = 12
+    ffn: int = 3072
+    positions: int = 1026
+    norm: str = "pre"
+    ffn_activation: str = "gelu_tanh"
+    head_activation: str = "gelu_erf"
+    dropout: float = 0.1  # of embeddings and residual branches
+    attention_dropout: float = 0.1
+    norm_epsilon: float = 1e-5
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads", "ffn"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.positions < 3:
+            raise UserError(
+                f"model.positions={self.positions} must be at least 3: <s>, one residue, </s>"
+            )
+        if self.width % self.heads:
+            fitting = [h for h in range(1, self.width + 1) if self.width % h == 0 and h <= 64]
+            raise UserError(
+                f"model.heads={self.heads} does not divide model.width={self.width}; "
+                f"heads may be {', '.join(map(str, fitting))}"
+            )
+        for name, allowed in (
+            ("norm", NORMS),
+            ("ffn_activation", tuple(ACTIVATIONS)),
+            ("head_activation", tuple(ACTIVATIONS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"model.{name}={getattr(self, name)!r} is unknown; there are "
+                    f"{', '.join(allowed)}"
+                )
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the encoder is evaluated; none of it changes what is computed, rounding apart."""
+
+    dtype: str = "float32"  # of the operands of matrix products
+    activations: str = "float32"  # in which results are kept between products; the residual is fp32
+    remat: str = "none"  # what the backward computes again: nothing, all but products, each block
+    attention: str = AUTO  # a backend that `attention.choose` found fit; auto is xla here
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("dtype", tuple(DTYPES)),
+            ("activations", tuple(DTYPES)),
+            ("remat", REMATS),
+            ("attention", (AUTO, *BACKENDS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"compute.{name}={getattr(self, name)!r} is unknown; there are "
+                    f"{', '.join(allowed)}"
+                )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["logits", "hidden"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """`logits`: fp32 [B, T, V] (or [B, M, V]); rows of V beyond the vocabulary are never predicted.
+    `hidden`: the layers asked for, each fp32 [B, T, D]: 0 is the embeddings, k the output of block
+    k, -1 the last after the final LayerNorm, as the head sees it."""
+
+    logits: jax.Array
+    hidden: dict[int, jax.Array]
+
+
+class Dense(nnx.Module):
+    def __init__(self, inputs: int, outputs: int, std: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x, compute: Compute):
+        y = product(x, self.kernel[...], DTYPES[compute.dtype]) + self.bias[...]
+        return y if compute.activations == "float32" else stored(y, DTYPES[compute.activations])
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.epsilon = epsilon
+
+    def __call__(self, x, compute: Compute | None = None):
+        """In the dtype of activations, or fp32 where no product follows."""
+        dtype = DTYPES[compute.activations] if compute else jnp.float32
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, dtype)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: EncoderConfig, layer: int, rngs: nnx.Rngs):
+        D, F = config.width, config.ffn
+        output_std = INIT_STD / (2 * config.layers) ** 0.5  # 2 L branches add up in the residual
+        self.attention_norm = LayerNorm(D, config.norm_epsilon)
+        self.qkv = Dense(D, 3 * D, INIT_STD, rngs)
+        self.attention_output = Dense(D, D, output_std, rngs)
+        self.ffn_norm = LayerNorm(D, config.norm_epsilon)
+        self.ffn_input = Dense(D, F, INIT_STD, rngs)
+        self.ffn_output = Dense(F, D, output_std, rngs)
+        self.config, self.layer = config, layer
+
+    def attend(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
+        B, T, D = x_BTD.shape
+        N, rate = self.config.heads, self.config.attention_dropout
+        qkv_BTCNH = self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N)
+        row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
+        mixed_BTNH = attention(
+            qkv_BTCNH, segment_ids_BT, DTYPES[compute.dtype], rate, row_keys_B, compute.attention
+        )
+        return self.attention_output(mixed_BTNH.reshape(B, T, D), compute)
+
+    def ffn(self, x_BTD, compute: Compute):
+        x_BTF = _activate(self.config.ffn_activation, self.ffn_input(x_BTD, compute), compute)
+        return self.ffn_output(x_BTF, compute)
+
+    def __call__(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
+        def add(x_BTD, branch_BTD, site):
+            return _add(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
+
+        if self.config.norm == "pre":
+            normed_BTD = self.attention_norm(x_BTD, compute)
+            branch_BTD = self.attend(normed_BTD, segment_ids_BT, compute, key)
+            x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
+            branch_BTD = self.ffn(self.ffn_norm(x_BTD, compute), compute)
+            return add(x_BTD, branch_BTD, drop.FFN_OUTPUT)
+        branch_BTD = self.attend(x_BTD, segment_ids_BT, compute, key)
+        x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
+        branch_BTD = self.ffn(x_BTD, compute)
+        return self.ffn_norm(add(x_BTD, branch_BTD, drop.FFN_OUTPUT))
+
+
+def _activate(name: str, x, compute: Compute):
+    """A GELU in fp32, given in the dtype of activations."""
+    activation = ACTIVATIONS[name]
+    if compute.activations == "float32":
+        return activation(x)
+    return recomputed(lambda x: activation(x.astype(jnp.float32)).astype(x.dtype))(x)
+
+
+def _add(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
+    """The residual, fp32, plus a branch under dropout."""
+
+    def dropped(branch_BTD, key):
+        return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
+
+    return x_BTD + recomputed(dropped)(branch_BTD, key)
+
+
+class Encoder(nnx.Module):
+    """Embeddings, blocks and the LM head, whose output matrix is the token embedding."""
+
+    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+        D = config.width
+
+        def normal(rows):
+            return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (rows, D)))
+
+        self.config = config
+        self.token_embedding = normal(PADDED_VOCABULARY)
+        self.position_embedding = normal(config.positions)
+        self.blocks = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
+        # One more LayerNorm than the blocks have: after them (pre), or on the embeddings (post).
+        self.outer_norm = LayerNorm(D, config.norm_epsilon)
+        self.head_dense = Dense(D, D, INIT_STD, rngs)
+        self.head_norm = LayerNorm(D, config.norm_epsilon)
+        self.head_bias = nnx.Param(jnp.zeros(PADDED_VOCABULARY))
+
+    def embed(self, tokens_BT, positions_BT, key: DropoutKey | None):
+        x_BTD = self.token_embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
+        if self.config.norm == "post":
+            x_BTD = self.outer_norm(x_BTD)
+        return _add(0.0, x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
+
+    def head(self, x_BMD, compute: Compute):
+        x_BMD = self.head_dense(x_BMD, compute)
+        x_BMD = _activate(self.config.head_activation, x_BMD, compute)
+        x_BMD = self.head_norm(x_BMD, compute)
+        logits_BMV = product(x_BMD, self.token_embedding[...], DTYPES[compute.dtype], True)
+        logits_BMV = logits_BMV + self.head_bias[...]
+        return jnp.where(jnp.arange(PADDED_VOCABULARY) < VOCABULARY, logits_BMV, NEVER)
+
+
+def forward(
+    config: EncoderConfig,
+    params: dict,
+    tokens_BT,
+    segment_ids_BT,
+    positions_BT,
+    *,
+    compute: Compute = Compute(),
+    dropout_key: DropoutKey | None = None,
+    index_BM=None,
+    hidden_layers: tuple[int, ...] = (),
+) -> Output:
+    """Runs the encoder over packed rows; pure, for use inside `jax.jit`.
+
+    Args:
+      config: the architecture that `params` belongs to.
+      params: a plain nested dict, as `init` makes it.
+      tokens_BT: int32 token ids.
+      segment_ids_BT: int32; 0 is padding, and no token sees another segment.
+      positions_BT: int32, counted from 0 in each segment, below `config.positions`.
+      compute: dtype and rematerialisation.
+      dropout_key: no dropout where None.
+      index_BM: if given, logits only at these columns of each row.
+      hidden_layers: which hidden states to return, 0..layers or -1.
+    """
+    model = nnx.merge(_graph(config), _to_state(params))
+    x_BTD = model.embed(tokens_BT, positions_BT, dropout_key)
+    hidden = {0: x_BTD}
+    for i, block in enumerate(model.blocks):
+        graph, state = nnx.split(block)
+
+        def run(state, x_BTD, segment_ids_BT, key, graph=graph):
+            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, compute, key)
+
+        if compute.remat == "block":
+            run = jax.checkpoint(run)
+        elif compute.remat == "dots":
+            run = jax.checkpoint(run, policy=_PRODUCTS)
+        x_BTD = run(state, x_BTD, segment_ids_BT, dropout_key)
+        hidden[i + 1] = x_BTD
+    last = model.outer_norm if config.norm == "pre" else lambda x: x
+    hidden[-1] = last(x_BTD)
+    x_BMD = hidden[-1]
+    if index_BM is not None:  # the LayerNorm, too, at these columns only
+        x_BMD = last(take(x_BTD, index_BM))
+    return Output(model.head(x_BMD, compute), {layer: hidden[layer] for layer in hidden_layers})
+
+
+def init(config: EncoderConfig, seed) -> dict:
+    """Fresh parameters: N(0, 0.02), the two output products of a block scaled by 1/sqrt(2 L)."""
+    state = nnx.state(Encoder(config, nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
+    return _from_state(state)
+
+
+def abstract(config: EncoderConfig) -> dict:
+    """The shapes and dtypes of the parameters, without allocating them."""
+    return jax.eval_shape(lambda: init(config, 0))
+
+
+def parameter_count(config: EncoderConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract(config)))
+
+
+@functools.cache
+def _graph(config: EncoderConfig):
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, nnx.Rngs(params=0))))[0]
+
+
+def _from_state(state) -> dict:
+    """NNX state as nested dicts with string keys, as checkpoints and other tools know them."""
+
+    def plain(node):
+        return {str(k): plain(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+    return plain(nnx.to_pure_dict(state))
+
+
+def _to_state(params: dict):
+    def stated(node):
+        if isinstance(node, dict):
+            return {int(k) if k.isdigit() else k: stated(v) for k, v in node.items()}
+        return nnx.Param(node)
+
+    return nnx.State(stated(params))

@@ -1,0 +1,111 @@
+"""From the config to the values that a run is made of, all checked before a device is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from ml_collections import ConfigDict
+
+from esm1nv_jax.data.pipeline import StreamConfig, rows_for
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.model import attention
+from esm1nv_jax.model.encoder import Compute, EncoderConfig
+from esm1nv_jax.model.masking import recipe
+from esm1nv_jax.training.optimizer import OptimizerConfig
+from esm1nv_jax.training.step import StepConfig
+
+REDUCE_DTYPES = ("float32", "bfloat16")
+
+# Fields that may change between the starts of one run: none of them changes what is learned.
+MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
+              "compute.remat", "compute.attention", "batch.microbatches", "data.path")  # fmt: skip
+
+
+def step_config(config: ConfigDict) -> StepConfig:
+    model = EncoderConfig(**config.model)
+    if config.data.max_residues + 2 > model.positions:
+        raise UserError(
+            f"data.max_residues={config.data.max_residues} needs {config.data.max_residues + 2} "
+            f"positions with <s> and </s>, model.positions={model.positions}; "
+            f"set data.max_residues to at most {model.positions - 2}"
+        )
+    compute = dict(config.compute)
+    reduce_dtype = compute.pop("reduce_dtype")
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise UserError(
+            f"compute.reduce_dtype={reduce_dtype!r} is unknown; there are "
+            f"{', '.join(REDUCE_DTYPES)}"
+        )
+    for name, value in (
+        ("steps", config.steps),
+        ("batch.microbatches", config.batch.microbatches),
+        ("evaluation.every", config.evaluation.every),
+        ("checkpoint.every", config.checkpoint.every),
+        ("checkpoint.keep", config.checkpoint.keep),
+        ("log.every", config.log.every),
+    ):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    return StepConfig(
+        seed=config.seed,
+        model=model,
+        compute=Compute(**compute),
+        masking=recipe(config.masking.recipe, config.masking.rate),
+        optimizer=OptimizerConfig(**config.optimizer),
+        microbatches=config.batch.microbatches,
+        reduce_dtype=reduce_dtype,
+    )
+
+
+def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConfig:
+    """`step` as the device computes it best: its attention backend, and what it keeps in memory.
+
+    Raises UserError where the one that the config names is not fit.
+    """
+    model, compute = step.model, step.compute
+    case = attention.Case(
+        platform=device.platform,
+        capability=float(getattr(device, "compute_capability", 0)),
+        dtype=compute.dtype,
+        packed=config.data.packed,
+        rate=model.attention_dropout,
+        head_size=model.width // model.heads,
+        row_length=config.data.row_length,
+    )
+    chosen = attention.choose(compute.attention, case)
+    # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
+    kept = "float32" if device.platform == "cpu" else compute.dtype
+    compute = dataclasses.replace(compute, attention=chosen, activations=kept)
+    return dataclasses.replace(step, compute=compute)
+
+
+def global_rows(config: ConfigDict, lengths, devices: int) -> int:
+    """Rows in an update over all devices: as given, or from sequences per device."""
+    data, batch = config.data, config.batch
+    rows = batch.rows
+    if not rows:
+        layout = (data.row_length, data.max_residues, data.packed)
+        per_device = rows_for(lengths, batch.sequences_per_device, layout)
+        per_device += -per_device % batch.microbatches
+        rows = per_device * devices
+    if rows % (devices * batch.microbatches):
+        raise UserError(
+            f"batch.rows={rows} is not a multiple of {devices} devices x {batch.microbatches} "
+            f"microbatches; take {rows + -rows % (devices * batch.microbatches)}"
+        )
+    return rows
+
+
+def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
+    data = config.data
+    return StreamConfig(
+        seed=config.seed,
+        rows=rows,
+        row_length=data.row_length,
+        max_residues=data.max_residues,
+        crop=data.crop,
+        packed=data.packed,
+        sample=data.sample,
+        block=data.block,
+    )
