@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from esm1nv_jax import configuration
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.data import manifest, tokenizer
 from esm1nv_jax.data.dataset import SAMPLE, SPLITS, Source, open_split
-from esm1nv_jax.data.pipeline import Batch, StreamConfig, train_batches
+from esm1nv_jax.data.pipeline import Batch, StreamConfig, rows_for, train_batches
 from esm1nv_jax.errors import UserError
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue")
@@ -96,48 +99,54 @@ def speed(source: Source, config: StreamConfig, batches: int = 20) -> Table:
     return table
 
 
-def stream_of(config_file: str | None, packed: bool) -> tuple[str, StreamConfig]:
-    """(data, stream) of a training config, or those of the published model on the sample."""
-    if config_file is None:
-        return SAMPLE, StreamConfig(
-            seed=0, rows=64, row_length=512, max_residues=510, packed=packed
-        )
-    raise UserError("--config is not read yet")
+def configured(given: str, overrides: list[str]) -> ConfigDict:
+    """The config of a run."""
+    path, _, arg = given.partition(":")
+    return configuration.override(configuration.load(path, arg), overrides)
+
+
+def stream_of(config: ConfigDict, source: Source) -> StreamConfig:
+    """The stream of a run on one device."""
+    names = ("row_length", "max_residues", "crop", "packed", "sample", "block")
+    stream = StreamConfig(seed=config.seed, rows=1, **{name: config.data[name] for name in names})
+    batch = config.batch
+    rows = batch.rows or rows_for(source.lengths, batch.sequences_per_device, stream)
+    return dataclasses.replace(stream, rows=rows)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(
         "inspect",
-        "Show a data set and a batch of it.",
-        "esm1nv inspect data/uniref50 --row_length 1024",
+        "Show a data set, and what a run on one device would be fed of it.",
+        "esm1nv inspect data/uniref50 --config=configs/pretrain_small.py:shipped",
     )
     add = parser.add_argument
-    add("data", nargs="?", default=SAMPLE, help="a prepared folder (default: %(default)s)")
+    add("data", nargs="?", help="a prepared folder (default: the config's, or the sample)")
+    add("--config", metavar="FILE[:ARGS]", help="a training config; else rows of 512 tokens")
     add("--split", default="train", help=f"{', '.join(SPLITS)} (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the stream (default: %(default)s)")
-    add("--row_length", type=int, default=512, help="tokens (default: %(default)s)")
-    add("--rows", type=int, default=64, help="rows in a batch (default: %(default)s)")
-    add("--crop", default="prefix", help="prefix or random (default: %(default)s)")
-    add("--padded", action="store_true", help="one sequence a row")
     add("--show", type=int, default=3, help="rows to draw (default: %(default)s)")
-    given = parser.parse_args(argv)
-    source = open_split(given.data, given.split)
-    config = StreamConfig(
-        seed=given.seed,
-        rows=given.rows,
-        row_length=given.row_length,
-        max_residues=given.row_length - 2,
-        crop=given.crop,
-        packed=not given.padded,
-    )
+    given, overrides = parser.parse_known_args(argv)
+    if given.config:
+        config = configured(given.config, overrides)
+        data = given.data or config.data.path
+        if not data:
+            raise UserError("the config names no data; write esm1nv inspect DIR --config=...")
+        source = open_split(data, given.split)
+        stream = stream_of(config, source)
+    else:
+        if overrides:
+            raise UserError(f"option {overrides[0]!r} is unknown (see esm1nv inspect --help)")
+        data = given.data or SAMPLE
+        source = open_split(data, given.split)
+        stream = StreamConfig(seed=0, rows=64, row_length=512, max_residues=510)
     out = Console(highlight=False)
-    out.print(overview(given.data, source, given.split), "")
-    if given.data != SAMPLE and (table := skipped(given.data)):
+    out.print(overview(data, source, given.split), "")
+    if data != SAMPLE and (table := skipped(data)):
         out.print(table, "")
-    batch, _ = next(train_batches(source, config))
-    for row in range(min(given.show, config.rows)):
+    batch, _ = next(train_batches(source, stream))
+    for row in range(min(given.show, stream.rows)):
         ids = [i for i, _ in itertools.groupby(batch["example_ids"][row].tolist()) if i >= 0]
         out.print(f"row {row}: {', '.join(source.ids(ids))}", soft_wrap=True)
         out.print(drawn(batch, row), "")
-    out.print(f"reversed: masked at {100 * _MASK_RATE:.0f} %, as in training's first epoch", "")
-    out.print(speed(source, config))
+    out.print(f"in reverse: one choice of {100 * _MASK_RATE:.0f} % to be predicted", "")
+    out.print(speed(source, stream))

@@ -17,15 +17,15 @@ import pytest
 import tensorflow_datasets as tfds
 import zstandard
 from Bio import SeqIO
-from conftest import fasta, made_up
 from tensorflow_datasets.proto import tf_example_pb2
 
 from esm1nv_jax import arguments
 from esm1nv_jax.cli import dispatch
-from esm1nv_jax.data import manifest, prepare, records
+from esm1nv_jax.data import manifest, prepare, records, splits
 from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.prepare import Preparation
 from esm1nv_jax.errors import EXIT_USER, UserError
+from tests.data.made_up import fasta, made_up
 
 SIZES = {"validation": 100, "test": 500}
 
@@ -352,7 +352,7 @@ def test_a_single_line_of_100_megabytes(tmp_path):
     status, said = esm1nv("prepare", "--fasta", path, "--out", tmp_path / "set",
                           "--validation", 5, "--test", 5)
     assert status == 0, said
-    sources = [open_split(str(tmp_path / "set"), split) for split in ("train", "validation", "test")]
+    sources = [open_split(str(tmp_path / "set"), split) for split in splits.NAMES]
     source = max(sources, key=lambda source: source.lengths.max())
     assert source.lengths.dtype == np.uint32
     assert source.sequences([int(source.lengths.argmax())]) == [giant]
