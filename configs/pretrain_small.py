@@ -107,6 +107,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     }
     config.compute = {
         "dtype": "bfloat16",  # of the operands of matrix products
+        "attention": "auto",  # the fastest that is fit; or one of cudnn, pallas, splash, xla
         "remat": "none",  # what the backward computes again: none, dots, block
         "reduce_dtype": "float32",  # in which gradients are summed over devices
     }

@@ -17,6 +17,8 @@ VERBS = {
     "average": ("esm1nv_jax.inference.averaging", "the mean of checkpoints, as a model folder"),
     "evaluate": ("esm1nv_jax.inference.evaluate", "perplexity beside baselines, and a report"),
     "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
+    "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
+    "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
 }
 
 

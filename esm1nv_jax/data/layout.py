@@ -180,7 +180,7 @@ def shard_counts(split: Split) -> list[int]:
 
 
 def _tfds_metadata(folder: Path, out: dict[str, Split]) -> None:
-    import tensorflow_datasets as tfds  # a second or two to import
+    import tensorflow_datasets as tfds
 
     tfds.folder_dataset.write_metadata(
         data_dir=folder,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib
 import os
 import shutil
 import sys
@@ -84,7 +85,7 @@ def prepare(wanted: Preparation) -> dict:
             skip=wanted.on_error == "skip",
             map=_save_map(wanted.groups, folder),
         )
-        scanned = workers.run(job, lock, size)
+        scanned = workers.run(job, lock, size, meanwhile=_import_tfds)
         chosen = _Chosen(wanted, job, scanned)
         if chosen.too_few:  # the guess was wrong: again, and anything may be held out
             console.print("more sequences must be held out than were set apart: reading again")
@@ -108,6 +109,11 @@ def prepare(wanted: Preparation) -> dict:
         content["seconds"] = round(time.monotonic() - began, 1)
         manifest.write(folder, content)
     return content
+
+
+def _import_tfds() -> None:
+    """Importing TFDS takes a second or two, which the workers spend reading."""
+    importlib.import_module("tensorflow_datasets")
 
 
 class _Chosen:

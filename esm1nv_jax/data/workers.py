@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import queue
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
@@ -34,10 +35,12 @@ class Scanned:
         return joined
 
 
-def run(job: scan.Job, lock: int, size: int) -> Scanned:
-    """Starts the workers, shows how far they are, and waits for them. Raises UserError.
+def run(
+    job: scan.Job, lock: int, size: int, meanwhile: Callable[[], None] = lambda: None
+) -> Scanned:
+    """Starts the workers, calls `meanwhile`, shows how far they are, and waits for them.
 
-    Of several faults the first in the input is told, whichever worker met it.
+    Raises UserError. Of several faults the first in the input is told, whichever worker met it.
     """
     # A fork starts at once. JAX, where it is loaded, has threads that a fork would break.
     forks = sys.platform == "linux" and "jax" not in sys.modules
@@ -59,6 +62,7 @@ def run(job: scan.Job, lock: int, size: int) -> Scanned:
     try:
         for process in processes:
             process.start()
+        meanwhile()
         with bar("read", size / 1e6, "MB") as shown:
             while waiting:
                 try:

@@ -204,7 +204,7 @@ def _lay(batch: Packed, segments: _Segments, ids, shapes: Shapes, alone: bool, o
 def _collect(found: dict[str, np.ndarray], out: dict, places: _Places, lengths) -> None:
     """Waits for a batch and puts its numbers where they belong."""
     for name, value in jax.device_get(out).items():
-        kind = name.partition("_-")[0].rstrip("_0123456789")
+        kind = name.rpartition("_")[0] or name
         if kind in ("mean", "cls"):
             if name not in found:
                 found[name] = np.zeros((len(lengths), value.shape[-1]), value.dtype)
