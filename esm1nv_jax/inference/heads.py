@@ -1,7 +1,7 @@
 """Small heads on frozen features: linear, a two-layer CNN, an MLP; trained with early stopping.
 
 The shapes of FLIP's probes (Dallago et al., 2021): convolutions of 7 residues through 32 channels,
-or layers of 256 and 128. Without their dropout: the epoch that validates best is kept instead.
+or layers of 256 and 128. Without their dropout: the round that validates best is kept instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from esm1nv_jax.inference.downstream import Split
 
 HEADS = ("linear", "cnn", "mlp")
 REACH, CHANNELS, LAYERS = 7, 32, (256, 128)
-EPOCHS, PATIENCE = 30, 4
+ROUNDS, PATIENCE = 30, 4  # validation follows every round: an epoch, or as many as make
+UPDATES = 50  # so many updates
 TOKENS, PROTEINS = 8_192, 128  # in a batch: labels where they are of residues, else proteins
 LEARNING_RATES, DECAYS = (1e-3, 1e-2), (0.0, 0.3)
 
@@ -115,15 +116,17 @@ def losses(head: str, classes: int, params, scale, batch):
     return jnp.sum(jnp.where(batch["used"], each, 0)), jnp.sum(batch["used"])
 
 
-@functools.partial(jax.jit, static_argnames=("head", "classes", "setting"), donate_argnums=(0, 1))
-def update(params, state, scale, batch, head: str, classes: int, setting: Setting):
+@functools.partial(jax.jit, static_argnames=("head", "classes"), donate_argnums=(0, 1))
+def update(params, state, scale, batch, rate, decay, head: str, classes: int):
+    """One step of AdamW; `rate` and `decay` are traced, so that no setting compiles anew."""
+
     def mean(params):
         total, n = losses(head, classes, params, scale, batch)
         return total / jnp.maximum(n, 1)
 
     grads = jax.grad(mean)(params)
-    updates, state = _optimizer(setting).update(grads, state, params)
-    return optax.apply_updates(params, updates), state
+    updates, state = optax.scale_by_adam().update(grads, state, params)
+    return jax.tree.map(lambda p, u: p - rate * (u + decay * p), params, updates), state
 
 
 @functools.partial(jax.jit, static_argnames="head")
@@ -132,17 +135,14 @@ def scores(params, scale, batch, head: str):
     return apply(head, params, x_BTD, batch["real"])
 
 
-def _optimizer(setting: Setting) -> optax.GradientTransformation:
-    return optax.adamw(setting.learning_rate, weight_decay=setting.weight_decay)
-
-
 def fit(head: str, classes: int, train: Data, valid: Data, setting: Setting, seed: int, score):
-    """(score, predictor) of the epoch that validates best; `score(split, predicted)` is higher
+    """(score, predictor) of the round that validates best; `score(split, predicted)` is higher
     where better. The predictor takes Data to float32 [k, outputs], in units of the label."""
     scale = Scale.of(train, regression=not classes)
     on_device = {"mean": scale.mean, "std": scale.std}
     params = init(head, train.features.shape[1], classes or 1, seed)
-    state = _optimizer(setting).init(params)
+    state = optax.scale_by_adam().init(params)
+    rate, decay = np.float32(setting.learning_rate), np.float32(setting.weight_decay)
 
     def predict(data: Data, params: dict) -> np.ndarray:
         out = np.zeros((len(data.features), classes or 1), np.float32)
@@ -151,12 +151,16 @@ def fit(head: str, classes: int, train: Data, valid: Data, setting: Setting, see
             out[places] = found[batch["real"]]
         return out if classes else out * scale.label_std + scale.label_mean
 
-    best, kept, waited = -np.inf, params, 0
+    best, kept, waited, epoch = -np.inf, params, 0, 0
     n = len(train.split.sizes)
-    for epoch in range(EPOCHS):
-        order = permute(np.arange(n), n, fold_all(seed, purpose("probe order"), epoch))
-        for _, batch in batches(train, order, scale):
-            params, state = update(params, state, on_device, batch, head, classes, setting)
+    for _ in range(ROUNDS):
+        done = 0
+        while done < UPDATES:
+            order = permute(np.arange(n), n, fold_all(seed, purpose("probe order"), epoch))
+            for _, batch in batches(train, order, scale):
+                params, state = update(params, state, on_device, batch, rate, decay, head, classes)
+                done += 1
+            epoch += 1
         found = score(valid.split, predict(valid, params))
         if found > best:
             best, kept, waited = found, jax.tree.map(np.asarray, params), 0

@@ -108,6 +108,14 @@ def test_an_mlp_regresses_in_units_of_the_label():
     assert errors["mlp"] < 0.3 * 50**2 < 0.7 * errors["linear"]
 
 
+def test_the_setting_is_chosen_on_validation(checkpoint, tmp_path, monkeypatch):
+    """One of two settings cannot learn at all."""
+    monkeypatch.setattr(probe, "GRID", (Setting(0.0, 0.0), Setting(1e-2, 0.0)))
+    path = write(tmp_path / "t.csv", three(proteins(80, 2), lambda s: str(s.count("L") / len(s))))
+    found = run(checkpoint, "regression", path, tmp_path)
+    assert all(row["learning_rate"] == 1e-2 for row in found["rows"])
+
+
 def test_batches_hold_every_label_once_and_padding_is_unused():
     data = of_residues(proteins(30, 4, 3, 300))
     seen = np.zeros(len(data.features), int)
@@ -145,6 +153,11 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture
+def one_setting(monkeypatch):
+    monkeypatch.setattr(probe, "GRID", (Setting(1e-2, 0.0),))
+
+
 def run(checkpoint, task, path, tmp_path, *options):
     out = tmp_path / "out.json"
     argv = ["probe", "--checkpoint", checkpoint, "--task", task, "--csv", path, "--seeds", "2"]
@@ -152,8 +165,9 @@ def run(checkpoint, task, path, tmp_path, *options):
     return json.loads(out.read_text())
 
 
-def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path):
-    rows = three(proteins(48, 1), lambda s: "".join("H" if a in "LIVMF" else "C" for a in s))
+def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path, one_setting):
+    some = proteins(32, 1, 20, 60)
+    rows = three(some, lambda s: "".join("H" if a in "LIVMF" else "C" for a in s))
     rows = [(s, label, "1" * len(s), split) for s, label, split in rows]
     path = write(tmp_path / "ss.csv.gz", rows, ("sequence", "label", "mask", "split"))
     found = run(checkpoint, "secondary_structure", path, tmp_path)
@@ -174,7 +188,7 @@ def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path):
         ("regression", lambda s: str(10 * s.count("L") / len(s)), "spearman"),
     ],
 )  # fmt: skip
-def test_a_task_of_whole_proteins(checkpoint, tmp_path, task, label, figure):
+def test_a_task_of_whole_proteins(checkpoint, tmp_path, one_setting, task, label, figure):
     path = write(tmp_path / "task.csv", three(proteins(240, 2), label))
     found = run(checkpoint, task, path, tmp_path, "--limit", "100")
     assert found["proteins"]["train"] == 100
