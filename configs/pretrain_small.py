@@ -8,16 +8,18 @@ DIR is a data set made by `esm1nv prepare`. To try the real shape on a laptop:
         --config.data.path=sample --workdir=runs/try
 
 Arguments: batch= rows in an update over all devices (default: from sequences_per_device),
-steps=, seed=. Every field below can be set by --config.field=value.
+steps=, seed=, and hf: the erf form of GELU in the FFN too, the only one of EsmForMaskedLM, so that
+`esm1nv convert --to hf` is exact. Every field below can be set by --config.field=value.
 """
 
 from ml_collections import config_dict
 
 from esm1nv_jax.configuration import arguments
+from esm1nv_jax.data.vocabulary import ESM1NV
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-    args = arguments(arg, batch=0, steps=1_000_000, seed=0)
+    args = arguments(arg, ("hf",), batch=0, steps=1_000_000, seed=0)
     config = config_dict.ConfigDict()
     config.seed = args["seed"]
     config.steps = args["steps"]  # stop here; may be raised later, the schedule does not move
@@ -46,11 +48,15 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "ffn": 3072,
         "positions": 1026,
         "norm": "pre",
-        "ffn_activation": "gelu_tanh",
+        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",
         "head_activation": "gelu_erf",
         "dropout": 0.1,
         "attention_dropout": 0.1,
         "norm_epsilon": 1e-5,
+        "position_kind": "learned",  # or rotary
+        "embedding_norm": False,  # as ESM-1b
+        "token_dropout": False,  # as ESM-1b and ESM-2
+        "vocabulary": ESM1NV,  # tokens of a model from elsewhere, by its own ids
     }
     config.compute = {
         "dtype": "bfloat16",  # of the operands of matrix products

@@ -11,6 +11,7 @@ from esm1nv_jax.errors import UserError
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
     "train": ("esm1nv_jax.main", "train a model from a config file"),
+    "convert": ("esm1nv_jax.weights.convert", "to and from Hugging Face transformers"),
 }
 
 

@@ -14,11 +14,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
+from esm1nv_jax.data.tokenizer import UNK
+from esm1nv_jax.data.vocabulary import ESM1NV, vocabulary
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
+from esm1nv_jax.model import esm2
 from esm1nv_jax.model.attention import attention
 from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.products import product
@@ -28,6 +31,7 @@ ACTIVATIONS = {
     "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
 }
 NORMS = ("pre", "post")
+POSITION_KINDS = ("learned", "rotary")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMATS = ("none", "dots", "block")
 INIT_STD = 0.02
@@ -49,6 +53,11 @@ class EncoderConfig:
     dropout: float = 0.1  # of embeddings and residual branches
     attention_dropout: float = 0.1
     norm_epsilon: float = 1e-5
+    # What models of other makers need (docs/interchange.md).
+    position_kind: str = "learned"
+    embedding_norm: bool = False  # a LayerNorm on the embeddings too, as ESM-1b; post has it always
+    token_dropout: bool = False  # as ESM-1b and ESM-2: no embedding at <mask>, the others scaled
+    vocabulary: str = ESM1NV  # the model's tokens in the order of its own ids; ids here are ours
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "ffn"):
@@ -66,6 +75,7 @@ class EncoderConfig:
             )
         for name, allowed in (
             ("norm", NORMS),
+            ("position_kind", POSITION_KINDS),
             ("ffn_activation", tuple(ACTIVATIONS)),
             ("head_activation", tuple(ACTIVATIONS)),
         ):
@@ -77,6 +87,14 @@ class EncoderConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
+        if self.position_kind == "rotary" and self.width // self.heads % 2:
+            raise UserError(
+                f"model.position_kind='rotary' turns pairs: a head of {self.width // self.heads} "
+                "(model.width / model.heads) must be even"
+            )
+        if self.embedding_norm and self.norm == "post":
+            raise UserError("model.embedding_norm=True is for norm='pre'; 'post' has it anyway")
+        vocabulary(self.vocabulary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +159,14 @@ class Block(nnx.Module):
         self.ffn_output = Dense(F, D, output_std, rngs)
         self.config, self.layer = config, layer
 
-    def attend(self, x_BTD, segment_ids_BT, dtype, key: DropoutKey | None):
+    def attend(self, x_BTD, segment_ids_BT, turn, dtype, key: DropoutKey | None):
         B, T, D = x_BTD.shape
         N, rate = self.config.heads, self.config.attention_dropout
         q_BTNH, k_BTNH, v_BTNH = (
             part.reshape(B, T, N, D // N) for part in jnp.split(self.qkv(x_BTD, dtype), 3, axis=-1)
         )
+        if turn is not None:
+            q_BTNH, k_BTNH = esm2.rotate(q_BTNH, turn), esm2.rotate(k_BTNH, turn)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         mixed_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, dtype, rate, row_keys_B)
         return self.attention_output(mixed_BTNH.reshape(B, T, D), dtype)
@@ -156,16 +176,16 @@ class Block(nnx.Module):
             ACTIVATIONS[self.config.ffn_activation](self.ffn_input(x_BTD, dtype)), dtype
         )
 
-    def __call__(self, x_BTD, segment_ids_BT, dtype, key: DropoutKey | None):
+    def __call__(self, x_BTD, segment_ids_BT, turn, dtype, key: DropoutKey | None):
         def dropped(branch_BTD, site):
             return dropout(branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
-            branch_BTD = self.attend(self.attention_norm(x_BTD), segment_ids_BT, dtype, key)
+            branch_BTD = self.attend(self.attention_norm(x_BTD), segment_ids_BT, turn, dtype, key)
             x_BTD = x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT)
             branch_BTD = self.ffn(self.ffn_norm(x_BTD), dtype)
             return x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT)
-        branch_BTD = self.attend(x_BTD, segment_ids_BT, dtype, key)
+        branch_BTD = self.attend(x_BTD, segment_ids_BT, turn, dtype, key)
         x_BTD = self.attention_norm(x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT))
         branch_BTD = self.ffn(x_BTD, dtype)
         return self.ffn_norm(x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT))
@@ -181,17 +201,29 @@ class Encoder(nnx.Module):
             return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (rows, D)))
 
         self.config = config
-        self.token_embedding = normal(PADDED_VOCABULARY)
-        self.position_embedding = normal(config.positions)
+        tokens = vocabulary(config.vocabulary)
+        self.token_embedding = normal(tokens.size)
+        if config.position_kind == "learned":
+            self.position_embedding = normal(config.positions)
+        else:
+            self.rotary_frequency = nnx.Param(jnp.asarray(esm2.frequencies(D // config.heads)))
         self.blocks = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
+        if config.embedding_norm:
+            self.embedding_norm = LayerNorm(D, config.norm_epsilon)
         # One more LayerNorm than the blocks have: after them (pre), or on the embeddings (post).
         self.outer_norm = LayerNorm(D, config.norm_epsilon)
         self.head_dense = Dense(D, D, INIT_STD, rngs)
         self.head_norm = LayerNorm(D, config.norm_epsilon)
-        self.head_bias = nnx.Param(jnp.zeros(PADDED_VOCABULARY))
+        self.head_bias = nnx.Param(jnp.zeros(tokens.size))
 
-    def embed(self, tokens_BT, positions_BT, key: DropoutKey | None):
-        x_BTD = self.token_embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
+    def embed(self, tokens_BT, segment_ids_BT, positions_BT, key: DropoutKey | None):
+        x_BTD = self.token_embedding[...][readable(self.config, tokens_BT)]
+        if self.config.token_dropout:
+            x_BTD = esm2.token_dropout(x_BTD, tokens_BT, segment_ids_BT)
+        if self.config.position_kind == "learned":
+            x_BTD = x_BTD + self.position_embedding[...][positions_BT]
+        if self.config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
         if self.config.norm == "post":
             x_BTD = self.outer_norm(x_BTD)
         return dropout(x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
@@ -200,11 +232,18 @@ class Encoder(nnx.Module):
         x_BMD = ACTIVATIONS[self.config.head_activation](self.head_dense(x_BMD, dtype))
         x_BMD = self.head_norm(x_BMD)
         logits_BMV = product(x_BMD, self.token_embedding[...], dtype, True) + self.head_bias[...]
-        return jnp.where(jnp.arange(PADDED_VOCABULARY) < VOCABULARY, logits_BMV, NEVER)
+        return jnp.where(vocabulary(self.config.vocabulary).predicted(), logits_BMV, NEVER)
 
 
-def _block(block: Block, x_BTD, segment_ids_BT, dtype, key):
-    return block(x_BTD, segment_ids_BT, dtype, key)
+def readable(config: EncoderConfig, tokens_BT):
+    """Our ids as a model of another vocabulary reads them: `<unk>` for residues it does not have.
+
+    For targets, too: what a model has no token for can be neither selected nor predicted.
+    """
+    missing = vocabulary(config.vocabulary).missing
+    return jnp.where(jnp.isin(tokens_BT, np.array(missing)), UNK, tokens_BT) if missing else (
+        tokens_BT
+    )
 
 
 def forward(
@@ -234,19 +273,22 @@ def forward(
     """
     dtype = DTYPES[compute.dtype]
     model = nnx.merge(_graph(config), _to_state(params))
-    x_BTD = model.embed(tokens_BT, positions_BT, dropout_key)
+    x_BTD = model.embed(tokens_BT, segment_ids_BT, positions_BT, dropout_key)
+    turn = None
+    if config.position_kind == "rotary":
+        turn = esm2.rotation(positions_BT, model.rotary_frequency[...])
     hidden = {0: x_BTD}
     for i, block in enumerate(model.blocks):
         graph, state = nnx.split(block)
 
-        def run(state, x_BTD, segment_ids_BT, key, graph=graph):
-            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, dtype, key)
+        def run(state, x_BTD, segment_ids_BT, turn, key, graph=graph):
+            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, turn, dtype, key)
 
         if compute.remat == "block":
             run = jax.checkpoint(run)
         elif compute.remat == "dots":
             run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
-        x_BTD = run(state, x_BTD, segment_ids_BT, dropout_key)
+        x_BTD = run(state, x_BTD, segment_ids_BT, turn, dropout_key)
         hidden[i + 1] = x_BTD
     if config.norm == "pre":
         x_BTD = model.outer_norm(x_BTD)

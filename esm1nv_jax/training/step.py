@@ -60,9 +60,8 @@ def fresh_state(config: StepConfig, params: dict) -> TrainState:
 
 def batch_sums(config: StepConfig, params, batch, dropout_key):
     """Sums over some rows: what the loss and every figure are made of. fp32 scalars."""
-    masked = masking.mask(
-        config.masking, batch["tokens"], batch["segment_ids"], batch["mask_bits"]
-    )
+    tokens = encoder.readable(config.model, batch["tokens"])
+    masked = masking.mask(config.masking, tokens, batch["segment_ids"], batch["mask_bits"])
     output = encoder.forward(
         config.model,
         params,

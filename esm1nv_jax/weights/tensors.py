@@ -1,0 +1,91 @@
+"""Reads the tensor files of a Hugging Face folder, and never runs what is in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import pickle
+
+import ml_dtypes  # noqa: F401, gives NumPy the bfloat16 of safetensors
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+
+from esm1nv_jax.errors import UserError
+
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+
+def read(folder: epath.Path) -> dict[str, np.ndarray]:
+    """All tensors by name, floats as fp32. Whole or in shards; safetensors before pickles.
+
+    Raises UserError where there is none, or where a file is damaged or not only tensors.
+    """
+    for name in (SAFE, PICKLED):
+        for file in _files(folder, name):
+            if not (folder / file).exists():
+                raise UserError(f"{folder / file} is missing, {name}.index.json names it")
+        found: dict[str, np.ndarray] = {}
+        for file in _files(folder, name):
+            reader = _read_safe if name == SAFE else _read_pickled
+            found |= reader(folder / file)
+        if found:
+            return {key: _float32(value) for key, value in found.items()}
+    raise UserError(f"{folder} has a config.json but no weights: neither {SAFE} nor {PICKLED}")
+
+
+def _files(folder: epath.Path, name: str) -> list[str]:
+    if (folder / name).exists():
+        return [name]
+    index = folder / f"{name}.index.json"
+    if not index.exists():
+        return []
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index} is not an index of shards; fetch the folder again") from None
+    outside = [file for file in files if "/" in str(file) or "\\" in str(file)]
+    if outside:
+        raise UserError(f"{index} names {outside[0]}, which is not in the folder")
+    return files
+
+
+def _read_safe(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        return load_safetensors(path.read_bytes())
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+
+
+def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"{path} is a pickle, which only PyTorch reads safely: pip install torch, or save the "
+            f"model as {SAFE}"
+        )
+    import torch
+
+    try:
+        # Without `weights_only` a pickle can run any program; there is no option to allow it.
+        found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} holds more than tensors and is refused ({reason}); ask its maker for {SAFE}"
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise UserError(f"{path} is not a table of tensors by name; ask its maker for {SAFE}")
+    return {
+        str(key): (value.float() if value.is_floating_point() else value).numpy()
+        for key, value in found.items()
+    }
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    exact = value.dtype in (np.dtype(np.float16), np.dtype("bfloat16"), np.dtype(np.float64))
+    return value.astype(np.float32) if exact else value
