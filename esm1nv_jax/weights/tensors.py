@@ -7,15 +7,25 @@ import io
 import json
 import pickle
 
-import ml_dtypes  # noqa: F401, gives NumPy the bfloat16 of safetensors
+import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
+from safetensors import SafetensorError, deserialize
 
 from esm1nv_jax.errors import UserError
 
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+# `safetensors.numpy` does not read bfloat16, so its names of dtypes are looked up here.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
 def read(folder: epath.Path) -> dict[str, np.ndarray]:
@@ -54,9 +64,18 @@ def _files(folder: epath.Path, name: str) -> list[str]:
 
 def _read_safe(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        return load_safetensors(path.read_bytes())
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        found = deserialize(path.read_bytes())
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    for name, view in found:
+        if view["dtype"] not in DTYPES:
+            raise UserError(
+                f"{path}: tensor {name} is of dtype {view['dtype']}; there are {', '.join(DTYPES)}"
+            )
+    return {
+        name: np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
+        for name, view in found
+    }
 
 
 def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
@@ -87,5 +106,5 @@ def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _float32(value: np.ndarray) -> np.ndarray:
-    exact = value.dtype in (np.dtype(np.float16), np.dtype("bfloat16"), np.dtype(np.float64))
-    return value.astype(np.float32) if exact else value
+    floats = (np.float16, ml_dtypes.bfloat16, np.float64)
+    return value.astype(np.float32) if value.dtype in floats else value
