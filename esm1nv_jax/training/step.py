@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from esm1nv_jax.model import encoder, loss, masking
+from esm1nv_jax.model import encoder, foreign, loss, masking
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
 from esm1nv_jax.training.sharding import DATA, sharding
@@ -54,13 +54,13 @@ def create_state(config: StepConfig) -> TrainState:
 
 def fresh_state(config: StepConfig, params: dict) -> TrainState:
     """The state before the first update, from parameters of any origin."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer(config.optimizer).init(params), zero)
+    opt_state = optimizer(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
 
 
 def batch_sums(config: StepConfig, params, batch, dropout_key):
     """Sums over some rows: what the loss and every figure are made of. fp32 scalars."""
-    tokens = encoder.readable(config.model, batch["tokens"])
+    tokens = foreign.readable(config.model.vocabulary, batch["tokens"])
     masked = masking.mask(config.masking, tokens, batch["segment_ids"], batch["mask_bits"])
     output = encoder.forward(
         config.model,

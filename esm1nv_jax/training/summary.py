@@ -30,7 +30,7 @@ def show_start(config, settings, stream, source, mesh, run_folder, done: int) ->
         f"batch      {stream.rows} rows of {stream.row_length} tokens, {rows} a device: "
         f"{stream.rows * stream.row_length:,} tokens an update\n"
         f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues; "
-        f"products in {settings.compute.dtype}\n"
+        f"products in {settings.compute.dtype}, attention by {settings.compute.attention}\n"
         f"workdir    {run_folder}"
         + (f"\ngoing on   from update {done:,} of {config.steps:,}" if done else "")
     )

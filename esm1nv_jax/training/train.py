@@ -16,7 +16,7 @@ from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.training import metrics, sharding, step, summary, workdir
 from esm1nv_jax.training.leaving import Leaving
-from esm1nv_jax.training.settings import global_rows, step_config, stream_config
+from esm1nv_jax.training.settings import fitted, global_rows, step_config, stream_config
 from esm1nv_jax.weights import checkpoint, folder
 
 
@@ -29,6 +29,7 @@ def train(config: ConfigDict, path: str) -> int:
     """
     settings = step_config(config)
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
+    settings = fitted(settings, config, mesh.devices.flat[0])
     source, held_out = open_data(config)
     stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
     origin = open_origin(config, settings)

@@ -1,70 +1,230 @@
 """Checkpoints of a run: all of Orbax, behind a few plain functions.
 
 A checkpoint of step n is the folder `checkpoints/n` with four items: `params`, `optimizer` (all
-other state of an update), `place` (in the data) and `config`. They are written in the background
-and appear together, by rename.
+other state of an update), `place` (in the data) and `config`. Every device holds the whole state,
+so process 0 alone writes, in the background, and no save can hang on another host. Orbax makes the
+step appear by rename; then `checksums.json`, one SHA-256 for every file, is renamed into it. A step
+without checksums does not exist: it was cut short, and the next start of the run removes it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-ITEMS = ("params", "optimizer", "place", "config")
-FOLDER = "checkpoints"
+from esm1nv_jax.errors import UserError
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file it writes
+ITEMS = ("params", "optimizer", "place", "config")
+FOLDER, BEST = "checkpoints", "best"
+CHECKSUMS = "checksums.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's mark in the names of what it is still writing
+BLOCK = 1 << 20
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the older ones are whole. Says where and why."""
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving copies to the host and returns; writing goes on behind."""
+    """The checkpoints of one run, or its best ones (`folder=BEST`).
 
-    def __init__(self, workdir: epath.Path, keep: int | None = None, keep_every: int = 0):
-        self.folder = epath.Path(workdir) / FOLDER
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
-        )
-        self.manager = ocp.CheckpointManager(self.folder, item_names=ITEMS, options=options)
+    keep: the newest so many stay; keep_every: so does every step that it divides, unless 0.
+    Saving copies to the host and returns; writing, checksums and removal go on behind it, one at
+    a time. A save that failed is told by the next call of `save`, `wait` or `close`.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, keep: int, keep_every: int = 0, folder: str = FOLDER
+    ):
+        self.folder = epath.Path(workdir) / folder
+        self.keep, self.keep_every = keep, keep_every
+        self.seconds = 0.0  # that the last save took, in the background
+        self._thread: threading.Thread | None = None
+        self._failure: SaveError | None = None
 
     def steps(self) -> list[int]:
-        return sorted(self.manager.all_steps())
+        return _steps(self.folder)
 
     def save(self, step: int, params, optimizer, place: dict, config: dict) -> None:
-        """Replaces nothing: a step that is there already is left as it is."""
-        if step in self.manager.all_steps():
+        """Replaces nothing: a step that is there already is left as it is.
+
+        `params` and `optimizer` are trees of arrays; they may be donated once this returns. Only
+        process 0 writes. Raises SaveError where the save before this one failed.
+        """
+        self.wait()
+        if jax.process_index() or step in self.steps():
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                place=ocp.args.JsonSave(place),
-                config=ocp.args.JsonSave(config),
-            ),
+        state = jax.tree.map(_on_host, (params, optimizer))
+        self._thread = threading.Thread(
+            target=self._write, args=(step, *state, place, config), name=f"checkpoint {step}"
         )
+        self._thread.start()
+
+    def _write(self, step: int, params, optimizer, place: dict, config: dict) -> None:
+        began = time.perf_counter()
+        try:
+            # Removed first, so that a full disk has room; what is kept does not count this one.
+            self.clean()
+            with ocp.Checkpointer(
+                ocp.CompositeCheckpointHandler(*ITEMS), multiprocessing_options=_alone()
+            ) as writer:
+                writer.save(
+                    self.folder / str(step),
+                    args=ocp.args.Composite(
+                        params=ocp.args.StandardSave(params),
+                        optimizer=ocp.args.StandardSave(optimizer),
+                        place=ocp.args.JsonSave(place),
+                        config=ocp.args.JsonSave(config),
+                    ),
+                )
+            write_checksums(self.folder / str(step))
+            self.retire()
+        except Exception as error:  # tensorstore raises many kinds; the run decides what to do
+            self._failure = SaveError(
+                f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}"
+            )
+        self.seconds = time.perf_counter() - began
+
+    def retire(self) -> None:
+        """Removes all but the steps to keep. Steps without checksums neither count nor go."""
+        steps = self.steps()
+        for step in steps[: -self.keep]:
+            if not (self.keep_every and step % self.keep_every == 0):
+                # Without its checksums first: a removal cut short leaves no step that looks whole.
+                (self.folder / str(step) / CHECKSUMS).unlink()
+                (self.folder / str(step)).rmtree()
+
+    def clean(self) -> None:
+        """Removes what a killed save left: steps half written, and steps without checksums."""
+        if not self.folder.exists():
+            return
+        for path in self.folder.iterdir():
+            unfinished = path.name.isdigit() and not (path / CHECKSUMS).exists()
+            if path.is_dir() and (unfinished or UNFINISHED in path.name):
+                path.rmtree()
 
     def restore(self, step: int, params, optimizer) -> tuple[Any, Any, dict]:
         """(params, optimizer, place), laid out as the abstract trees given (shapes, shardings)."""
-        found = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(*ITEMS), multiprocessing_options=_alone()
+        ) as reader:
+            args = ocp.args.Composite(
+                params=ocp.args.StandardRestore(_host_shapes(params)),
+                optimizer=ocp.args.StandardRestore(_host_shapes(optimizer)),
                 place=ocp.args.JsonRestore(),
-            ),
+            )
+            found = reader.restore(self.folder / str(step), args=args)
+        return (
+            jax.tree.map(_laid_out, found["params"], params),
+            jax.tree.map(_laid_out, found["optimizer"], optimizer),
+            found["place"],
         )
-        return found["params"], found["optimizer"], found["place"]
 
     def wait(self) -> None:
-        """Until what was saved is on disk."""
-        self.manager.wait_until_finished()
+        """Until what was saved is on disk. Raises SaveError where it could not be."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
-    def close(self) -> None:
-        self.manager.close()
+    close = wait
+
+
+def newest_good(
+    workdir: epath.PathLike, strict: bool, tell: Callable[[str], None], folder: str = FOLDER
+) -> int | None:
+    """The newest step whose files are all as they were written; None where the run has no step.
+
+    `tell` hears of each newer one that is damaged. Raises UserError where every step is damaged,
+    or, if `strict`, the newest.
+    """
+    found = _steps(epath.Path(workdir) / folder)
+    for step in reversed(found):
+        wrong = verify(workdir, step, folder)
+        if not wrong:
+            return step
+        message = f"checkpoint {step} of {workdir} is damaged: {'; '.join(wrong)}"
+        if strict:
+            raise UserError(
+                f"{message}; look with `esm1nv doctor {workdir}`, or leave out --strict to fall "
+                "back to the newest good one"
+            )
+        tell(f"{message}; falling back to an older one")
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints of {workdir} are damaged; see `esm1nv doctor {workdir}`,"
+            " restore them from a copy, or begin anew with another --workdir=DIR"
+        )
+    return None
+
+
+def verify(
+    workdir: epath.PathLike, step: int, folder: str = FOLDER, item: str = ""
+) -> list[str]:
+    """What is wrong with a checkpoint, a phrase each; empty where every file is as it was written.
+
+    Reads every byte, or only those of one item (`params`). A step without checksums was cut short
+    and is one wrong thing.
+    """
+    path = epath.Path(workdir) / folder / str(step)
+    try:
+        expected = json.loads((path / CHECKSUMS).read_text())["sha256"]
+    except FileNotFoundError:
+        return [f"no {CHECKSUMS}: it was never finished"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{CHECKSUMS} cannot be read"]
+    found = {str(file.relative_to(path)): file for file in _files(path)}
+    if item:
+        found = {name: file for name, file in found.items() if name.startswith(f"{item}/")}
+        expected = {name: r for name, r in expected.items() if name.startswith(f"{item}/")}
+    wrong = []
+    for name, record in expected.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+            continue
+        size, digest = _digest(found[name])
+        if size != record["bytes"]:
+            wrong.append(f"{name} has {size} bytes, {record['bytes']} were written")
+        elif digest != record["digest"]:
+            wrong.append(f"{name} has other bytes than were written")
+    return wrong + [f"{name} does not belong there" for name in found.keys() - expected.keys()]
+
+
+def write_checksums(step_folder: epath.Path) -> None:
+    """Makes a written step exist: one digest for each of its files, put there by rename."""
+    sums = {}
+    for file in _files(step_folder):
+        size, digest = _digest(file)
+        sums[str(file.relative_to(step_folder))] = {"bytes": size, "digest": digest}
+    write_atomically(step_folder / CHECKSUMS, json.dumps({"sha256": sums}, indent=1))
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """The whole text or the old file, whenever the process dies."""
+    new = path.parent / f".{path.name}.new"
+    if "://" in str(path):  # object stores write whole objects
+        path.write_text(text)
+        return
+    with open(new, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
 
 
 def abstract(tree, sharding):
@@ -73,25 +233,75 @@ def abstract(tree, sharding):
 
 
 def steps(workdir: str | epath.Path) -> list[int]:
-    """The steps whose checkpoints a run's folder holds, ascending."""
-    folder = epath.Path(workdir) / FOLDER
-    if not folder.exists():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    """The steps whose whole checkpoints a run's folder holds, ascending."""
+    return _steps(epath.Path(workdir) / FOLDER)
 
 
 def read_params(workdir: str | epath.Path, step: int) -> dict:
     """The parameters of one checkpoint, on the host, as NumPy arrays."""
-    with ocp.StandardCheckpointer() as reader:
+    with ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(), multiprocessing_options=_alone()
+    ) as reader:
         item = epath.Path(workdir) / FOLDER / str(step) / "params"
         shapes = reader.metadata(item).item_metadata
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(shapes))
-        return jax.tree.map(jax.device_get, reader.restore(item, target))
+        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(shapes))
+        return reader.restore(item, args=ocp.args.StandardRestore(target))
 
 
-def read_config(workdir: str | epath.Path, step: int) -> dict:
-    """The resolved config that a checkpoint was made with."""
-    import json
+def read_config(workdir: str | epath.Path, step: int, folder: str = FOLDER) -> dict:
+    """The resolved config that a checkpoint was made with, and what else was saved beside it."""
+    item = epath.Path(workdir) / folder / str(step) / "config"
+    return json.loads((item / "metadata").read_text())
 
-    folder = epath.Path(workdir) / FOLDER / str(step) / "config"
-    return json.loads((folder / "metadata").read_text())
+
+def _steps(folder: epath.Path) -> list[int]:
+    if not folder.exists():
+        return []
+    found = (path for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in found if (path / CHECKSUMS).exists())
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+    """Every file of a step, at any depth, in order, apart from the checksums."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            found += _files(path)
+        elif path.name not in (CHECKSUMS, f".{CHECKSUMS}.new"):
+            found.append(path)
+    return found
+
+
+def _digest(file: epath.Path) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """This process saves or reads by itself, without waiting for any other."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+
+
+def _on_host(x) -> np.ndarray:
+    """A copy: on a CPU `device_get` may only be a view, of a buffer that is donated next."""
+    return np.array(jax.device_get(x))
+
+
+def _host_shapes(tree):
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+
+
+def _laid_out(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says why, without the trail of what tensorstore was doing."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300]

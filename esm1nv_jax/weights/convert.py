@@ -66,7 +66,7 @@ def measured(exact: Weights, near: Weights) -> str:
 
     from esm1nv_jax.data import pipeline
     from esm1nv_jax.data.dataset import open_split
-    from esm1nv_jax.model import encoder, loss, masking
+    from esm1nv_jax.model import encoder, foreign, loss, masking
 
     residues = min(256, exact.model.positions - 2)
     stream = pipeline.StreamConfig(seed=0, rows=4, row_length=residues + 2, max_residues=residues)
@@ -74,7 +74,7 @@ def measured(exact: Weights, near: Weights) -> str:
 
     @jax.jit
     def compare(params, batch):
-        tokens = encoder.readable(exact.model, batch["tokens"])
+        tokens = foreign.readable(exact.model.vocabulary, batch["tokens"])
         masked = masking.mask(
             masking.recipe("card"), tokens, batch["segment_ids"], batch["mask_bits"]
         )

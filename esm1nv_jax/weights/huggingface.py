@@ -15,7 +15,7 @@ from esm1nv_jax import __version__
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD
 from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.model import esm2
+from esm1nv_jax.model import foreign
 from esm1nv_jax.model.encoder import EncoderConfig
 from esm1nv_jax.weights import keys, model_card, tensors, tokenizer_files
 from esm1nv_jax.weights.folder import flatten, unflatten
@@ -67,8 +67,8 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
     found = tensors.read(folder)
     config = _config(family, _Fields(description, str(folder / CONFIG)), folder, vocabulary_file)
     if config.position_kind == "rotary" and not any(n.endswith(keys.FREQUENCY) for n in found):
-        base = description.get("rope_theta") or esm2.ROTARY_BASE
-        found[keys.FREQUENCY] = esm2.frequencies(config.width // config.heads, base)
+        base = description.get("rope_theta") or foreign.ROTARY_BASE
+        found[keys.FREQUENCY] = foreign.frequencies(config.width // config.heads, base)
     leaves, left_out = keys.to_ours(family, config, found, str(folder))
     provenance: dict[str, Any] = {
         "converted_from": str(folder),

@@ -128,7 +128,7 @@ def test_tanh_gelu_is_refused_or_measured(tmp_path):
     params = encoder.init(model, 0)
     params["blocks"]["0"]["ffn_input"]["kernel"] *= 50  # so that the forms are far apart
     folder.write(str(tmp_path / "model"), folder.Weights(params, model, {}))
-    with pytest.raises(UserError, match="gelu_tanh.*--approximate"):
+    with pytest.raises(UserError, match=r"gelu_tanh.*--approximate"):
         convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     told = convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"), approximate=True)
@@ -141,7 +141,7 @@ def test_tanh_gelu_is_refused_or_measured(tmp_path):
 
 @pytest.mark.parametrize("kind", ["esm", "esm2", "bert"])
 def test_older_and_other_files_give_the_same(kind, copy):
-    """gamma and beta, tied copies, unread tensors, shards, pickles, fp16: as published files are."""
+    """gamma and beta, tied copies, unread tensors, shards, pickles: as published files are."""
     path = copy(kind)
     whole = leaves(path)
     stem = "esm" if kind != "bert" else "bert"
@@ -176,7 +176,7 @@ def test_older_and_other_files_give_the_same(kind, copy):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert_same(leaves(path), whole)
     (path / "model-2.safetensors").unlink()
-    with pytest.raises(UserError, match="model-2.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model-2\.safetensors is missing"):
         folder.read(str(path))
 
     for file in (*parts, "model.safetensors.index.json"):
@@ -216,11 +216,12 @@ def test_a_pickle_with_a_program_in_it_is_refused(copy, tmp_path, capsys):
     torch.save({"lm_head.bias": Bomb(tmp_path / "ran")}, path / "pytorch_model.bin")
     with pytest.raises(UserError, match="more than tensors and is refused"):
         folder.read(str(path))
-    (path / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.bias": Bomb(tmp_path / "ran")}))
-    with pytest.raises(UserError, match="refused|cannot be read"):
+    bomb = pickle.dumps({"lm_head.bias": Bomb(tmp_path / "ran")})
+    (path / "pytorch_model.bin").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"refused|cannot be read"):
         folder.read(str(path))
     assert not (tmp_path / "ran").exists()
-    pickle.loads((path / "pytorch_model.bin").read_bytes())  # the bomb is a real one
+    pickle.loads(bomb)  # it is a real one
     assert (tmp_path / "ran").exists()
 
 
@@ -250,7 +251,7 @@ def _put(name, *shape):
         ("esm", _put("lm_head.dense.weight", 48, 47), r"\(48, 47\), config.json means \(48, 48\)"),
         ("esm", _put("esm.embeddings.word_embeddings.weight", 29, 48), r"\(29, 48\).*\(30, 48\)"),
         ("esm", _put("lm_head.decoder.weight", 30, 48), "decoder.weight differs from"),
-        ("esm2", _put("esm.encoder.layer.0.attention.self.rotary_embeddings.inv_freq", 6), "angles"),
+        ("esm2", _put("esm.rotary_embeddings.inv_freq", 6), "12 angles|6 angles"),
         ("bert", _pop("bert.embeddings.token_type_embeddings.weight"), "token_type.*missing"),
         ("bert", _put("bert.embeddings.token_type_embeddings.weight", 2, 47), r"of shape \(2, 47"),
         ("bert", _put("cls.predictions.decoder.bias", 25), "decoder.bias differs from"),
@@ -302,7 +303,7 @@ def test_wrong_folders_are_named(copy, tmp_path):
         with pytest.raises(UserError, match=told):
             folder.read(str(path))
     vocabulary.unlink()
-    with pytest.raises(UserError, match="neither tokenizer.json nor vocab.txt.*--vocabulary"):
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt.*--voc"):
         folder.read(str(path))
     (tmp_path / "elsewhere.txt").write_text(text)
     assert convert.from_hf(str(path), str(tmp_path / "m"), str(tmp_path / "elsewhere.txt"))
@@ -310,7 +311,7 @@ def test_wrong_folders_are_named(copy, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         folder.read(str(path))
     (path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights: neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"no weights: neither model\.safetensors nor"):
         folder.read(str(path))
     (path / "config.json").write_text("{")
     with pytest.raises(UserError, match="no model"):

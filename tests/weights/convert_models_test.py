@@ -80,6 +80,7 @@ def test_esm2_is_trained_on(tmp_path):
     run(
         "train", f"--config=configs/continue_from.py:model={tmp_path / 'model'},steps=40,batch=8",
         f"--workdir={tmp_path / 'run'}", *SMALL_RUN, "--config.optimizer.peak_lr=0.003",
+        "--config.data.path=sample",
         "--config.compute.dtype=float32",
     )  # fmt: skip
     before, after = (folder.read(str(tmp_path / name)) for name in ("model", "run"))

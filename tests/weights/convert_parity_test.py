@@ -56,7 +56,7 @@ def run_packed(weights, rows, row_length):
 def columns(kind):
     """Where each token of the vocabulary there stands among our logits, worked out by name."""
     names = {"<cls>": "<s>", "[CLS]": "<s>", "<eos>": "</s>", "[SEP]": "</s>"}
-    names |= {t: t.lower().replace("[", "<").replace("]", ">") for t in ("[PAD]", "[UNK]", "[MASK]")}
+    names |= {"[PAD]": "<pad>", "[UNK]": "<unk>", "[MASK]": "<mask>"}
     rows, behind = [], 30
     for token in witness.tokens_of(kind):
         rows.append(OUR_ID.get(names.get(token, token), behind))
@@ -190,7 +190,8 @@ def test_a_model_from_here_opens_there_and_comes_back_bit_for_bit(norm, tmp_path
     back = convert.from_hf(str(tmp_path / "there"), str(tmp_path / "back"))
     assert back.model == config
     assert back.provenance["steps"] == [7]
-    before, after = folder.flatten(params), folder.flatten(folder.read(str(tmp_path / "back")).params)
+    before = folder.flatten(params)
+    after = folder.flatten(folder.read(str(tmp_path / "back")).params)
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
@@ -224,5 +225,6 @@ def test_token_dropout_does_not_see_the_neighbours(tmp_path):
     one = run_packed(weights, [[alone]], 64)[alone][1]
     two = run_packed(weights, [[neighbour, alone]], 64)[alone][1]
     np.testing.assert_allclose(one, two, atol=1e-5)
-    off = dataclasses.replace(weights, model=dataclasses.replace(weights.model, token_dropout=False))
+    model = dataclasses.replace(weights.model, token_dropout=False)
+    off = dataclasses.replace(weights, model=model)
     assert np.abs(run_packed(off, [[alone]], 64)[alone][1] - one).max() > 1e-2
