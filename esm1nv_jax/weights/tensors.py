@@ -14,6 +14,7 @@ from safetensors import SafetensorError, deserialize
 
 from esm1nv_jax.errors import UserError
 
+SAFE_TORCH = (2, 6)  # before it, `weights_only=True` could be got round
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 # `safetensors.numpy` does not read bfloat16, so its names of dtypes are looked up here.
 DTYPES = {
@@ -86,6 +87,11 @@ def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
         )
     import torch
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise UserError(
+            f"{path} is a pickle, and torch {torch.__version__} can be made to run one "
+            "(CVE-2025-32434): pip install 'torch>=2.6'"
+        )
     try:
         # Without `weights_only` a pickle can run any program; there is no option to allow it.
         found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)

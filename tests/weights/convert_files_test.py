@@ -233,6 +233,16 @@ def test_a_pickle_without_torch(copy, monkeypatch):
         folder.read(str(path))
 
 
+def test_a_pickle_with_an_old_torch(copy, monkeypatch):
+    """Up to 2.5.1 `weights_only=True` could be got round (CVE-2025-32434)."""
+    path = copy("esm")
+    (path / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": torch.ones(30)}, path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(UserError, match=r"torch>=2\.6"):
+        folder.read(str(path))
+
+
 def _pop(name):
     return lambda tensors: tensors.pop(name)
 
