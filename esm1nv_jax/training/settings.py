@@ -82,11 +82,11 @@ def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConf
 
 def global_rows(config: ConfigDict, lengths, devices: int) -> int:
     """Rows in an update over all devices: as given, or from sequences per device."""
-    data, batch = config.data, config.batch
+    batch = config.batch
     rows = batch.rows
     if not rows:
-        layout = (data.row_length, data.max_residues, data.packed)
-        per_device = rows_for(lengths, batch.sequences_per_device, layout)
+        one = stream_config(config, rows=1)  # for the layout of a row
+        per_device = rows_for(lengths, batch.sequences_per_device, one)
         per_device += -per_device % batch.microbatches
         rows = per_device * devices
     if rows % (devices * batch.microbatches):
