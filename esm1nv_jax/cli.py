@@ -10,7 +10,11 @@ from esm1nv_jax.errors import UserError
 
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
+    "prepare": ("esm1nv_jax.data.prepare", "make a data set of FASTA files"),
+    "inspect": ("esm1nv_jax.data.inspect", "show a data set and a batch of it"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
+    "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
+    "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
 }
 
 

@@ -76,9 +76,6 @@ def override(config: config_dict.ConfigDict, options: list[str]) -> config_dict.
     from absl import flags
     from ml_collections import config_flags
 
-    argv = ["esm1nv", *options]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     fields = [option.lstrip("-").partition("=")[0] for option in options]
     for option, field in zip(options, fields, strict=True):
         if not option.startswith("--") or not field.startswith("config."):
@@ -86,7 +83,10 @@ def override(config: config_dict.ConfigDict, options: list[str]) -> config_dict.
         _check_field(config, field)
         if "=" not in option:
             raise UserError(f"option {option!r} has no value; write {option}=VALUE")
+    argv = ["esm1nv", *options]
+    values = flags.FlagValues()
     try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(f"{_what(error)}; {_types(config, fields)}") from None

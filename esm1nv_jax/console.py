@@ -63,6 +63,8 @@ def bar(
     task = Bar(what, total, unit, every if show else float("inf"), start)
     if not (show and console.is_terminal):
         yield task
+        if show and task.done > task.start:
+            task.line()  # how it ended
         return
     columns = (
         TextColumn("{task.description}"),

@@ -9,30 +9,9 @@ lengths, not with the number of sequences times the number of rows.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 WINDOW = 2_048  # examples planned together
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Segments of a window, sorted by row and by place in the row; one array element each.
-
-    `item`: which of the planned lengths; `row`, `offset` (tokens into the row); `segment` (1..).
-    `first[r]` is the index of row r's first segment; `first[rows]` the number of segments.
-    """
-
-    item: np.ndarray
-    row: np.ndarray
-    offset: np.ndarray
-    segment: np.ndarray
-    first: np.ndarray
-
-    @property
-    def rows(self) -> int:
-        return len(self.first) - 1
 
 
 def best_fit(tokens: np.ndarray, row_length: int) -> np.ndarray:
@@ -86,30 +65,8 @@ def best_fit(tokens: np.ndarray, row_length: int) -> np.ndarray:
     return row
 
 
-def one_a_row(tokens: np.ndarray, row_length: int) -> np.ndarray:
-    """The padded layout: item i in row i. Raises ValueError as `best_fit` does."""
-    if len(tokens) and (tokens.min() < 1 or tokens.max() > row_length):
-        raise ValueError(
-            f"lengths must lie in 1..{row_length}, found {tokens.min()}..{tokens.max()}"
-        )
-    return np.arange(len(tokens), dtype=np.int32)
-
-
-def plan(tokens: np.ndarray, row: np.ndarray, new_row: np.ndarray | None = None) -> Plan:
-    """Lays items of `tokens` lengths into the rows `row`, renaming row r to `new_row[r]`.
-
-    The packer makes long rows first; renaming by a random permutation gives every batch the same
-    mixture of lengths.
-    """
-    rows = int(row.max()) + 1 if len(row) else 0
-    if new_row is not None:
-        row = new_row[row]
-    # Within a row the longest comes first; ties by item, so that the order is total.
+def arrange(tokens: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Order within rows: (items sorted by row, longest first in each; segment of each, from 1)."""
     item = np.lexsort((-tokens.astype(np.int64), row))
-    row, tokens = row[item], tokens[item].astype(np.int64)
-    first = np.searchsorted(row, np.arange(rows + 1))
-    ends = np.cumsum(tokens)
-    starts = ends - tokens
-    offset = starts - starts[first[row]]
-    segment = np.arange(len(item)) - first[row] + 1
-    return Plan(item, row.astype(np.int64), offset, segment, first)
+    ordered = row[item]
+    return item, np.arange(len(item)) - np.searchsorted(ordered, ordered) + 1

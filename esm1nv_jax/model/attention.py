@@ -1,45 +1,163 @@
-"""Attention over packed rows: no query sees a key of another segment."""
+"""Attention over packed rows: no query sees a key of another segment, padding sees nothing.
+
+One function, several backends that give the same numbers. Whatever a backend cannot do is refused
+by name (`unfit`), and `choose` takes the first that is fit.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as dropout_lib
 from esm1nv_jax.model.products import precision
+
+BACKENDS = ("cudnn", "pallas", "splash", "xla")  # in order of preference
+AUTO = "auto"  # the first that is fit, once the device is known
+FUSED_ATTENTION = "attention"  # the name by which a remat policy keeps what a kernel's backward needs
 
 _NEVER = -1e30  # exp(_NEVER - anything seen) is exactly 0 in fp32
 
 
-def attention(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None):
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What the fitness of a backend depends on."""
+
+    platform: str  # cpu, gpu or tpu
+    capability: float  # of an NVIDIA GPU, such as 8.0; 0 elsewhere
+    dtype: str  # of the operands of both products
+    packed: bool  # several sequences a row
+    rate: float  # attention dropout
+    head_size: int
+    row_length: int
+
+
+def unfit(backend: str, case: Case) -> str:
+    """Why `backend` cannot compute `case`; empty if it can."""
+    if backend == "xla":
+        return ""
+    platform = "tpu" if backend == "splash" else "gpu"
+    if case.platform != platform:
+        return f"it runs on {platform}, not on {case.platform}"
+    if platform == "gpu" and case.capability < 8:
+        return f"it needs compute capability 8.0 or more, this GPU has {case.capability}"
+    if case.dtype != "bfloat16":
+        return f"its products are in bfloat16, compute.dtype is {case.dtype}"
+    if backend == "pallas":
+        if case.head_size not in (16, 32, 64, 128):
+            return f"its heads are 16, 32, 64 or 128 wide, these {case.head_size}"
+        return ""
+    if case.rate:
+        return f"it has no attention dropout, model.attention_dropout is {case.rate}"
+    if backend == "cudnn":
+        if case.packed:
+            return "it masks by the length of one sequence a row and would mix packed ones"
+        if case.head_size > 128 or case.head_size % 8:
+            return f"its heads are at most 128 wide, in eights, these {case.head_size}"
+        if case.row_length % 2:
+            return f"its rows are of even length, data.row_length is {case.row_length}"
+    elif case.row_length % 128:
+        return f"its rows are multiples of 128 tokens, data.row_length is {case.row_length}"
+    return ""
+
+
+def choose(name: str, case: Case) -> str:
+    """The backend for `name`: itself, or the first that is fit where it is `auto`.
+
+    Raises UserError where the one named is unknown or not fit.
+    """
+    if name == AUTO:
+        return next(backend for backend in BACKENDS if not unfit(backend, case))
+    if name not in BACKENDS:
+        raise UserError(
+            f"compute.attention={name!r} is unknown; there are {', '.join((AUTO, *BACKENDS))}"
+        )
+    if reason := unfit(name, case):
+        raise UserError(
+            f"compute.attention={name} cannot be used: {reason}; fit here: "
+            f"{', '.join((AUTO, *(b for b in BACKENDS if not unfit(b, case))))}"
+        )
+    return name
+
+
+def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backend="xla"):
     """Softmax(q k / sqrt(H)) v within each segment.
 
     Args:
-      q_BTNH, k_BTNH, v_BTNH: queries, keys and values.
-      segment_ids_BT: int32; padding is a segment of its own, 0.
+      qkv_BTCNH: queries, keys and values, C = 3.
+      segment_ids_BT: int32, 0 in padding.
       dtype: of the operands of both products; scores and softmax are fp32.
-      rate: dropout of the attention probabilities, with `row_keys_B` (uint32, one a row).
+      rate: dropout of the attention probabilities, with `row_keys_B` (uint32, one a row): element
+        (head T + query) T + key of the row, in every backend.
+      backend: one that is fit, as `choose` says; `auto` means xla, which always is.
 
     Returns:
-      [B, T, N, H] in fp32.
+      [B, T, N, H], fp32 (xla) or `dtype` (the others); 0 in padding.
     """
-    _, T, N, H = q_BTNH.shape
+    rate = rate if row_keys_B is not None else 0.0
+    if backend in (AUTO, "xla"):
+        return _xla(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B)
+    qkv_BTCNH = qkv_BTCNH.astype(dtype)
+    if backend == "pallas":
+        from esm1nv_jax.model.flash import flash_attention
+
+        return flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B)
+    if backend not in BACKENDS or rate:
+        raise ValueError(f"attention backend {backend} with dropout {rate}: ask `choose` first")
+    return {"cudnn": _cudnn, "splash": _splash}[backend](qkv_BTCNH, segment_ids_BT)
+
+
+def _xla(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B):
+    _, T, _, N, H = qkv_BTCNH.shape
+    q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, c] for c in range(3))
     kwargs = {"preferred_element_type": jnp.float32, "precision": precision(dtype)}
     scores_BNTS = jnp.einsum(
         "BTNH,BSNH->BNTS", (q_BTNH * H**-0.5).astype(dtype), k_BTNH.astype(dtype), **kwargs
     )
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     probabilities_BNTS = jax.nn.softmax(jnp.where(same_BTS[:, None], scores_BNTS, _NEVER), axis=-1)
-    if rate and row_keys_B is not None:
+    if rate:
         kept_BNTS = dropout_lib.keep(row_keys_B[:, None, None, None], _element_NTS(N, T), rate)
         probabilities_BNTS = jnp.where(kept_BNTS, probabilities_BNTS / (1 - rate), 0)
-    return jnp.einsum(
+    mixed_BTNH = jnp.einsum(
         "BNTS,BSNH->BTNH", probabilities_BNTS.astype(dtype), v_BTNH.astype(dtype), **kwargs
     )
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], mixed_BTNH, 0)
 
 
 def _element_NTS(N: int, T: int):
     """uint32: the index of a probability in its row, the dropout element of every backend."""
     n, t, s = (jax.lax.broadcasted_iota(jnp.uint32, (N, T, T), axis) for axis in range(3))
     return (n * np.uint32(T) + t) * np.uint32(T) + s
+
+
+def _cudnn(qkv_BTCNH, segment_ids_BT):
+    # By lengths, never by a mask: cuDNN would take that as a full T x T bias, with a gradient.
+    length_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
+    mixed_BTNH = jax.nn.dot_product_attention(
+        *(qkv_BTCNH[:, :, c] for c in range(3)),
+        query_seq_lengths=length_B,
+        key_value_seq_lengths=length_B,
+        implementation="cudnn",
+    )
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], mixed_BTNH, 0)
+
+
+def _splash(qkv_BTCNH, segment_ids_BT):
+    """JAX's own kernel for TPUs."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    _, T, _, N, H = qkv_BTCNH.shape
+    kernel = splash.make_splash_mha_single_device(masks.MultiHeadMask([masks.FullMask((T, T))] * N))
+    q_BNTH, k_BNTH, v_BNTH = (jnp.moveaxis(qkv_BTCNH[:, :, c], 2, 1) for c in range(3))
+    ids = splash.SegmentIds(segment_ids_BT, segment_ids_BT)
+    mixed_BNTH = jax.vmap(kernel)(q_BNTH * H**-0.5, k_BNTH, v_BNTH, ids)
+    mixed_BTNH = jnp.moveaxis(mixed_BNTH, 1, 2)
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], mixed_BTNH, 0)

@@ -60,4 +60,5 @@ def dropout(x_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
         + jax.lax.broadcasted_iota(jnp.uint32, (T, D), 1)
     )
     kept = keep(key.rows(layer, site)[:, None, None], element_TD, rate)
-    return jnp.where(kept, x_BTD / (1 - rate), 0)
+    # A product, no selection: XLA would write the zeros to memory and read them at every site.
+    return x_BTD * (kept * np.float32(1 / (1 - rate)))

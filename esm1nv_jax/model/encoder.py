@@ -19,7 +19,8 @@ from flax import nnx
 from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
-from esm1nv_jax.model.attention import attention
+from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
+from esm1nv_jax.model.between import layer_norm, recomputed, stored, take
 from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.products import product
 
@@ -30,6 +31,11 @@ ACTIVATIONS = {
 NORMS = ("pre", "post")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMATS = ("none", "dots", "block")
+# Kept by remat `dots`: products with weights and fused attention, never a T x T score.
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(FUSED_ATTENTION),
+)
 INIT_STD = 0.02
 NEVER = -1e30  # logit of a padding row of the vocabulary
 
@@ -84,10 +90,17 @@ class Compute:
     """How the encoder is evaluated; none of it changes what is computed, rounding apart."""
 
     dtype: str = "float32"  # of the operands of matrix products
+    activations: str = "float32"  # in which results are kept between products; the residual is fp32
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
+    attention: str = AUTO  # a backend that `attention.choose` found fit; auto is xla here
 
     def __post_init__(self):
-        for name, allowed in (("dtype", tuple(DTYPES)), ("remat", REMATS)):
+        for name, allowed in (
+            ("dtype", tuple(DTYPES)),
+            ("activations", tuple(DTYPES)),
+            ("remat", REMATS),
+            ("attention", (AUTO, *BACKENDS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"compute.{name}={getattr(self, name)!r} is unknown; there are "
@@ -113,8 +126,9 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
 
-    def __call__(self, x, dtype):
-        return product(x, self.kernel[...], dtype) + self.bias[...]
+    def __call__(self, x, compute: Compute):
+        y = product(x, self.kernel[...], DTYPES[compute.dtype]) + self.bias[...]
+        return y if compute.activations == "float32" else stored(y, DTYPES[compute.activations])
 
 
 class LayerNorm(nnx.Module):
@@ -123,10 +137,10 @@ class LayerNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(width))
         self.epsilon = epsilon
 
-    def __call__(self, x):
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...] + self.bias[...]
+    def __call__(self, x, compute: Compute | None = None):
+        """In the dtype of activations, or fp32 where no product follows."""
+        dtype = DTYPES[compute.activations] if compute else jnp.float32
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, dtype)
 
 
 class Block(nnx.Module):
@@ -141,34 +155,51 @@ class Block(nnx.Module):
         self.ffn_output = Dense(F, D, output_std, rngs)
         self.config, self.layer = config, layer
 
-    def attend(self, x_BTD, segment_ids_BT, dtype, key: DropoutKey | None):
+    def attend(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
         B, T, D = x_BTD.shape
         N, rate = self.config.heads, self.config.attention_dropout
-        q_BTNH, k_BTNH, v_BTNH = (
-            part.reshape(B, T, N, D // N) for part in jnp.split(self.qkv(x_BTD, dtype), 3, axis=-1)
-        )
+        qkv_BTCNH = self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
-        mixed_BTNH = attention(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, dtype, rate, row_keys_B)
-        return self.attention_output(mixed_BTNH.reshape(B, T, D), dtype)
-
-    def ffn(self, x_BTD, dtype):
-        return self.ffn_output(
-            ACTIVATIONS[self.config.ffn_activation](self.ffn_input(x_BTD, dtype)), dtype
+        mixed_BTNH = attention(
+            qkv_BTCNH, segment_ids_BT, DTYPES[compute.dtype], rate, row_keys_B, compute.attention
         )
+        return self.attention_output(mixed_BTNH.reshape(B, T, D), compute)
 
-    def __call__(self, x_BTD, segment_ids_BT, dtype, key: DropoutKey | None):
-        def dropped(branch_BTD, site):
-            return dropout(branch_BTD, self.config.dropout, key, self.layer, site)
+    def ffn(self, x_BTD, compute: Compute):
+        x_BTF = _activate(self.config.ffn_activation, self.ffn_input(x_BTD, compute), compute)
+        return self.ffn_output(x_BTF, compute)
+
+    def __call__(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
+        def add(x_BTD, branch_BTD, site):
+            return _add(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
-            branch_BTD = self.attend(self.attention_norm(x_BTD), segment_ids_BT, dtype, key)
-            x_BTD = x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT)
-            branch_BTD = self.ffn(self.ffn_norm(x_BTD), dtype)
-            return x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT)
-        branch_BTD = self.attend(x_BTD, segment_ids_BT, dtype, key)
-        x_BTD = self.attention_norm(x_BTD + dropped(branch_BTD, drop.ATTENTION_OUTPUT))
-        branch_BTD = self.ffn(x_BTD, dtype)
-        return self.ffn_norm(x_BTD + dropped(branch_BTD, drop.FFN_OUTPUT))
+            normed_BTD = self.attention_norm(x_BTD, compute)
+            branch_BTD = self.attend(normed_BTD, segment_ids_BT, compute, key)
+            x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
+            branch_BTD = self.ffn(self.ffn_norm(x_BTD, compute), compute)
+            return add(x_BTD, branch_BTD, drop.FFN_OUTPUT)
+        branch_BTD = self.attend(x_BTD, segment_ids_BT, compute, key)
+        x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
+        branch_BTD = self.ffn(x_BTD, compute)
+        return self.ffn_norm(add(x_BTD, branch_BTD, drop.FFN_OUTPUT))
+
+
+def _activate(name: str, x, compute: Compute):
+    """A GELU in fp32, given in the dtype of activations."""
+    activation = ACTIVATIONS[name]
+    if compute.activations == "float32":
+        return activation(x)
+    return recomputed(lambda x: activation(x.astype(jnp.float32)).astype(x.dtype))(x)
+
+
+def _add(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
+    """The residual, fp32, plus a branch under dropout."""
+
+    def dropped(branch_BTD, key):
+        return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
+
+    return x_BTD + recomputed(dropped)(branch_BTD, key)
 
 
 class Encoder(nnx.Module):
@@ -194,17 +225,15 @@ class Encoder(nnx.Module):
         x_BTD = self.token_embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
         if self.config.norm == "post":
             x_BTD = self.outer_norm(x_BTD)
-        return dropout(x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
+        return _add(0.0, x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
 
-    def head(self, x_BMD, dtype):
-        x_BMD = ACTIVATIONS[self.config.head_activation](self.head_dense(x_BMD, dtype))
-        x_BMD = self.head_norm(x_BMD)
-        logits_BMV = product(x_BMD, self.token_embedding[...], dtype, True) + self.head_bias[...]
+    def head(self, x_BMD, compute: Compute):
+        x_BMD = self.head_dense(x_BMD, compute)
+        x_BMD = _activate(self.config.head_activation, x_BMD, compute)
+        x_BMD = self.head_norm(x_BMD, compute)
+        logits_BMV = product(x_BMD, self.token_embedding[...], DTYPES[compute.dtype], True)
+        logits_BMV = logits_BMV + self.head_bias[...]
         return jnp.where(jnp.arange(PADDED_VOCABULARY) < VOCABULARY, logits_BMV, NEVER)
-
-
-def _block(block: Block, x_BTD, segment_ids_BT, dtype, key):
-    return block(x_BTD, segment_ids_BT, dtype, key)
 
 
 def forward(
@@ -232,7 +261,6 @@ def forward(
       index_BM: if given, logits only at these columns of each row.
       hidden_layers: which hidden states to return, 0..layers or -1.
     """
-    dtype = DTYPES[compute.dtype]
     model = nnx.merge(_graph(config), _to_state(params))
     x_BTD = model.embed(tokens_BT, positions_BT, dropout_key)
     hidden = {0: x_BTD}
@@ -240,21 +268,20 @@ def forward(
         graph, state = nnx.split(block)
 
         def run(state, x_BTD, segment_ids_BT, key, graph=graph):
-            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, dtype, key)
+            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, compute, key)
 
         if compute.remat == "block":
             run = jax.checkpoint(run)
         elif compute.remat == "dots":
-            run = jax.checkpoint(run, policy=jax.checkpoint_policies.dots_saveable)
+            run = jax.checkpoint(run, policy=_PRODUCTS)
         x_BTD = run(state, x_BTD, segment_ids_BT, dropout_key)
         hidden[i + 1] = x_BTD
-    if config.norm == "pre":
-        x_BTD = model.outer_norm(x_BTD)
-    hidden[-1] = x_BTD
-    x_BMD = x_BTD
-    if index_BM is not None:
-        x_BMD = jnp.take_along_axis(x_BTD, index_BM[..., None], axis=1)
-    return Output(model.head(x_BMD, dtype), {layer: hidden[layer] for layer in hidden_layers})
+    last = model.outer_norm if config.norm == "pre" else lambda x: x
+    hidden[-1] = last(x_BTD)
+    x_BMD = hidden[-1]
+    if index_BM is not None:  # the LayerNorm, too, at these columns only
+        x_BMD = last(take(x_BTD, index_BM))
+    return Output(model.head(x_BMD, compute), {layer: hidden[layer] for layer in hidden_layers})
 
 
 def init(config: EncoderConfig, seed) -> dict:

@@ -74,8 +74,8 @@ class Watchdog:
             if self._lost is not None:
                 self._leave(*self._lost)
             if self.team.client is not None and silent > self.lost_after:
-                self._leave(EXIT_LOST, f"process 0, which holds the coordination service, has not "
-                            f"answered for {silent:.0f} s: it is lost, and this run with it")  # fmt: skip
+                self._leave(EXIT_LOST, "process 0, which holds the coordination service, has not "
+                            f"answered for {silent:.0f} s: lost, and this run with it")  # fmt: skip
             if self.watching and now - self.since > self.stall_timeout:
                 self._stalled(now - self.since)
 

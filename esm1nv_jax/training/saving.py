@@ -33,7 +33,8 @@ class Saving:
         self.lowest = float("inf")
         found = self.best.steps()
         if found:
-            self.lowest = checkpoint.read_config(run_folder, found[-1], checkpoint.BEST)["loss_mask"]
+            made_by = checkpoint.read_config(run_folder, found[-1], checkpoint.BEST)
+            self.lowest = made_by["loss_mask"]
 
     def due(self, step: int) -> bool:
         """Whether the policy asks for a checkpoint after update `step`."""

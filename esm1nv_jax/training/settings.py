@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 from ml_collections import ConfigDict
 
 from esm1nv_jax.data.pipeline import StreamConfig, rows_for
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training.optimizer import OptimizerConfig
@@ -15,7 +19,8 @@ REDUCE_DTYPES = ("float32", "bfloat16")
 
 # Fields that may change between the starts of one run: none of them changes what is learned.
 MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
-              "cluster.", "skip_nonfinite", "compute.remat", "batch.microbatches", "data.path")  # fmt: skip
+              "cluster.", "skip_nonfinite", "compute.remat", "compute.attention",
+              "batch.microbatches", "data.path")  # fmt: skip
 
 
 def step_config(config: ConfigDict) -> StepConfig:
@@ -56,6 +61,28 @@ def step_config(config: ConfigDict) -> StepConfig:
         deterministic=deterministic,
         nonfinite_allowed=config.skip_nonfinite,
     )
+
+
+def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConfig:
+    """`step` as the device computes it best: its attention backend, and what it keeps in memory.
+
+    Raises UserError where the one that the config names is not fit.
+    """
+    model, compute = step.model, step.compute
+    case = attention.Case(
+        platform=device.platform,
+        capability=float(getattr(device, "compute_capability", 0)),
+        dtype=compute.dtype,
+        packed=config.data.packed,
+        rate=model.attention_dropout,
+        head_size=model.width // model.heads,
+        row_length=config.data.row_length,
+    )
+    chosen = attention.choose(compute.attention, case)
+    # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
+    kept = "float32" if device.platform == "cpu" else compute.dtype
+    compute = dataclasses.replace(compute, attention=chosen, activations=kept)
+    return dataclasses.replace(step, compute=compute)
 
 
 def global_rows(config: ConfigDict, lengths, devices: int) -> int:

@@ -58,8 +58,8 @@ def create_state(config: StepConfig) -> TrainState:
 
 def fresh_state(config: StepConfig, params: dict) -> TrainState:
     """The state before the first update, from parameters of any origin."""
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, optimizer(config.optimizer).init(params), zero)
+    opt_state = optimizer(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
 
 
 def batch_sums(config: StepConfig, params, batch, dropout_key):

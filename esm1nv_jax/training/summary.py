@@ -37,7 +37,7 @@ def show_start(
         f"sequences; {rows} rows, about {sequences / mesh.size:,.1f} sequences a device: "
         f"{stream.rows * stream.row_length:,} tokens an update\n"
         f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues; "
-        f"products in {settings.compute.dtype}\n"
+        f"products in {settings.compute.dtype}, attention by {settings.compute.attention}\n"
         f"workdir    {run_folder}"
         + (f"\ngoing on   from update {done:,} of {config.steps:,}" if done else "")
     )

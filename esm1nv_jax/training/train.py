@@ -18,7 +18,7 @@ from esm1nv_jax.training import cluster, hosts, metrics, sharding, step, summary
 from esm1nv_jax.training.cluster_watchdog import Watchdog
 from esm1nv_jax.training.leaving import Leaving
 from esm1nv_jax.training.saving import Saving
-from esm1nv_jax.training.settings import global_rows, step_config, stream_config
+from esm1nv_jax.training.settings import fitted, global_rows, step_config, stream_config
 from esm1nv_jax.weights import checkpoint, folder
 
 
@@ -48,6 +48,7 @@ def run(
 ) -> int:
     """The run of one process of `team`."""
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
+    settings = fitted(settings, config, mesh.devices.flat[0])
     source, held_out = open_data(config)
     stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
     origin = open_origin(config, settings)

@@ -182,10 +182,13 @@ def newest_good(
     return None
 
 
-def verify(workdir: epath.PathLike, step: int, folder: str = FOLDER) -> list[str]:
+def verify(
+    workdir: epath.PathLike, step: int, folder: str = FOLDER, item: str = ""
+) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; empty where every file is as it was written.
 
-    Reads every byte. A step without checksums was cut short and is one wrong thing.
+    Reads every byte, or only those of one item (`params`). A step without checksums was cut short
+    and is one wrong thing.
     """
     path = epath.Path(workdir) / folder / str(step)
     try:
@@ -195,6 +198,9 @@ def verify(workdir: epath.PathLike, step: int, folder: str = FOLDER) -> list[str
     except (ValueError, KeyError, TypeError):
         return [f"{CHECKSUMS} cannot be read"]
     found = {str(file.relative_to(path)): file for file in _files(path)}
+    if item:
+        found = {name: file for name, file in found.items() if name.startswith(f"{item}/")}
+        expected = {name: r for name, r in expected.items() if name.startswith(f"{item}/")}
     wrong = []
     for name, record in expected.items():
         if name not in found:

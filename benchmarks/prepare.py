@@ -1,0 +1,128 @@
+"""How fast `esm1nv prepare` is, beside the least that anything must do with the same file.
+
+    python benchmarks/prepare.py --fasta FILE.gz [MORE.gz ...] [--copies 8] [--json OUT.json]
+
+Copies the input, under other ids, into one gzip file of a size worth timing, and runs in turn, in
+each of `--rounds`: `gzip -dc | wc -l`; a bare loop that decompresses, splits at `>`, makes a
+tf.Example of each record and writes one ArrayRecord file; `prepare` with one worker; with two.
+Ratios are of the medians. Nothing else should run on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from isal import igzip
+
+UNIREF50 = 52_000_000
+
+BARE = """
+import gzip, sys
+from array_record.python.array_record_module import ArrayRecordWriter
+from isal import igzip
+from tensorflow_datasets.proto import tf_example_pb2
+source, out, options = sys.argv[1:]
+writer = ArrayRecordWriter(out, options)
+rest = b""
+def write(record):
+    header, _, body = record.partition(b"\\n")
+    name, _, description = header.partition(b" ")
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    feature["id"].bytes_list.value.append(name)
+    feature["description"].bytes_list.value.append(description)
+    feature["sequence"].bytes_list.value.append(body.replace(b"\\n", b""))
+    writer.write(example.SerializeToString())
+with igzip.open(source) as file:
+    while block := file.read(1 << 20):
+        *records, rest = (rest + block).split(b"\\n>")
+        for record in records:
+            write(record.removeprefix(b">"))
+write(rest)
+writer.close()
+"""
+
+
+def enlarge(sources: list[str], copies: int, out: Path) -> int:
+    """Writes `copies` of the sources under different ids; returns the number of sequences."""
+    text = b"\n".join(igzip.open(source).read().strip() for source in sources)
+    with igzip.open(out, "wb", compresslevel=3) as file:
+        for copy in range(copies):
+            file.write(text[:1] + text[1:].replace(b"\n>", b"\n>%d_" % copy) + b"\n")
+    return copies * text.count(b">")
+
+
+def timed(command: list[str] | str) -> float:
+    began = time.monotonic()
+    subprocess.run(command, shell=isinstance(command, str), check=True, capture_output=True)
+    return time.monotonic() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fasta", nargs="+", required=True)
+    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", default=None)
+    asked = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="prepare-"))
+    try:
+        report(asked, folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def report(asked: argparse.Namespace, folder: Path) -> None:
+    source = folder / "all.fasta.gz"
+    sequences = enlarge(asked.fasta, asked.copies, source)
+    held_out = ["--validation", str(sequences // 1000), "--test", str(sequences // 50)]
+
+    def prepared(workers: int) -> list[str]:
+        return [sys.executable, "-m", "esm1nv_jax", "prepare", "--fasta", str(source), "--out",
+                str(folder / "set"), "--workers", str(workers), *held_out]  # fmt: skip
+
+    bare = [sys.executable, "-c", BARE, str(source), str(folder / "bare")]
+    runs = {
+        "gzip -dc | wc -l": f"gzip -dc {source} | wc -l",
+        "bare loop": [*bare, "group_size:1,uncompressed"],
+        "bare loop, compressed": [*bare, "group_size:1"],
+        "prepare, 1 worker": prepared(1),
+        "prepare, 2 workers": prepared(2),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(asked.rounds):
+        for name, command in runs.items():
+            seconds[name].append(timed(command))
+            shutil.rmtree(folder / "set", ignore_errors=True)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    megabytes = source.stat().st_size / 1e6
+    print(f"{sequences:,} sequences, {megabytes:.0f} MB compressed, {asked.rounds} rounds\n")
+    print(f"{'':24}{'s':>8}{'sequences/s':>14}{'52M: minutes':>14}")
+    for name, time_spent in median.items():
+        rate = sequences / time_spent
+        print(f"{name:24}{time_spent:8.2f}{rate:14,.0f}{UNIREF50 / rate / 60:14.1f}")
+    ratios = {
+        "prepare with 1 worker / bare loop": median["bare loop"] / median["prepare, 1 worker"],
+        "prepare with 2 workers / with 1": (
+            median["prepare, 1 worker"] / median["prepare, 2 workers"]
+        ),
+    }
+    print()
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}")
+    if asked.json:
+        Path(asked.json).write_text(
+            json.dumps({"sequences": sequences, "seconds": seconds, "ratios": ratios}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Does predicting 30 % of the residues learn faster than the card's 15 %?
+
+    python -m esm1nv_jax.main --config=configs/ablations/masking_rate.py --config.data.path=DIR
+
+A higher rate gives more predictions an update and leaves less to predict them from. Validate both
+runs at one rate, by `esm1nv evaluate --masking card`: the runs' own figures are at their own rates.
+Other rates: --config.masking.rate=0.4. Arguments are those of the parent.
+"""
+
+from esm1nv_jax.configuration import parent
+
+
+def get_config(arg: str = ""):
+    config = parent(__file__, "../pretrain_small.py", arg)
+    config.masking.rate = 0.30
+    return config.lock()

@@ -1,0 +1,15 @@
+"""Does dropout of 0.1 help a model that sees each sequence a few times, or only slow it down?
+
+    python -m esm1nv_jax.main --config=configs/ablations/no_dropout.py --config.data.path=DIR
+
+The original trained for hundreds of epochs; in a short run without repetition dropout mostly costs.
+Arguments are those of the parent.
+"""
+
+from esm1nv_jax.configuration import parent
+
+
+def get_config(arg: str = ""):
+    config = parent(__file__, "../pretrain_small.py", arg)
+    config.model.update(dropout=0.0, attention_dropout=0.0)
+    return config.lock()

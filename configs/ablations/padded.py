@@ -1,0 +1,16 @@
+"""Does packing change what is learned, beside the time it takes?
+
+    python -m esm1nv_jax.main --config=configs/ablations/padded.py --config.data.path=DIR
+
+The parent packs sequences into rows; this puts one in each, as the original. With batch=0 both see
+370 sequences a device and update, so curves against updates should lie on each other, and curves
+against hours should not. Arguments are those of the parent.
+"""
+
+from esm1nv_jax.configuration import parent
+
+
+def get_config(arg: str = ""):
+    config = parent(__file__, "../pretrain_small.py", arg)
+    config.data.packed = False
+    return config.lock()

@@ -1,0 +1,190 @@
+"""The reader against Biopython's, on whatever hypothesis can think of."""
+
+import contextlib
+import gzip
+import io
+import itertools
+import lzma
+from collections import Counter
+
+import pytest
+import zstandard
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from esm1nv_jax.data import fasta, tokenizer
+from esm1nv_jax.data.archive import Archive, BrokenArchive
+from esm1nv_jax.errors import UserError
+
+
+def read(blocks, size=fasta.CHUNK):
+    """(records, reports, mended) of a whole text given in `blocks`."""
+    reports, mended, records = [], Counter(), []
+
+    def report(line, kind, fault):
+        reports.append((line, fault))
+
+    for line, text in fasta.chunks(blocks, report, mended, size):
+        part = fasta.parse(text, line, report, mended)
+        records += zip(part.ids, part.descriptions, part.sequences, strict=True)
+    return records, reports, mended
+
+
+def witness(text: bytes):
+    """(title, sequence) of every record, by Biopython, which reads text."""
+    handle = io.TextIOWrapper(io.BytesIO(text), encoding="latin-1")  # any line end
+    return list(SimpleFastaParser(handle))
+
+
+def split(text: bytes, at: list[int]) -> list[bytes]:
+    cuts = sorted({min(a, len(text)) for a in at} | {0, len(text)})
+    return [text[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+# The other reader also strips what Unicode, not ASCII, calls white space.
+ANY = st.binary(max_size=6).map(lambda b: b.translate(None, b"\x1c\x1d\x1e\x1f\x85\xa0"))
+LINE = st.one_of(
+    st.sampled_from(
+        b"|MKV|mkv|M-K.V|MKV*|M*K|*|--|MJX|M1|K\xe9| M K".split(b"|")
+    ),
+    ANY,
+)
+HEAD = st.one_of(
+    st.sampled_from(
+        [
+            b">UniRef50_A0A007 TaxID=67581.0 RepID=A0A007_STRVD",
+            b">sp|P12345|AATM_RABIT Aspartate aminotransferase OS=Oryctolagus",
+            b">gi|129295|sp|P01013.1| GENE X",
+            b">a",
+            b">",
+            b"> ",
+            b"> b c ",
+            b">>c",
+        ]
+    ),
+    ANY.map(lambda b: b">" + b),
+)
+END = st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n", b""])
+TEXT = st.lists(st.tuples(st.one_of(HEAD, LINE, LINE), END), max_size=12).map(
+    lambda lines: b"".join(a + b for a, b in lines)
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(text=TEXT, at=st.lists(st.integers(0, 120), max_size=6), size=st.integers(1, 40))
+@example(text=b">a\nMK\n>b\r\nMV\r\n", at=[8], size=1)
+@example(text=b"\xef\xbb\xbf>a\nMK", at=[], size=1)
+def test_never_loses_or_merges_a_record(text, at, size):
+    """Every title of the other reader is either a record here, with its sequence, or a report."""
+    records, reports, _ = read(split(text, at), size)
+    reports = [r for r in reports if not r[1].startswith(("text before", "the file is empty"))]
+    plain = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    lines = plain.lstrip().split(b"\n") if plain.strip() else []
+    assert len(records) + len(reports) == sum(line.startswith(b">") for line in lines)
+
+    left = iter(records)
+    passed = 0
+    theirs = witness(plain.lstrip())
+    for title, sequence in theirs:
+        body = fasta.tidy(sequence.encode("latin-1"))[0]
+        good = title.encode("latin-1").split() and body and body.isascii()
+        good = good and all(letter.isalpha() or letter == "*" for letter in body.decode())
+        if good:
+            name, description, own = next(left)
+            assert (name, own) == (title.encode("latin-1").split()[0], body)
+            assert description.split() == title.encode("latin-1").split()[1:]
+        else:
+            passed += 1
+    assert next(left, None) is None
+    assert passed == len(reports)
+
+
+@settings(max_examples=300, deadline=None)
+@given(body=st.binary(max_size=30))
+def test_stored_sequences_are_clean(body):
+    """What the reader keeps, the tokenizer would not change."""
+    plain = fasta.tidy(body)[0]
+    if plain.isascii():
+        assert tokenizer.clean(plain).sequence == plain
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.binary(max_size=400), kind=st.sampled_from(["plain", "gz", "xz", "zst"]),
+       cut=st.integers(0, 30), flip=st.integers(0, 400))
+def test_a_damaged_archive_is_an_error_of_one_kind(tmp_path_factory, data, kind, cut, flip):
+    pack = {"plain": bytes, "gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
+    blob = bytearray(pack[kind](b">a\n" + data))
+    if flip < len(blob):
+        blob[flip] ^= 0x55
+    path = tmp_path_factory.mktemp("f") / "x"
+    path.write_bytes(bytes(blob[: len(blob) - cut]))
+    with contextlib.suppress(BrokenArchive, UserError):
+        b"".join(Archive(path))
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
+@pytest.mark.parametrize("members", [1, 2])
+def test_archives(tmp_path, kind, members):
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind]
+    text = b"".join(b">p%d\nMKV\n" % i for i in range(5000))
+    path = tmp_path / "x"
+    path.write_bytes(pack(text) * members)
+    assert b"".join(Archive(path)) == text * members
+    for cut in (1, 4, 9, 100):
+        path.write_bytes((pack(text) * members)[:-cut])
+        with pytest.raises(BrokenArchive, match="too early"):
+            b"".join(Archive(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        (b"", 1, "empty"),
+        (b"\n\n", 3, "empty"),
+        (b"MKV\n>a\nMK\n", 1, "before the first header"),
+        (b">a\nMK\n>b\n>c\nMV\n", 3, "no sequence for 'b'"),
+        (b">a\nMK\n>  \nMV\n", 3, "without an id"),
+        (b">a\nMK\nMV>b desc\nMV\n", 3, "'>' in the sequence of 'a'"),
+        (b">a\nMK\nM\xc3\xa9V\n", 3, "'\\xc3' in the sequence of 'a'"),
+        (b">a\r\nMK\r\nM\0V\r\n", 3, "'\\x00' in the sequence of 'a'"),
+        (b">a\nMK\n>b\nMV\n1 mkv\n", 5, "'1' in the sequence of 'b'"),
+    ],
+)
+def test_a_report_names_the_line_and_the_reason(text, line, reason):
+    _, reports, _ = read([text])
+    assert len(reports) == 1
+    assert reports[0][0] == line
+    assert reason in reports[0][1]
+
+
+def test_what_is_mended_is_counted():
+    text = b">a\r\nmkv\r\n>b\r\nM-K.V\r\n>c\r\nMKV*\r\n>d\r\nM KV\r\n>e\r\nM*J\r\n"
+    records, reports, mended = read([text])
+    assert [r[2] for r in records] == [b"MKV"] * 4 + [b"M*J"]
+    assert not reports
+    assert mended == {
+        "carriage returns": 10,
+        "lower case": 1,
+        "gaps": 1,
+        "final stop": 1,
+        "white space": 1,
+        "inner stop, kept as <unk>": 1,
+        "letter J, kept as <unk>": 1,
+    }
+
+
+def test_a_giant_on_one_line():
+    giant = b"MKVLAW" * (100_000_000 // 6)
+    text = b">a\nMK\n>giant\n" + giant + b"\n>b\nMV\n"
+    blocks = [text[i : i + (1 << 20)] for i in range(0, len(text), 1 << 20)]
+    records, reports, _ = read(blocks)
+    assert [(r[0], len(r[2])) for r in records] == [(b"a", 2), (b"giant", len(giant)), (b"b", 2)]
+    assert not reports
+
+
+def test_the_sample():
+    records = list(fasta.sample())
+    assert len(records) == 10_000
+    assert sum(len(s) for _, s in records) == 3_558_558
+    assert all(tokenizer.clean(s).sequence == s for _, s in records)

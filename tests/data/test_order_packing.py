@@ -1,0 +1,103 @@
+"""The order of an epoch is a permutation; packing is best-fit decreasing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from esm1nv_jax.data import packing
+from esm1nv_jax.data.dataset import open_split
+from esm1nv_jax.data.order import Order, permute
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 5000), key=st.integers(0, 2**32 - 1))
+def test_permute_is_one_to_one(n, key):
+    assert np.array_equal(np.sort(permute(np.arange(n), n, np.uint32(key))), np.arange(n))
+
+
+def test_permute_by_parts_at_full_size():
+    n = 2**31
+    some = np.arange(n - 5000, n)
+    out = permute(some, n, np.uint32(1))
+    assert len(np.unique(out)) == 5000
+    assert out.min() >= 0 and out.max() < n
+    assert np.array_equal(permute(some[::7], n, np.uint32(1)), out[::7])
+
+
+@pytest.mark.parametrize("n", [6, 100, 1000])
+def test_permute_is_uniform(n):
+    """Chi-square of where the first place goes over keys, and of neighbours' distances."""
+    keys, bins = 6000, min(n, 10)
+    sent = np.array([permute(np.array([0, 1]), n, np.uint32(7919 * k)) for k in range(keys)])
+    for what in (sent[:, 0], sent[:, 1], (sent[:, 1] - sent[:, 0] - 1) % n):
+        expected = np.bincount(np.arange(n) * bins // n, minlength=bins) * keys / n
+        if what is not sent[:, 0] and what is not sent[:, 1] and n == 6:
+            continue  # distances take five values of six
+        found = np.bincount(what * bins // n, minlength=bins)
+        chi2 = ((found - expected) ** 2 / expected).sum()
+        assert chi2 < 35, (chi2, found)  # nine degrees of freedom: one in 10,000
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 3000), block=st.integers(1, 70), near=st.integers(1, 500))
+def test_every_order_visits_each_once(n, block, near):
+    order = Order(n, seed=3, epoch=2, block=block, near=near)
+    places = np.concatenate([order(start, start + 97) for start in range(0, n, 97)])
+    assert np.array_equal(np.sort(places), np.arange(n))
+
+
+def test_a_block_order_stays_near():
+    n, block, near = 100_000, 64, 4096
+    order = Order(n, 0, 0, block=block, near=near)
+    stretch = order(0, near)
+    assert len(np.unique(stretch // block)) <= near // block + 1
+    assert np.abs(np.diff(stretch)).mean() > block  # and is shuffled within
+    assert not np.array_equal(stretch, Order(n, 0, 1, block=block, near=near)(0, near))
+
+
+def test_epochs_and_seeds_differ():
+    orders = [Order(1000, seed, epoch)(0, 1000) for seed in (0, 1) for epoch in (0, 1)]
+    for i, a in enumerate(orders):
+        for b in orders[i + 1 :]:
+            assert (a == b).mean() < 0.02
+
+
+def plain_best_fit(tokens, row_length):
+    """Item by item, longest first, into the fullest row with room: free space of each row."""
+    free = []
+    for size in sorted(tokens, reverse=True):
+        fitting = [r for r, space in enumerate(free) if space >= size]
+        if not fitting:
+            free.append(row_length)
+            fitting = [len(free) - 1]
+        row = min(fitting, key=lambda r: free[r])
+        free[row] -= size
+    return sorted(free)
+
+
+@settings(deadline=None, max_examples=400)
+@given(data=st.data(), row_length=st.integers(3, 60))
+def test_best_fit_is_the_plain_algorithm(data, row_length):
+    tokens = np.array(data.draw(st.lists(st.integers(1, row_length), max_size=80)), np.int64)
+    row = packing.best_fit(tokens, row_length)
+    rows = int(row.max()) + 1 if len(row) else 0
+    used = np.bincount(row, weights=tokens, minlength=rows) if len(row) else np.zeros(0)
+    assert sorted(row_length - used) == plain_best_fit(tokens.tolist(), row_length)
+
+
+@pytest.mark.parametrize("wrong", [[0, 3], [3, 11]])
+def test_what_does_not_fit_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"1\.\.10"):
+        packing.best_fit(np.array(wrong), 10)
+
+
+@pytest.mark.parametrize(("row_length", "least"), [(512, 0.985), (1024, 0.995)])
+def test_rows_are_full(row_length, least):
+    lengths = np.asarray(open_split("sample", "train").lengths, np.int64)
+    tokens = np.minimum(lengths, row_length - 2) + 2
+    rows = 0
+    for start in range(0, 4 * packing.WINDOW, packing.WINDOW):
+        window = tokens[start : start + packing.WINDOW]
+        rows += packing.best_fit(window, row_length).max() + 1
+    assert tokens[: 4 * packing.WINDOW].sum() / (rows * row_length) >= least

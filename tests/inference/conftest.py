@@ -1,0 +1,16 @@
+"""Models that the tests of this folder share."""
+
+import pytest
+from inference_models import make_model
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def model(model_path):
+    from esm1nv_jax import load
+
+    return load(model_path)

@@ -1,0 +1,149 @@
+"""The Python API against the encoder run on one sequence at a time, without rows or windows."""
+
+import concurrent.futures
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from inference_models import make_proteins
+
+import esm1nv_jax
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference.windows import windows
+from esm1nv_jax.model import encoder
+
+
+def literal(model, sequence, layer=-1):
+    """(hidden states of the residues, of `<s>`, logits): one sequence, no padding."""
+    ids = tokenizer.encode(sequence).astype(np.int32)[None]
+    positions = np.arange(ids.shape[1], dtype=np.int32)[None]
+    out = encoder.forward(
+        model.config, model.params, ids, np.ones_like(ids), positions, hidden_layers=(layer,)
+    )
+    hidden, logits = np.asarray(out.hidden[layer][0]), np.asarray(out.logits[0])
+    return hidden[1:-1], hidden[0], logits[1:-1, : tokenizer.VOCABULARY]
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 1, 2])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_embeddings_equal_those_of_each_protein_alone(model, layer, deterministic):
+    sequences = [s for _, s in make_proteins(40)]
+    found = model.embed(sequences, layer=layer, deterministic=deterministic)
+    for i, sequence in enumerate(sequences):
+        hidden, start, _ = literal(model, sequence, layer)
+        assert found.per_residue[i].shape == (len(sequence), model.config.width)
+        np.testing.assert_allclose(found.per_residue[i], hidden, atol=1e-5)
+        np.testing.assert_allclose(found.mean[i], hidden.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(found.cls[i], start, atol=1e-5)
+
+
+def test_logits_equal_those_of_each_protein_alone(model):
+    sequences = [s for _, s in make_proteins(12)]
+    for sequence, logits in zip(sequences, model.logits(sequences), strict=True):
+        np.testing.assert_allclose(logits, literal(model, sequence)[2], atol=2e-5)
+
+
+def test_a_long_protein_is_stitched_from_windows(model):
+    (_, sequence), *_ = make_proteins(1, seed=3, longest=1)
+    sequence = "".join(s for _, s in make_proteins(9, seed=4))
+    found = model.embed(["MKV", sequence], layer=-1)
+    pieces = [
+        literal(model, sequence[w.start : w.stop])[0][w.first - w.start : w.last - w.start]
+        for w in windows(len(sequence), model.longest)
+    ]
+    assert len(pieces) > 3
+    expected = np.concatenate(pieces)
+    np.testing.assert_allclose(found.per_residue[1], expected, atol=1e-5)
+    np.testing.assert_allclose(found.mean[1], expected.mean(axis=0), atol=1e-5)
+    start = literal(model, sequence[: model.longest])[1]
+    np.testing.assert_allclose(found.cls[1], start, atol=1e-5)
+
+
+def test_deterministic_bits_do_not_depend_on_order_or_neighbours(model):
+    sequences = [s for _, s in make_proteins(60, longest=150)]
+    everything = model.embed(sequences, deterministic=True)
+    order = np.random.default_rng(1).permutation(60)[:37]
+    some = model.embed([sequences[i] for i in order], deterministic=True)
+    for k, i in enumerate(order):
+        assert some.per_residue[k].tobytes() == everything.per_residue[i].tobytes()
+        assert some.mean[k].tobytes() == everything.mean[i].tobytes()
+
+
+def test_one_row_a_residue_whatever_the_letters(model):
+    found = model.embed(["mkv", "MKV", "MJ*-KV", "M<mask>V", "XBZUO"])
+    assert [len(x) for x in found.per_residue] == [3, 3, 6, 3, 5]
+    np.testing.assert_array_equal(found.per_residue[0], found.per_residue[1])
+
+
+def test_no_sequences_and_empty_ones(model):
+    assert model.embed([]).mean.shape == (0, model.config.width)
+    assert model.logits([]) == []
+    with pytest.raises(UserError, match="sequence 1 is empty"):
+        model.embed(["MK", " "])
+    with pytest.raises(UserError, match="layer 3 is unknown"):
+        model.embed(["MK"], layer=3)
+
+
+def test_fill_mask_gives_probabilities_of_the_masked_residue(model):
+    sequence = "MK<mask>VLR<mask>A"
+    ids = tokenizer.encode("MKLVLRLA").astype(np.int32)[None]
+    ids[0, [3, 7]] = tokenizer.MASK
+    positions = np.arange(ids.shape[1], dtype=np.int32)[None]
+    logits = encoder.forward(
+        model.config, model.params, ids, np.ones_like(ids), positions
+    ).logits[0]
+    found = model.fill_mask(sequence, top=20)
+    assert [p.position for p in found] == [3, 7]
+    for prediction in found:
+        expected = jax.nn.softmax(logits[prediction.position, 5:25])
+        assert abs(sum(p for _, p in prediction.residues) - 1) < 1e-5
+        for letter, p in prediction.residues:
+            assert abs(p - expected[tokenizer.RESIDUES.index(letter)]) < 1e-5
+        assert [p for _, p in prediction.residues] == sorted(
+            (p for _, p in prediction.residues), reverse=True
+        )
+    with pytest.raises(UserError, match="no <mask>"):
+        model.fill_mask("MKV")
+
+
+def test_apply_works_under_jit_and_grad(model):
+    ids = np.stack([tokenizer.encode("MKVLA"), tokenizer.encode("MRRLA")])
+    out = jax.jit(lambda p, x: model.apply(p, x, layers=(-1,)).hidden[-1])(model.params, ids)
+    np.testing.assert_allclose(out[1, 1:-1], model.embed(["MRRLA"]).per_residue[0], atol=1e-5)
+    grads = jax.grad(lambda p: model.apply(p, ids).logits[..., 5].sum())(model.params)
+    assert float(np.abs(grads["token_embedding"]).sum()) > 0
+
+
+def test_threads_get_their_own_results(model):
+    groups = [[s for _, s in make_proteins(6, seed=i)] for i in range(8)]
+    alone = [model.embed(group) for group in groups]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(model.embed, groups))
+    for a, b in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(a.mean, b.mean)
+
+
+def test_bf16_is_near_fp32_and_is_not_fp32(model, model_path):
+    sequences = [s for _, s in make_proteins(20)]
+    rounded = esm1nv_jax.load(model_path, precision="bf16").embed(sequences)
+    exact = model.embed(sequences)
+    for a, b in zip(exact.per_residue, rounded.per_residue, strict=True):
+        cosine = np.sum(a * b, -1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+        assert cosine.min() > 0.99
+    assert np.abs(exact.mean - rounded.mean).max() > 1e-4
+
+
+def test_importing_the_package_imports_no_jax():
+    code = "import esm1nv_jax, sys; assert 'jax' not in sys.modules; esm1nv_jax.load"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError):
+            esm1nv_jax.load(str(path))
+    with pytest.raises(UserError, match="fp32, bf16"):
+        esm1nv_jax.load(str(tmp_path), precision="fp8")

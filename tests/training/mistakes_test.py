@@ -1,0 +1,99 @@
+"""What a person gets wrong is answered with one line and status 2, before anything is written."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.training import processes
+
+SYNTAX = "def get_config(:\n"
+RAISES = "def get_config(arg=''):\n    x = 1\n    return {}['layers']\n"
+NOT_CONFIG = "def get_config(arg=''):\n    return {}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--config.model.heads=3"], "model.heads=3 does not divide model.width=16"),
+        (["--config.modle.heads=4"], "config has no field config.modle.heads; config has batch"),
+        (["--config.model.head=4"], "config.model has attention_dropout, dropout, ffn"),
+        (["--config.model.width=wide"], "config.model.width is int, such as 16"),
+        (["--config.model=4"], "config.model is a group; set one of attention_dropout"),
+        (["--config.steps"], "no value"),
+        (["--conf.steps=4"], "unknown"),
+        (["--config.steps=0"], "steps=0 must be at least 1"),
+        (["--config.data.max_residues=100"], "set data.max_residues to at most 62"),
+        (["--config.data.row_length=32"], "max_residues is 62"),
+        (["--config.data.path="], "esm1nv prepare"),
+        (["--config.data.path=/nowhere"], "/nowhere"),
+        (["--config.batch.rows=7", "--config.batch.microbatches=2"], "take 8"),
+        (["--config.masking.recipe=bert"], "card, shipped"),
+        (["--config.compute.dtype=int8"], "float32, bfloat16"),
+        (["--config.platform=gpu"], "found 0 such devices"),
+        (["--config.platform=cray"], "auto, cpu, gpu, tpu"),
+        (["--config.init_from=/nowhere"], "/nowhere does not exist"),
+        (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
+    ],
+)
+def test_of_options(tmp_path, options, words):
+    process = processes.run(f"--workdir={tmp_path / 'run'}", *options)
+    assert_refused(process, words)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(SYNTAX, "line 1: SyntaxError"), (RAISES, "line 3: KeyError"), (NOT_CONFIG, "ConfigDict")],
+)
+def test_of_a_config_file(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    assert_refused(processes.run(config=path, cwd=tmp_path), words)
+
+
+def test_of_a_missing_config_and_unknown_arguments(tmp_path):
+    assert_refused(processes.run(config="configs/nothing.py"), "configs/nothing.py does not exist")
+    assert_refused(processes.run(config=f"{processes.TINY}:stpes=3"), "steps=")
+    assert_refused(processes.run(config=f"{processes.TINY}:steps=three"), "not of type int")
+
+
+def test_of_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert_refused(processes.run(f"--workdir={tmp_path / 'file' / 'run'}"), "cannot be written")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("not json")
+    assert_refused(processes.run(f"--workdir={tmp_path / 'other'}"), "not readable as JSON")
+
+
+def test_full_size_config_without_data_says_how_to_make_one():
+    assert_refused(processes.run(config="configs/pretrain_small.py"), "esm1nv prepare --fasta")
+
+
+def test_configs_work_from_any_folder(tmp_path):
+    process = processes.run("--config.model.heads=3", config=processes.TINY, cwd=tmp_path)
+    assert_refused(process, "model.heads=3")
+
+
+def test_the_table_of_verbs_is_quick_and_unknown_verbs_are_named():
+    call = [sys.executable, "-X", "importtime", "-m", "esm1nv_jax", "--help"]
+    process = subprocess.run(
+        call, env=processes.environment(), cwd=processes.ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0 and "usage: esm1nv VERB" in process.stdout
+    heavy = {"jax", "flax", "numpy", "orbax", "grain", "rich", "matplotlib"}
+    imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
+    assert not heavy & imported
+    unknown = subprocess.run(
+        [sys.executable, "-m", "esm1nv_jax", "trian"], env=processes.environment(),
+        cwd=processes.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert_refused(unknown, "no verb 'trian'; there are train")
+
+
+def assert_refused(process, words):
+    """Status 2 and one line that holds `words`."""
+    assert process.returncode == 2, (process.returncode, process.stderr)
+    errors = process.stderr.strip().splitlines()
+    assert len(errors) == 1, process.stderr
+    assert errors[0].startswith("error: ") and words in errors[0], errors[0]

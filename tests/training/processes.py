@@ -1,0 +1,56 @@
+"""Real training processes for tests."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "configs" / "tiny.py"
+CACHE = Path(tempfile.gettempdir()) / "esm1nv_jax_test_compilations"
+
+
+def command(*options: str, config: str | Path = TINY) -> list[str]:
+    return [sys.executable, "-m", "esm1nv_jax.main", f"--config={config}", *options]
+
+
+def environment(devices: int = 1, **extra: str) -> dict[str, str]:
+    """One CPU platform, compilations shared by all tests (a cached one computes the same bits)."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
+    return env | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+        **extra,
+    }
+
+
+def run(*options: str, config: str | Path = TINY, cwd=None, **env) -> subprocess.CompletedProcess:
+    """Runs training to its end."""
+    return subprocess.run(
+        command(*options, config=config), env=environment(**env), cwd=cwd or ROOT,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def start(*options: str, config: str | Path = TINY, **env) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*options, config=config), env=environment(**env), cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_until(ready, process: subprocess.Popen, seconds: float = 300) -> None:
+    """Until `ready()` is true; fails if the process ends or time runs out before."""
+    end = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode}: {process.stdout.read()}")
+        if time.monotonic() > end:
+            process.kill()
+            raise AssertionError(f"not ready after {seconds} s: {process.stdout.read()}")
+        time.sleep(0.02)

@@ -1,0 +1,135 @@
+"""Whole runs in processes of their own: learning, interruption, going on, refusing."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from esm1nv_jax.weights import checkpoint, folder
+from tests.training import processes
+
+
+def lines(run, kind=None):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in (None, line["kind"])]
+
+
+def params(run, step):
+    return folder.flatten(checkpoint.read_params(run, step))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Twelve updates without interruption."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    process = processes.run(f"--workdir={run}")
+    assert process.returncode == 0, process.stderr
+    return run, process
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    run, process = straight
+    assert checkpoint.steps(run) == [4, 8, 12]
+    assert json.loads((run / "config.json").read_text())["model"]["width"] == 16
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10, 12]
+    validated = lines(run, "validation")
+    assert [line["step"] for line in validated] == [0, 6, 12]
+    assert validated[0]["perplexity_mask"] == pytest.approx(30, rel=0.15)
+    assert validated[-1]["perplexity_mask"] < validated[0]["perplexity_mask"]
+    for name in ("perplexity", "perplexity_mask", "accuracy_mask", "gradient_norm", "update_norm",
+                 "parameter_norm", "learning_rate", "tokens_per_second", "sequences_per_update",
+                 "padding_share"):  # fmt: skip
+        assert np.isfinite(lines(run, "train")[0][name]), name
+    for words in ("untrained model", "unigram", "composition", "this model, update 12",
+                  "metrics.jsonl", "--config.steps=24", "tokens/s"):  # fmt: skip
+        assert words in process.stderr, words
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+)
+def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, status):
+    run = tmp_path / "run"
+    process = processes.start(f"--workdir={run}")
+    processes.wait_until(lambda: checkpoint.steps(run), process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == status, output
+    reached = checkpoint.steps(run)[-1]
+    assert 4 <= reached < 12, f"too late to prove anything: {reached}"
+    if number != signal.SIGKILL:
+        assert f"saved update {reached}" in output
+    again = processes.run(f"--workdir={run}")
+    assert again.returncode == 0, again.stderr
+    assert f"from update {reached} of 12" in again.stderr
+    assert_same(params(run, 12), params(straight[0], 12))
+    figures = ("step", "kind", "loss", "perplexity_mask", "gradient_norm")
+    expected = [[line.get(f) for f in figures] for line in lines(straight[0], "validation")]
+    assert [[line.get(f) for f in figures] for line in lines(run, "validation")] == expected
+    steps = [line["step"] for line in lines(run, "train")]
+    assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
+    run = tmp_path / "run"
+    assert processes.run(f"--workdir={run}", "--config.steps=4").returncode == 0
+    longer = processes.run(f"--workdir={run}")
+    assert longer.returncode == 0, longer.stderr
+    assert_same(params(run, 12), params(straight[0], 12))
+    other = processes.run(
+        f"--workdir={run}", "--config.optimizer.peak_lr=0.01", "--config.model.heads=4"
+    )
+    assert other.returncode == 2
+    assert "model.heads: 2 there, 4 here" in other.stderr
+    assert "optimizer.peak_lr: 0.004 there, 0.01 here" in other.stderr
+    assert checkpoint.steps(run)[-1] == 12
+
+
+def test_starting_from_another_model(tmp_path, straight):
+    run = tmp_path / "run"
+    origin = f"--config.init_from={straight[0]}"
+    process = processes.run(f"--workdir={run}", origin, "--config.steps=2", "--config.seed=5")
+    assert process.returncode == 0, process.stderr
+    start = lines(run, "validation")[0]
+    assert start["step"] == 0
+    # Masks depend on the seed, weights do not: better than any untrained model.
+    assert start["perplexity_mask"] < 0.95 * lines(straight[0], "validation")[0]["perplexity_mask"]
+    assert lines(run, "train")[0]["learning_rate"] == pytest.approx(0.004 / 2)
+    wrong = processes.run(f"--workdir={tmp_path / 'b'}", origin, "--config.model.width=32")
+    assert wrong.returncode == 2 and "needs (" in wrong.stderr
+
+
+def test_a_live_run_is_not_disturbed(tmp_path):
+    run = tmp_path / "run"
+    first = processes.start(f"--workdir={run}", "--config.steps=1000")
+    processes.wait_until(lambda: checkpoint.steps(run), first)
+    second = processes.run(f"--workdir={run}", "--config.steps=1000")
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2
+    assert f"in use by a live run (process {first.pid}" in second.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
+    weights = folder.read(str(straight[0]))
+    block = weights.params["blocks"]["0"]["qkv"]
+    block["bias"] = np.full_like(block["bias"], np.inf)
+    folder.write(str(tmp_path / "broken"), weights)
+    run = tmp_path / "run"
+    process = processes.run(f"--workdir={run}", f"--config.init_from={tmp_path / 'broken'}")
+    assert process.returncode == 1, process.stderr
+    assert "update 1 is not finite" in process.stderr
+    assert "none saved yet" in process.stderr
+    with np.load(run / "nonfinite" / "1" / "batch_0.npz") as batch:
+        assert batch["tokens"].shape == (8, 64)
+        examples = set(np.unique(batch["example_ids"])) - {-1}
+    saved = json.loads((run / "nonfinite" / "1" / "examples_0.json").read_text())
+    assert examples == set(saved)
