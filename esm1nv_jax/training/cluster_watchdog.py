@@ -40,6 +40,7 @@ class Watchdog:
         self.hosts: list[str] = []  # known to process 0 once all have said who they are
         self.watching = True
         self._closed = threading.Event()
+        self._heard_of_end = threading.Event()
         self._heard = time.monotonic()  # when the store last answered
         self._lost: tuple[int, str] | None = None  # status, message
         self._signs: dict[str, tuple[str, float]] = {}  # process: (its last sign, when it came)
@@ -68,11 +69,12 @@ class Watchdog:
         self._closed.set()
 
     def _look(self) -> None:
-        while not self._closed.wait(PERIOD):
+        while not self._closed.is_set():
+            self._heard_of_end.wait(PERIOD)
             now = time.monotonic()
             silent = now - self._heard
             if self._lost is not None:
-                self._leave(*self._lost)
+                self._leave(*self._lost, heard=True)
             if self.team.client is not None and silent > self.lost_after:
                 self._leave(EXIT_LOST, "process 0, which holds the coordination service, has not "
                             f"answered for {silent:.0f} s: lost, and this run with it")  # fmt: skip
@@ -87,13 +89,16 @@ class Watchdog:
         threading.Thread(target=self.team.end_all, args=(EXIT_LOST, reason), daemon=True).start()
         self._leave(EXIT_LOST, reason)
 
-    def _leave(self, status: int, message: str) -> None:
+    def _leave(self, status: int, message: str, heard: bool = False) -> None:
         """Ends this process: nothing orderly can be waited for."""
         me = f"process {self.team.process} on {self.team.host}, {self.doing}: "
         for file in {self.log, sys.stderr}:
             print(me + message, file=file, flush=True)
-        faulthandler.dump_traceback(self.log, all_threads=True)
-        if self.team.client is not None:
+        if status == EXIT_LOST:  # a mistake of the user's needs no stacks
+            faulthandler.dump_traceback(self.log, all_threads=True)
+        if heard:
+            self.team.client.key_value_set(f"left/{self.team.process}", "", allow_overwrite=True)
+        elif self.team.client is not None:
             time.sleep(3 * PERIOD)  # the others hear the reason first, and then see this one go
         os._exit(status)
 
@@ -107,8 +112,8 @@ class Watchdog:
                 client.key_value_set(f"alive/{me}", str(count), allow_overwrite=True)
                 said = self.team.ended()
                 if said is not None and said["process"] != me and self._lost is None:
-                    client.key_value_set(f"left/{me}", "", allow_overwrite=True)
                     self._lost = said["status"], told(said)
+                    self._heard_of_end.set()
                 if me == 0:
                     self._look_for_lost(dict(client.key_value_dir_get("alive/")))
                 self._heard = time.monotonic()
@@ -134,7 +139,7 @@ class Watchdog:
             )
             note = {"process": 0, "host": self.team.host, "status": EXIT_LOST, "reason": reason}
             self.team.client.key_value_set(END, json.dumps(note))
-            self._lost = EXIT_LOST, reason
+            self._leave(EXIT_LOST, reason)
 
     def _name(self, process: int) -> str:
         host = f" on {self.hosts[process]}" if process < len(self.hosts) else ""

@@ -87,11 +87,10 @@ def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConf
 
 def global_rows(config: ConfigDict, lengths, devices: int) -> int:
     """Rows in an update over all devices: as given, or from sequences per device."""
-    data, batch = config.data, config.batch
+    batch = config.batch
     rows = batch.rows
     if not rows:
-        layout = (data.row_length, data.max_residues, data.packed)
-        per_device = rows_for(lengths, batch.sequences_per_device, layout)
+        per_device = rows_for(lengths, batch.sequences_per_device, stream_config(config, 1))
         per_device += -per_device % batch.microbatches
         rows = per_device * devices
     if rows % (devices * batch.microbatches):

@@ -24,9 +24,7 @@ def show_start(
     model = settings.model
     kind = mesh.devices.flat[0].device_kind
     rows = stream.rows // mesh.size
-    sequences = stream.rows / rows_for(
-        source.lengths, 1_000_000, (stream.row_length, stream.max_residues, stream.packed)
-    ) * 1_000_000  # fmt: skip
+    sequences = stream.rows * 1_000_000 / rows_for(source.lengths, 1_000_000, stream)
     console.print(
         f"model      {parameter_count(model):,} parameters: {model.layers} layers, "
         f"{model.width} wide, {model.heads} heads, {model.positions} positions\n"
