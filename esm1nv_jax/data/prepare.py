@@ -125,6 +125,12 @@ class _Chosen:
         self.split = np.zeros(len(self.keys), np.int8)
         self.split[same] = self.split[other] = splits.DROPPED
         kept = len(self.keys) - same.size - other.size
+        self.without_cluster = sum(unit.without_cluster for unit in scanned.units)
+        if job.map is not None and kept and self.without_cluster == len(self.keys):
+            raise UserError(
+                f"no sequence is named in {wanted.groups}; its first column must hold ids or"
+                " accessions of the FASTA, its last the cluster"
+            )
         splits.check_sizes(kept, wanted.validation, wanted.test)
         held = np.flatnonzero(self.maybe & (self.split != splits.DROPPED))
         self.too_few = (
@@ -170,7 +176,7 @@ def _content(
     if wanted.groups:
         content["clusters"] = {
             "file": wanted.groups,
-            "sequences_without": sum(unit.without_cluster for unit in scanned.units),
+            "sequences_without": chosen.without_cluster,
             **{
                 name: len(np.unique(np.concatenate([*split.keys, np.zeros(0, np.uint64)])))
                 for name, split in made.items()

@@ -449,6 +449,27 @@ def test_clusters_are_not_divided(tmp_path, workers):
     manifest.verify(tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (b"P1\tC1\n", "no sequence is named in"),
+        (b"UniRef50_A00001\n", "line 1: one column"),
+        (b"", "holds no line"),
+        (b"A1\tC1\nA2\tC1\nA1\tC2\n", "two clusters"),
+        (gzip.compress(b"A1\tC1\n" * 999)[:-20], "too early"),
+    ],
+)
+def test_a_wrong_table_of_clusters(tmp_path, table, words):
+    (tmp_path / "a").write_bytes(fasta(made_up(50)))
+    (tmp_path / "table").write_bytes(table)
+    wanted = Preparation(
+        (str(tmp_path / "a"),), str(tmp_path / "set"), 5, 5, groups=str(tmp_path / "table")
+    )
+    with pytest.raises(UserError, match=words):
+        prepare.prepare(wanted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "table"]
+
+
 def group_lives(group):
     try:
         os.killpg(group, 0)
