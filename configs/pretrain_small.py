@@ -117,6 +117,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "attention": "auto",  # the fastest that is fit; or one of cudnn, pallas, splash, xla
         "remat": "none",  # what the backward computes again: none, dots, block
         "reduce_dtype": "float32",  # in which gradients are summed over devices
+        "deterministic": False,  # on GPUs: the same bits from the same start, slower
     }
     config.optimizer = {
         "peak_lr": 2e-4,
@@ -132,6 +133,17 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "clip_norm": 1.0,
     }
     config.evaluation = {"every": 1500, "batches": 50}  # batches 0: the whole validation split
-    config.checkpoint = {"every": 1500, "keep": 47, "keep_every": 0}
+    config.checkpoint = {
+        "every": 1500,
+        "minutes": 0,  # and whenever so many have gone by since the last, unless 0
+        "keep": 47,  # the newest
+        "keep_every": 0,  # and all steps that it divides, unless 0; the best lives apart
+        "on_error": "continue",  # or stop, where a checkpoint cannot be written
+    }
+    config.skip_nonfinite = 0  # updates to skip, in the whole run, before it stops
+    config.cluster = {
+        "start_timeout": 300,  # seconds for all processes to find each other
+        "stall_timeout": 600,  # seconds; longer than a compile, an evaluation, a save
+    }
     config.log = {"every": 50}
     return config.lock()
