@@ -15,6 +15,7 @@ VERBS = {
     "train": ("esm1nv_jax.main", "train a model from a config file"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
+    "doctor": ("esm1nv_jax.weights.doctor", "check the checkpoints of a run, byte for byte"),
 }
 
 

@@ -241,9 +241,9 @@ def abstract(tree, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def steps(workdir: str | epath.Path) -> list[int]:
-    """The steps whose whole checkpoints a run's folder holds, ascending."""
-    return _steps(epath.Path(workdir) / FOLDER)
+def steps(workdir: str | epath.Path, folder: str = FOLDER) -> list[int]:
+    """The steps whose finished checkpoints a run's folder holds, ascending."""
+    return _steps(epath.Path(workdir) / folder)
 
 
 def read_params(workdir: str | epath.Path, step: int) -> dict:
