@@ -55,8 +55,12 @@ class Run:
     def updates(self) -> int:
         """The newest update in the metrics."""
         path = self.workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return max([0, *(json.loads(line)["step"] for line in lines)])
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            found = re.findall(rb'^{"step": (\d+)', file.read(), re.MULTILINE)
+        return int(found[-1]) if found else 0
 
     def until(self, ready, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
