@@ -9,6 +9,8 @@ without checksums does not exist: it was cut short, and the next start of the ru
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -30,8 +32,9 @@ FOLDER, BEST = "checkpoints", "best"
 CHECKSUMS = "checksums.json"
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's mark in the names of what it is still writing
 BLOCK = 1 << 20
+_DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; errors are raised
 
 
 class SaveError(OSError):
@@ -94,6 +97,8 @@ class Checkpoints:
             self._failure = SaveError(
                 f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}"
             )
+            with contextlib.suppress(OSError):
+                self.clean()  # what was half written takes room on a full disk
         self.seconds = time.perf_counter() - began
 
     def retire(self) -> None:
@@ -331,5 +336,7 @@ def _laid_out(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says why, without the trail of what tensorstore was doing."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+    """Why a save failed, without the trail of what tensorstore was doing."""
+    text = " ".join(str(error).split())
+    told = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
+    return told[0] if told else text[:300]

@@ -83,11 +83,11 @@ def slurm(tmp_path_factory):
 def submit(slurm, workdir, tasks, *options, sbatch=()):
     """The job's number and its log."""
     log = workdir.parent / f"{workdir.name}.log"
-    env = {k: v for k, v in processes.environment().items() if k not in os.environ}
+    env = {k: v for k, v in processes.environment().items() if os.environ.get(k) != v}
     said = slurm.call(
         "sbatch", f"--ntasks={tasks}", f"--output={log}", *sbatch, "launch/slurm.sbatch",
         *processes.command(f"--workdir={workdir}", *SAME, *options)[3:],
-        PYTHON=sys.executable, **env, PYTHONPATH=str(processes.ROOT),
+        PYTHON=sys.executable, **env,
     )  # fmt: skip
     return said.split()[-1], log
 
