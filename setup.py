@@ -9,11 +9,17 @@ VERSION = "0.1.0"
 EXTRAS = {
     # Reading other tools' formats, and being read by them.
     "embed": ["pyarrow>=17", "h5py>=3.11"],
+    # notebooks/inference.ipynb.
+    "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "nbclient>=0.10", "ipykernel>=6.29"],
+    # Rivals that benchmarks/embed.py measures.
+    "bench": ["torch>=2.4", "transformers>=4.44"],
     # Witnesses: independent implementations that the tests and benchmarks compare with.
     "test": [
         "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "biopython>=1.83", "ruff>=0.12",
         "zstandard>=0.23", "pyarrow>=17", "h5py>=3.11",
     ],
+    # With them the tests compare with transformers, on random and on real weights.
+    "interchange-test": ["torch>=2.6", "transformers>=4.57", "antiberty==0.1.3"],
     "cuda12": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
 }

@@ -15,6 +15,8 @@ Readings, at most one of each line:
   phase1, phase2  stop where the original stopped on 176 A100s (update 349,500), and on the 144
                   that went on (957,610). One workdir: the second continues the first.
   padded          one sequence a row, as the original; otherwise rows are packed.
+  hf              the erf form of GELU in the FFN too, the only one that EsmForMaskedLM has, so that
+                  `esm1nv convert --to hf` is exact.
 Arguments: max_length= residues before a sequence is cropped, batch= rows in an update over all
 devices (0: as many as hold 370 sequences a device), steps=, width= (heads of 64, FFN of four
 widths), layers=, seed=. Every field below can be set by --config.field=value.
@@ -43,9 +45,10 @@ drawn as in the original.
 from ml_collections import config_dict
 
 from esm1nv_jax.configuration import arguments
+from esm1nv_jax.data.vocabulary import ESM1NV
 from esm1nv_jax.errors import UserError
 
-CHOICES = (("card", "shipped"), ("phase1", "phase2"), ("padded",))
+CHOICES = (("card", "shipped"), ("phase1", "phase2"), ("padded",), ("hf",))
 STOPS = {"phase1": 349_500, "phase2": 957_610}
 
 
@@ -99,11 +102,15 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "ffn": 4 * args["width"],
         "positions": max_residues + 2,
         "norm": "pre",
-        "ffn_activation": "gelu_tanh",
+        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",
         "head_activation": "gelu_erf",
         "dropout": 0.1,
         "attention_dropout": 0.1,
         "norm_epsilon": 1e-5,
+        "position_kind": "learned",  # or rotary
+        "embedding_norm": False,  # as ESM-1b
+        "token_dropout": False,  # as ESM-1b and ESM-2
+        "vocabulary": ESM1NV,  # tokens of a model from elsewhere, by its own ids
     }
     config.compute = {
         "dtype": "bfloat16",  # of the operands of matrix products

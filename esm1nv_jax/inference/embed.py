@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "bf16")
 DTYPES = ("float32", "float16")
 LONG = ("window", "truncate", "error")
 PART_BYTES = 1 << 28  # of results held in memory at once
-PART_RESIDUES = 1 << 18
+PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class _Work:
         size = np.dtype(self.request.dtype).itemsize
         width = config.width * len(self.request.layers) * ("per_residue" in self.request.include)
         width += 32 * ("logits" in self.request.include)
-        wanted = max(PART_RESIDUES, 16 * shapes.tokens * shapes.devices)
+        wanted = max(PART_RESIDUES, PART_BATCHES * shapes.tokens * shapes.devices)
         return min(wanted, PART_BYTES // max(1, width * size))
 
     def settings(self) -> dict:

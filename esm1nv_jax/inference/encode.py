@@ -23,6 +23,7 @@ from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
 
 IN_FLIGHT = 2  # batches dispatched before the first is fetched: the device never waits for the host
+SPECIALS = 2  # <s> and </s> around every window
 KINDS = ("mean", "per_residue", "cls", "logits")
 
 
@@ -122,12 +123,14 @@ def encode(
     """
     lengths = np.array([len(i) for i in ids], np.int64)
     segments = _Segments.of(lengths, limit)
-    layout = rows_lib.alone if deterministic else rows_lib.packed
+    layout, shapes = rows_lib.alone, placed.shapes
+    if not deterministic:
+        layout, shapes = rows_lib.packed, shapes.for_work(segments.residues + SPECIALS)
     offsets = np.concatenate(([0], np.cumsum(lengths)))
     found: dict[str, np.ndarray] = {}
     waiting: collections.deque = collections.deque()
-    for batch in layout(segments.residues + 2, placed.shapes):
-        arrays, places = _lay(batch, segments, ids, placed.shapes, deterministic, offsets)
+    for batch in layout(segments.residues + SPECIALS, shapes):
+        arrays, places = _lay(batch, segments, ids, shapes, deterministic, offsets)
         on_device = jax.device_put(arrays, placed.rows)
         out = _run(placed.params, on_device, placed.config, placed.compute, want)
         waiting.append((out, places))

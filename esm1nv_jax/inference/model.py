@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,10 +21,13 @@ import numpy as np
 
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference import fitness
 from esm1nv_jax.inference.encode import Placed, Want, encode
+from esm1nv_jax.inference.mutants import parse_all
 from esm1nv_jax.inference.rows import Shapes
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
+from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.weights import folder
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -156,6 +159,51 @@ class Model:
                 Prediction(int(position) + 1, [(letters[i], float(p[i])) for i in best])
             )
         return predictions
+
+    @property
+    def sees_wrong_residues_only(self) -> bool:
+        """Whether in training a visible residue at a predicted position was always a wrong one, so
+        that predictions at visible positions mean nothing."""
+        masking = (self.provenance.get("config") or {}).get("masking") or {}
+        if "recipe" not in masking:
+            return False
+        trained = recipe(masking["recipe"])
+        return trained.mask + trained.random >= 1 and not trained.may_repeat
+
+    def score_variants(
+        self,
+        sequence: str,
+        mutants: Sequence[str],
+        mode: str = "masked-marginals",
+        additive: bool = False,
+        offset: int = 0,
+        force: bool = False,
+        tell: Callable[[float], None] = lambda done: None,
+    ) -> np.ndarray:
+        """How much likelier than the wild type each mutant is: float64 [mutants], higher is fitter.
+
+        Args:
+          sequence: the wild type.
+          mutants: such as "A4G" or "A4G:L10P"; the first residue has number 1 + `offset`.
+          mode: "masked-marginals" (log p(mutant) - log p(wild type) with all mutated sites masked),
+            "wt-marginals" (nothing masked) or "pseudo-perplexity" (PLL(mutant) - PLL(wild type)).
+          additive: mask the sites of a mutant one at a time, and add up.
+          force: allow wt-marginals for a model whose visible positions mean nothing.
+          tell: called with how many mutants are done.
+
+        Raises UserError for what is no substitution of the sequence, and for sites too far apart
+        for one window of a long protein.
+        """
+        if mode == "wt-marginals" and self.sees_wrong_residues_only and not force:
+            raise UserError(
+                "wt-marginals: this model was trained without unchanged targets, so what it "
+                "predicts at visible residues means nothing; take masked-marginals (or force it)"
+            )
+        wild_type = tokenizer.clean(sequence).sequence.decode()
+        parsed = parse_all(mutants, wild_type, offset)
+        return fitness.scores(
+            self.placed, wild_type, parsed, self.longest, mode, additive, tell
+        )
 
     def apply(
         self, params: dict, tokens_BT, segment_ids_BT=None, positions_BT=None, layers=()

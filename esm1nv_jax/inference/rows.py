@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024)  # tokens; then doubling
+WORTH_COMPILING = 4  # batches; a program takes about as long to compile as to run once or twice
 SLOT_TOKENS = 8  # a row of T tokens holds at most T / SLOT_TOKENS sequences
 
 
@@ -34,6 +35,12 @@ class Shapes:
         shorter = [length for length in lengths if length < longest]
         # The longest row is no longer than it must be: 1,026 positions need no row of 2,048.
         return cls((*shorter, -(-longest // 32) * 32), tokens, devices)
+
+    def for_work(self, tokens: np.ndarray) -> Shapes:
+        """These, or the one that holds all items where there is less to compute than to compile."""
+        if tokens.sum() > WORTH_COMPILING * self.tokens * self.devices:
+            return self
+        return dataclasses.replace(self, lengths=(self.length(int(tokens.max())),))
 
     def length(self, tokens: int) -> int:
         """The shortest row that holds so many tokens."""

@@ -7,6 +7,7 @@ and npz they are joined, and residues of protein i are rows offsets[i] to offset
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import zipfile
 from collections.abc import Callable
@@ -135,5 +136,10 @@ def choose(path: Path) -> Callable[[Path, Reader, dict[str, Any]], None]:
     if path.suffix not in FORMATS:
         raise UserError(
             f"--out {path} ends in {path.suffix or 'nothing'}; it may end in {', '.join(FORMATS)}"
+        )
+    package = {".parquet": "pyarrow", ".h5": "h5py"}.get(path.suffix)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{path.suffix} needs {package}: pip install 'esm1nv_jax[embed]', or write .npz"
         )
     return FORMATS[path.suffix]

@@ -90,7 +90,8 @@ def global_rows(config: ConfigDict, lengths, devices: int) -> int:
     batch = config.batch
     rows = batch.rows
     if not rows:
-        per_device = rows_for(lengths, batch.sequences_per_device, stream_config(config, 1))
+        one = stream_config(config, rows=1)  # for the layout of a row
+        per_device = rows_for(lengths, batch.sequences_per_device, one)
         per_device += -per_device % batch.microbatches
         rows = per_device * devices
     if rows % (devices * batch.microbatches):

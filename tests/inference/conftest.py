@@ -1,7 +1,8 @@
 """Models that the tests of this folder share."""
 
 import pytest
-from inference_models import make_model
+
+from tests.inference.models import make_model
 
 
 @pytest.fixture(scope="session")

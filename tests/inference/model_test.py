@@ -1,4 +1,4 @@
-"""The Python API against the encoder run on one sequence at a time, without rows or windows."""
+"""The Python API against the encoder written again in NumPy, one sequence at a time."""
 
 import concurrent.futures
 import subprocess
@@ -7,28 +7,24 @@ import sys
 import jax
 import numpy as np
 import pytest
-from inference_models import make_proteins
 
 import esm1nv_jax
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference.windows import windows
-from esm1nv_jax.model import encoder
+from tests.inference.models import make_proteins
+from tests.model import reference
 
 
 def literal(model, sequence, layer=-1):
-    """(hidden states of the residues, of `<s>`, logits): one sequence, no padding."""
-    ids = tokenizer.encode(sequence).astype(np.int32)[None]
-    positions = np.arange(ids.shape[1], dtype=np.int32)[None]
-    out = encoder.forward(
-        model.config, model.params, ids, np.ones_like(ids), positions, hidden_layers=(layer,)
-    )
-    hidden, logits = np.asarray(out.hidden[layer][0]), np.asarray(out.logits[0])
-    return hidden[1:-1], hidden[0], logits[1:-1, : tokenizer.VOCABULARY]
+    """(hidden states of the residues, of `<s>`, logits): one sequence, no padding, NumPy, fp64."""
+    ids = sequence if isinstance(sequence, np.ndarray) else tokenizer.encode(sequence)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), model.params)
+    hidden, logits = reference.forward(params, ids, model.config.heads)
+    return hidden[layer][1:-1], hidden[layer][0], logits[1:-1]
 
 
-@pytest.mark.parametrize("layer", [-1, 0, 1, 2])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("layer,deterministic", [(-1, False), (1, False), (-1, True)])
 def test_embeddings_equal_those_of_each_protein_alone(model, layer, deterministic):
     sequences = [s for _, s in make_proteins(40)]
     found = model.embed(sequences, layer=layer, deterministic=deterministic)
@@ -47,7 +43,6 @@ def test_logits_equal_those_of_each_protein_alone(model):
 
 
 def test_a_long_protein_is_stitched_from_windows(model):
-    (_, sequence), *_ = make_proteins(1, seed=3, longest=1)
     sequence = "".join(s for _, s in make_proteins(9, seed=4))
     found = model.embed(["MKV", sequence], layer=-1)
     pieces = [
@@ -89,16 +84,13 @@ def test_no_sequences_and_empty_ones(model):
 
 def test_fill_mask_gives_probabilities_of_the_masked_residue(model):
     sequence = "MK<mask>VLR<mask>A"
-    ids = tokenizer.encode("MKLVLRLA").astype(np.int32)[None]
-    ids[0, [3, 7]] = tokenizer.MASK
-    positions = np.arange(ids.shape[1], dtype=np.int32)[None]
-    logits = encoder.forward(
-        model.config, model.params, ids, np.ones_like(ids), positions
-    ).logits[0]
+    ids = tokenizer.encode("MKLVLRLA")
+    ids[[3, 7]] = tokenizer.MASK
+    logits = literal(model, ids)[2]
     found = model.fill_mask(sequence, top=20)
     assert [p.position for p in found] == [3, 7]
     for prediction in found:
-        expected = jax.nn.softmax(logits[prediction.position, 5:25])
+        expected = reference.softmax(logits[prediction.position - 1, 5:25])
         assert abs(sum(p for _, p in prediction.residues) - 1) < 1e-5
         for letter, p in prediction.residues:
             assert abs(p - expected[tokenizer.RESIDUES.index(letter)]) < 1e-5

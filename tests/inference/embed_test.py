@@ -1,0 +1,307 @@
+"""Files of embeddings: their contents, what they do not depend on, and how they survive."""
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from esm1nv_jax import arguments, cli
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference import embed as embed_lib
+from esm1nv_jax.inference.embed import Request, embed, merge
+from tests.inference.models import make_proteins, write_fasta
+
+PROTEINS = make_proteins(40, seed=11, longest=150)  # some longer than the model's 64 residues
+EVERYTHING = ("mean", "per_residue", "cls", "logits")
+
+
+def request(model_path, folder, proteins=PROTEINS, out="out.npz", **options):
+    fasta = write_fasta(folder / "in.fasta", proteins)
+    return Request(model_path, fasta, str(folder / out), **options)
+
+
+def read_npz(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def by_protein(path, name):
+    """The rows of each protein under its id."""
+    found = read_npz(path)
+    offsets = found["offsets"]
+    return {
+        str(i): found[name][offsets[k] : offsets[k + 1]] if len(found[name]) > len(offsets) else
+        found[name][k]
+        for k, i in enumerate(found["id"])
+    }
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 400)
+    monkeypatch.setattr(embed_lib, "PART_BATCHES", 0)
+
+
+def test_the_three_formats_hold_the_same_in_the_order_of_the_fasta(
+    model, model_path, tmp_path, small_parts
+):
+    digests = {
+        out: embed(request(model_path, tmp_path, out=out, include=EVERYTHING, layers=(-1, 1)))
+        for out in ("o.npz", "o.h5", "o.parquet")
+    }
+    assert len(set(digests.values())) == 1
+    found = read_npz(tmp_path / "o.npz")
+    names, sequences = zip(*PROTEINS, strict=True)
+    lengths = [len(s) for s in sequences]
+    assert found["id"].tolist() == list(names)
+    assert found["length"].tolist() == lengths
+    assert found["offsets"].tolist() == [0, *np.cumsum(lengths).tolist()]
+    assert found["checksum"].tolist() == [hashlib.md5(s.encode()).hexdigest() for s in sequences]
+    expected = model.embed(sequences)
+    np.testing.assert_allclose(found["mean_-1"], expected.mean, atol=1e-5)
+    np.testing.assert_allclose(found["cls_-1"], expected.cls, atol=1e-5)
+    np.testing.assert_allclose(
+        found["per_residue_-1"], np.concatenate(expected.per_residue), atol=1e-5
+    )
+    assert found["logits"].shape == (sum(lengths), 30)
+    arrays = [n for n in found if n.startswith(("mean", "per", "cls", "log"))]
+    assert len(arrays) == 7
+    with h5py.File(tmp_path / "o.h5") as file:
+        assert [i.decode() for i in file["id"]] == list(names)
+        assert json.loads(file.attrs["esm1nv_jax"])["contents"] == digests["o.h5"]
+        for name in [*arrays, "length", "offsets"]:
+            np.testing.assert_array_equal(file[name][:], found[name])
+    table = pq.read_table(tmp_path / "o.parquet")
+    assert table["id"].to_pylist() == list(names)
+    stored = pq.read_metadata(tmp_path / "o.parquet").metadata
+    assert json.loads(stored[b"esm1nv_jax"])["contents"] == digests["o.parquet"]
+    for name in arrays:
+        flat = table[name].combine_chunks()
+        while not hasattr(flat, "to_numpy") or flat.type.num_fields:
+            flat = flat.flatten()
+        np.testing.assert_array_equal(flat.to_numpy().reshape(found[name].shape), found[name])
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_protein_does_not_depend_on_what_else_is_in_the_file(model_path, tmp_path):
+    rng = np.random.default_rng(5)
+    others = [PROTEINS[i] for i in rng.permutation(len(PROTEINS))[:17]]
+    for deterministic in (False, True):
+        options = {"include": ("mean", "per_residue"), "deterministic": deterministic}
+        for name, proteins in (("all", PROTEINS), ("some", others)):
+            folder = tmp_path / f"{name}{deterministic}"
+            folder.mkdir()
+            embed(request(model_path, folder, proteins, **options))
+        for field in ("mean_-1", "per_residue_-1"):
+            everything = by_protein(tmp_path / f"all{deterministic}" / "out.npz", field)
+            some = by_protein(tmp_path / f"some{deterministic}" / "out.npz", field)
+            assert len(some) == 17
+            for name, value in some.items():
+                if deterministic:
+                    assert value.tobytes() == everything[name].tobytes()
+                np.testing.assert_allclose(value, everything[name], atol=1e-5)
+
+
+def test_bf16_does_not_depend_on_neighbours_beyond_its_stated_bound(model_path, tmp_path):
+    for name, proteins in (("all", PROTEINS), ("some", PROTEINS[::-3])):
+        (tmp_path / name).mkdir()
+        embed(request(model_path, tmp_path / name, proteins, precision="bf16"))
+    everything = by_protein(tmp_path / "all" / "out.npz", "mean_-1")
+    for name, value in by_protein(tmp_path / "some" / "out.npz", "mean_-1").items():
+        np.testing.assert_allclose(value, everything[name], atol=2e-2)
+
+
+def test_shards_merge_into_the_file_of_one_job(model_path, tmp_path, small_parts):
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one", include=("mean", "per_residue")))
+    for i in (3, 1):
+        part = request(model_path, tmp_path, include=("mean", "per_residue"), shard=(i, 3))
+        assert embed(part) is None
+    with pytest.raises(UserError, match="parts are missing"):
+        merge(str(tmp_path / "out.npz"))
+    embed(request(model_path, tmp_path, include=("mean", "per_residue"), shard=(2, 3)))
+    assert merge(str(tmp_path / "out.npz")) == alone
+    assert read_npz(tmp_path / "out.npz")["id"].tolist() == [name for name, _ in PROTEINS]
+
+
+RUN = """
+import sys, time
+import jax
+jax.config.update("jax_num_cpu_devices", {devices})
+from esm1nv_jax import arguments, cli
+from esm1nv_jax.inference import embed, spool
+embed.PART_RESIDUES, embed.PART_BATCHES = 300, 0
+write = spool.Spool.write
+def slow(self, part, arrays):
+    write(self, part, arrays)
+    time.sleep({pause})
+spool.Spool.write = slow
+sys.exit(arguments.run(cli.dispatch, sys.argv[1:]))
+"""
+
+
+def start(argv, devices=1, pause=0.0):
+    code = RUN.format(devices=devices, pause=pause)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+
+
+def test_killed_and_started_again_on_other_devices_the_contents_are_the_same(
+    model_path, tmp_path
+):
+    """Also that --deterministic gives one device's bits on eight."""
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
+
+    def argv(out):
+        return ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out),
+                "--include", "mean,per_residue", "--layers", "-1,1", "--deterministic"]  # fmt: skip
+
+    undisturbed = start(argv(tmp_path / "a.h5"), devices=8)
+    killed = start(argv(tmp_path / "b.h5"), pause=0.5)
+    parts = tmp_path / "b.h5.parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("part-*.npz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "b.h5").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.npz")}
+    assert 2 <= len(before) < json.loads((parts / "settings.json").read_text())["parts"]
+    resumed = start(argv(tmp_path / "b.h5"))
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert "taking up" in err
+    expected, err = undisturbed.communicate()
+    assert undisturbed.returncode == 0, err
+    assert out == expected and out.startswith("contents ")
+    with h5py.File(tmp_path / "a.h5") as a, h5py.File(tmp_path / "b.h5") as b:
+        assert a["per_residue_1"][:].tobytes() == b["per_residue_1"][:].tobytes()
+
+
+def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out",
+            str(tmp_path / "o.npz"), "--include", "per_residue"]  # fmt: skip
+    # Files may grow to 100 kB: parts of 300 residues fit, the joined file does not.
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code = limit + RUN.format(devices=1, pause=0)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv], capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr and "o.npz.parts" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o.npz").exists() and not list(tmp_path.glob("*.tmp"))
+    assert list((tmp_path / "o.npz.parts").glob("part-*.npz"))
+    again = start(argv)
+    assert again.wait() == 0, again.stderr.read()
+
+
+def test_long_proteins_by_each_policy(model, model_path, tmp_path, capsys):
+    options = {"include": ("per_residue",)}
+    embed(request(model_path, tmp_path, out="w.npz", **options))
+    assert "trained on prefixes" in capsys.readouterr().err
+    assert len(read_npz(tmp_path / "w.npz")["per_residue_-1"]) == sum(len(s) for _, s in PROTEINS)
+    embed(request(model_path, tmp_path, out="t.npz", long="truncate", **options))
+    cut = by_protein(tmp_path / "t.npz", "per_residue_-1")
+    for name, sequence in PROTEINS:
+        expected = model.embed([sequence[:64]]).per_residue[0] if len(sequence) > 140 else None
+        assert len(cut[name]) == min(64, len(sequence))
+        if expected is not None:
+            np.testing.assert_allclose(cut[name], expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"longer than the 64 residues"):
+        embed(request(model_path, tmp_path, out="e.npz", long="error", **options))
+
+
+def test_float16_is_stored_and_overflow_is_not(model_path, tmp_path):
+    exact = request(model_path, tmp_path, out="a.npz", include=("mean", "logits"))
+    half = request(model_path, tmp_path, out="b.npz", include=("mean", "logits"), dtype="float16")
+    embed(exact), embed(half)
+    a, b = read_npz(exact.out), read_npz(half.out)
+    for name in ("mean_-1", "logits"):
+        assert b[name].dtype == np.float16
+        np.testing.assert_allclose(a[name], b[name].astype(np.float32), rtol=2e-3, atol=1e-3)
+
+
+def test_records_are_mended_counted_or_refused_as_in_preparation(model_path, tmp_path, capsys):
+    text = b">A first\r\nmk-v*\r\n>B\nMKLV\n>A again\nMKV\n>C\nMJK\n"
+    path = tmp_path / "in.fasta.gz"
+    path.write_bytes(gzip.compress(text))
+    out = str(tmp_path / "o.npz")
+    embed(Request(model_path, str(path), out, include=("per_residue",)))
+    found = read_npz(out)
+    assert found["id"].tolist() == ["A", "B", "C"] and found["length"].tolist() == [3, 4, 3]
+    told = capsys.readouterr().err
+    assert "duplicate record 1" in told and "lower case 1" in told
+    path.write_bytes(gzip.compress(text + b">D\n\n>E\nMKV\n"))
+    with pytest.raises(UserError, match=r"in\.fasta\.gz, line 9: no sequence for 'D'"):
+        embed(Request(model_path, str(path), out, overwrite=True))
+    embed(Request(model_path, str(path), out, overwrite=True, on_error="skip"))
+    assert read_npz(out)["id"].tolist() == ["A", "B", "C", "E"]
+
+
+def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:3])
+    binary, there = tmp_path / "binary.fasta", tmp_path / "there.npz"
+    binary.write_bytes(bytes(range(256)) * 20)
+    there.write_bytes(b"precious")
+    good = {"checkpoint": model_path, "fasta": fasta, "out": str(tmp_path / "o.npz")}
+    for change, expected in [
+        ({"checkpoint": str(tmp_path / "none")}, "does not exist"),
+        ({"checkpoint": str(tmp_path)}, "holds no model"),
+        ({"fasta": str(tmp_path / "none.fasta")}, "No such file"),
+        ({"fasta": str(binary)}, "is this FASTA?"),
+        ({"fasta": str(tmp_path)}, "is a folder"),
+        ({"out": str(there)}, "exists; add --overwrite"),
+        ({"out": str(tmp_path / "o.csv")}, ".parquet, .h5, .npz"),
+        ({"out": str(tmp_path / "no" / "o.npz")}, "there is no folder"),
+        ({"layers": "-1,3"}, "layer 3 is unknown"),
+        ({"layers": "last"}, "--layers=last"),
+        ({"include": "mean,contacts"}, "--include=contacts"),
+        ({"precision": "fp8"}, "fp32, bf16"),
+        ({"dtype": "int8"}, "float32, float16"),
+        ({"shard": "4/3"}, "--shard=4/3"),
+        ({"shard": "3"}, "1/4"),
+    ]:
+        argv = [x for k, v in (good | change).items() for x in (f"--{k}", v)]
+        assert arguments.run(cli.dispatch, ["embed", *argv]) == 2, change
+        told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(told) == 1 and expected in told[0], told
+    assert there.read_bytes() == b"precious"
+    assert arguments.run(cli.dispatch, ["embed", "--merge", "--out", good["out"]]) == 2
+
+
+def test_other_settings_do_not_mix_with_unfinished_work(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    with pytest.raises(UserError, match=r"dtype: 'float32' there, 'float16' here"):
+        embed(request(model_path, tmp_path, shard=(2, 2), dtype="float16"))
+    with pytest.raises(UserError, match="proteins"):
+        embed(request(model_path, tmp_path, PROTEINS[:-1], shard=(2, 2)))
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    assert embed(request(model_path, tmp_path)) == alone  # one job finishes what shards began
+
+
+def test_a_damaged_part_is_found(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    embed(request(model_path, tmp_path, shard=(2, 2)))
+    part = tmp_path / "out.npz.parts" / "part-000001.npz"
+    content = bytearray(part.read_bytes())
+    at = content.index(b"mean_-1.npy") + 300
+    content[at] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-000001\.npz is damaged"):
+        merge(str(tmp_path / "out.npz"))
