@@ -20,14 +20,15 @@ SAME = ("--config.log.every=1", "--config.evaluation.every=1000")
 class Run:
     """A run under launch/local.sh, its output in a file; `with` kills what is left of it."""
 
-    def __init__(self, workdir: Path, n: int, *options: str, restarts: int = 0, prefix=(), **env):
+    def __init__(self, workdir: Path, n: int, *options: str, restarts=0, python=None, **env):
         self.workdir, self.n = workdir, n
         self.output = workdir.parent / f"{workdir.name}.out"
         self.began = time.monotonic()
-        launcher = [str(LOCAL), "-n", str(n), "--restarts", str(restarts), *prefix]
+        launcher = [str(LOCAL), "-n", str(n), "--restarts", str(restarts)]
         run = processes.command(
             f"--workdir={workdir}", f"--config.batch.rows={24 if n == 3 else 8}", *SAME, *options
         )
+        run[0] = python or run[0]
         with self.output.open("a") as out:
             self.process = subprocess.Popen(
                 [*launcher, *run], env=processes.environment(**env), cwd=processes.ROOT,
