@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -26,12 +25,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.weights import checksums
 
 ITEMS = ("params", "optimizer", "place", "config")
 FOLDER, BEST = "checkpoints", "best"
-CHECKSUMS = "checksums.json"
+CHECKSUMS = checksums.NAME
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's mark in the names of what it is still writing
-BLOCK = 1 << 20
 _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; errors are raised
@@ -91,7 +90,7 @@ class Checkpoints:
                         config=ocp.args.JsonSave(config),
                     ),
                 )
-            write_checksums(self.folder / str(step))
+            checksums.write(self.folder / str(step))
             self.retire()
         except Exception as error:  # tensorstore raises many kinds; the run decides what to do
             self._failure = SaveError(
@@ -192,53 +191,9 @@ def verify(
 ) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; empty where every file is as it was written.
 
-    Reads every byte, or only those of one item (`params`). A step without checksums was cut short
-    and is one wrong thing.
+    Reads every byte, or only those of one item (`params`).
     """
-    path = epath.Path(workdir) / folder / str(step)
-    try:
-        expected = json.loads((path / CHECKSUMS).read_text())["sha256"]
-    except FileNotFoundError:
-        return [f"no {CHECKSUMS}: it was never finished"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{CHECKSUMS} cannot be read"]
-    found = {str(file.relative_to(path)): file for file in _files(path)}
-    if item:
-        found = {name: file for name, file in found.items() if name.startswith(f"{item}/")}
-        expected = {name: r for name, r in expected.items() if name.startswith(f"{item}/")}
-    wrong = []
-    for name, record in expected.items():
-        if name not in found:
-            wrong.append(f"{name} is missing")
-            continue
-        size, digest = _digest(found[name])
-        if size != record["bytes"]:
-            wrong.append(f"{name} has {size} bytes, {record['bytes']} were written")
-        elif digest != record["digest"]:
-            wrong.append(f"{name} has other bytes than were written")
-    return wrong + [f"{name} does not belong there" for name in found.keys() - expected.keys()]
-
-
-def write_checksums(step_folder: epath.Path) -> None:
-    """Makes a written step exist: one digest for each of its files, put there by rename."""
-    sums = {}
-    for file in _files(step_folder):
-        size, digest = _digest(file)
-        sums[str(file.relative_to(step_folder))] = {"bytes": size, "digest": digest}
-    write_atomically(step_folder / CHECKSUMS, json.dumps({"sha256": sums}, indent=1))
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """The whole text or the old file, whenever the process dies."""
-    new = path.parent / f".{path.name}.new"
-    if "://" in str(path):  # object stores write whole objects
-        path.write_text(text)
-        return
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    return checksums.wrong(epath.Path(workdir) / folder / str(step), item)
 
 
 def abstract(tree, sharding):
@@ -274,26 +229,6 @@ def _steps(folder: epath.Path) -> list[int]:
         return []
     found = (path for path in folder.iterdir() if path.name.isdigit())
     return sorted(int(path.name) for path in found if (path / CHECKSUMS).exists())
-
-
-def _files(folder: epath.Path) -> list[epath.Path]:
-    """Every file of a step, at any depth, in order, apart from the checksums."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            found += _files(path)
-        elif path.name not in (CHECKSUMS, f".{CHECKSUMS}.new"):
-            found.append(path)
-    return found
-
-
-def _digest(file: epath.Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

@@ -63,7 +63,7 @@ class Run:
             found = re.findall(rb'^{"step": (\d+)', file.read(), re.MULTILINE)
         return int(found[-1]) if found else 0
 
-    def until(self, ready, seconds: float = 240) -> None:
+    def until(self, ready, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None:
@@ -75,7 +75,7 @@ class Run:
     def signal(self, process: int, number: signal.Signals) -> None:
         os.kill(self.pids()[process], number)
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 900) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
