@@ -18,6 +18,8 @@ EXTRAS = {
         "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "biopython>=1.83", "ruff>=0.12",
         "zstandard>=0.23", "pyarrow>=17", "h5py>=3.11",
     ],
+    # With them the tests compare with transformers, on random and on real weights.
+    "interchange-test": ["torch>=2.6", "transformers>=4.57", "antiberty==0.1.3"],
     "cuda12": ["jax[cuda12]"],
     "tpu": ["jax[tpu]"],
 }

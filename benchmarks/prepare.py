@@ -11,7 +11,9 @@ Ratios are of the medians. Nothing else should run on the machine.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -53,17 +55,19 @@ writer.close()
 
 def enlarge(sources: list[str], copies: int, out: Path) -> int:
     """Writes `copies` of the sources under different ids; returns the number of sequences."""
-    text = b"\n".join(igzip.open(source).read().strip() for source in sources)
-    with igzip.open(out, "wb", compresslevel=3) as file:
+    text = b"\n" + b"\n".join(igzip.open(source).read().strip() for source in sources)
+    with gzip.open(out, "wb", compresslevel=6) as file:
         for copy in range(copies):
-            file.write(text[:1] + text[1:].replace(b"\n>", b"\n>%d_" % copy) + b"\n")
-    return copies * text.count(b">")
+            file.write(text.replace(b"\n>", b"\n>%d_" % copy).lstrip() + b"\n")
+    return copies * text.count(b"\n>")
 
 
-def timed(command: list[str] | str) -> float:
-    began = time.monotonic()
+def timed(command: list[str] | str) -> tuple[float, float]:
+    """(seconds, seconds of all cores together)."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     subprocess.run(command, shell=isinstance(command, str), check=True, capture_output=True)
-    return time.monotonic() - began
+    spent, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
@@ -97,20 +101,23 @@ def report(asked: argparse.Namespace, folder: Path) -> None:
         "prepare, 1 worker": prepared(1),
         "prepare, 2 workers": prepared(2),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for _ in range(asked.rounds):
         for name, command in runs.items():
-            seconds[name].append(timed(command))
+            times[name].append(timed(command))
             shutil.rmtree(folder / "set", ignore_errors=True)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    median = {name: statistics.median(t for t, _ in pairs) for name, pairs in times.items()}
+    cores = {name: statistics.median(c for _, c in pairs) for name, pairs in times.items()}
     megabytes = source.stat().st_size / 1e6
     print(f"{sequences:,} sequences, {megabytes:.0f} MB compressed, {asked.rounds} rounds\n")
-    print(f"{'':24}{'s':>8}{'sequences/s':>14}{'52M: minutes':>14}")
-    for name, time_spent in median.items():
-        rate = sequences / time_spent
-        print(f"{name:24}{time_spent:8.2f}{rate:14,.0f}{UNIREF50 / rate / 60:14.1f}")
+    print(f"{'':24}{'s':>8}{'core-s':>8}{'sequences/s':>14}{'52M: minutes':>14}")
+    for name, spent in median.items():
+        rate = sequences / spent
+        minutes = UNIREF50 / rate / 60
+        print(f"{name:24}{spent:8.2f}{cores[name]:8.2f}{rate:14,.0f}{minutes:14.1f}")
     ratios = {
         "prepare with 1 worker / bare loop": median["bare loop"] / median["prepare, 1 worker"],
+        "the same, by time of cores": cores["bare loop"] / cores["prepare, 1 worker"],
         "prepare with 2 workers / with 1": (
             median["prepare, 1 worker"] / median["prepare, 2 workers"]
         ),
@@ -120,7 +127,7 @@ def report(asked: argparse.Namespace, folder: Path) -> None:
         print(f"{name}: {ratio:.2f}")
     if asked.json:
         Path(asked.json).write_text(
-            json.dumps({"sequences": sequences, "seconds": seconds, "ratios": ratios}, indent=1)
+            json.dumps({"sequences": sequences, "seconds": times, "ratios": ratios}, indent=1)
         )
 
 

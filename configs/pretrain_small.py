@@ -15,6 +15,8 @@ Readings, at most one of each line:
   phase1, phase2  stop where the original stopped on 176 A100s (update 349,500), and on the 144
                   that went on (957,610). One workdir: the second continues the first.
   padded          one sequence a row, as the original; otherwise rows are packed.
+  hf              the erf form of GELU in the FFN too, the only one that EsmForMaskedLM has, so that
+                  `esm1nv convert --to hf` is exact.
 Arguments: max_length= residues before a sequence is cropped, batch= rows in an update over all
 devices (0: as many as hold 370 sequences a device), steps=, width= (heads of 64, FFN of four
 widths), layers=, seed=. Every field below can be set by --config.field=value.
@@ -43,9 +45,10 @@ drawn as in the original.
 from ml_collections import config_dict
 
 from esm1nv_jax.configuration import arguments
+from esm1nv_jax.data.vocabulary import ESM1NV
 from esm1nv_jax.errors import UserError
 
-CHOICES = (("card", "shipped"), ("phase1", "phase2"), ("padded",))
+CHOICES = (("card", "shipped"), ("phase1", "phase2"), ("padded",), ("hf",))
 STOPS = {"phase1": 349_500, "phase2": 957_610}
 
 
@@ -99,17 +102,22 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "ffn": 4 * args["width"],
         "positions": max_residues + 2,
         "norm": "pre",
-        "ffn_activation": "gelu_tanh",
+        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",
         "head_activation": "gelu_erf",
         "dropout": 0.1,
         "attention_dropout": 0.1,
         "norm_epsilon": 1e-5,
+        "position_kind": "learned",  # or rotary
+        "embedding_norm": False,  # as ESM-1b
+        "token_dropout": False,  # as ESM-1b and ESM-2
+        "vocabulary": ESM1NV,  # tokens of a model from elsewhere, by its own ids
     }
     config.compute = {
         "dtype": "bfloat16",  # of the operands of matrix products
         "attention": "auto",  # the fastest that is fit; or one of cudnn, pallas, splash, xla
         "remat": "none",  # what the backward computes again: none, dots, block
         "reduce_dtype": "float32",  # in which gradients are summed over devices
+        "deterministic": False,  # on GPUs: the same bits from the same start, slower
     }
     config.optimizer = {
         "peak_lr": 2e-4,
@@ -125,6 +133,17 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "clip_norm": 1.0,
     }
     config.evaluation = {"every": 1500, "batches": 50}  # batches 0: the whole validation split
-    config.checkpoint = {"every": 1500, "keep": 47, "keep_every": 0}
+    config.checkpoint = {
+        "every": 1500,
+        "minutes": 0,  # and whenever so many have gone by since the last, unless 0
+        "keep": 47,  # the newest
+        "keep_every": 0,  # and all steps that it divides, unless 0; the best lives apart
+        "on_error": "continue",  # or stop, where a checkpoint cannot be written
+    }
+    config.skip_nonfinite = 0  # updates to skip, in the whole run, before it stops
+    config.cluster = {
+        "start_timeout": 300,  # seconds for all processes to find each other
+        "stall_timeout": 600,  # seconds; longer than a compile, an evaluation, a save
+    }
     config.log = {"every": 50}
     return config.lock()

@@ -1,6 +1,8 @@
 """A smoke test: a small ESM on 9,000 real proteins, minutes on two cores, no data to fetch.
 
     python -m esm1nv_jax.main --config=configs/quickstart.py
+
+Arguments: steps=, seed=, hf (the variant that converts to transformers exactly).
 """
 
 from ml_collections import config_dict
@@ -9,8 +11,9 @@ from esm1nv_jax.configuration import arguments, parent
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-    args = arguments(arg, steps=400, seed=0)
-    config = parent(__file__, "pretrain_small.py", f"batch=16,steps={args['steps']}")
+    args = arguments(arg, ("hf",), steps=400, seed=0)
+    hf = ",hf" if args["hf"] else ""
+    config = parent(__file__, "pretrain_small.py", f"batch=16,steps={args['steps']}{hf}")
     config.seed = args["seed"]
     config.data.update(path="sample", max_residues=254, row_length=256, crop="random")
     config.model.update(

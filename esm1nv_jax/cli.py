@@ -12,9 +12,15 @@ from esm1nv_jax.errors import UserError
 VERBS = {
     "prepare": ("esm1nv_jax.data.prepare", "make a data set of FASTA files"),
     "inspect": ("esm1nv_jax.data.inspect", "show a data set and a batch of it"),
+    "plan": ("esm1nv_jax.planning.plan", "memory and time of a step on chips you do not have"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
+    "compare": ("esm1nv_jax.training.compare", "set runs side by side: configs, curves, seeds"),
+    "average": ("esm1nv_jax.inference.averaging", "the mean of checkpoints, as a model folder"),
+    "evaluate": ("esm1nv_jax.inference.evaluate", "perplexity beside baselines, and a report"),
+    "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
+    "convert": ("esm1nv_jax.weights.convert", "to and from Hugging Face transformers"),
 }
 
 

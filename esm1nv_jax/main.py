@@ -16,6 +16,9 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="a config file")
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default runs/NAME)")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a damaged checkpoint, do not fall back"
+    )
     options, overrides = parser.parse_known_args(argv)
 
     from esm1nv_jax import configuration
@@ -23,7 +26,7 @@ def main(argv: list[str]) -> int:
 
     path, _, arg = options.config.partition(":")
     config = configuration.override(configuration.load(path, arg), overrides)
-    return train(config, options.workdir or f"runs/{Path(path).stem}")
+    return train(config, options.workdir or f"runs/{Path(path).stem}", options.strict)
 
 
 if __name__ == "__main__":

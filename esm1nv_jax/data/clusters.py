@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from isal import isal_zlib
 
 from esm1nv_jax.data.archive import Archive, BrokenArchive
 from esm1nv_jax.errors import UserError
@@ -19,10 +20,22 @@ from esm1nv_jax.hashing import fold
 
 
 def digests(names: Sequence[bytes]) -> np.ndarray:
-    """A 64-bit digest of each name or sequence: uint64 [n]."""
+    """A 64-bit digest of each name: uint64 [n]."""
     blake2b = hashlib.blake2b
     joined = b"".join([blake2b(name, digest_size=8).digest() for name in names])
     return np.frombuffer(joined, "<u8").astype(np.uint64)
+
+
+def checksums(sequences: Sequence[bytes]) -> np.ndarray:
+    """64 bits that tell sequences apart, at a quarter of the cost of a digest: uint64 [n].
+
+    Two unlike sequences that agree would only have to share a split, and 52M random ones hardly do.
+    """
+    words = [
+        np.fromiter(map(function, sequences), np.uint64, len(sequences))
+        for function in (isal_zlib.crc32, isal_zlib.adler32)
+    ]
+    return words[0] << np.uint64(32) | words[1]
 
 
 def load_map(path: Path) -> np.ndarray:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax.data import scan, splits
+from esm1nv_jax.data import metadata, scan, splits
 from esm1nv_jax.data.clusters import Groups
 from esm1nv_jax.data.records import Writer, disk_error, open_shard, sequence_of
 from esm1nv_jax.errors import UserError
 
-DATASET = "proteins"  # TFDS wants a name in every file's
 _READ = 512  # records read together
 
 
@@ -155,9 +154,8 @@ def save(folder: Path, out: dict[str, Split], with_clusters: bool) -> None:
     """
     try:
         for split in out.values():
-            total = len(split.shards)
             for i, path in enumerate(split.shards):
-                name = f"{DATASET}-{split.name}.array_record-{i:05d}-of-{total:05d}"
+                name = metadata.shard_name(split.name, i, len(split.shards))
                 split.shards[i] = path.rename(folder / name)
             lengths = np.concatenate([*split.lengths, np.zeros(0, np.uint32)])
             split.lengths = [lengths]
@@ -170,32 +168,16 @@ def save(folder: Path, out: dict[str, Split], with_clusters: bool) -> None:
                 groups_files("train"), (groups.first, groups.member), strict=True
             ):
                 np.save(folder / name, values)
-        _tfds_metadata(folder, out)
+        filled = [split for split in out.values() if split.shards]
+        sizes = {s.name: sum(path.stat().st_size for path in s.shards) for s in filled}
+        metadata.write(
+            folder,
+            "Protein sequences, prepared by `esm1nv prepare`.",
+            {split.name: (shard_counts(split), sizes[split.name]) for split in filled},
+        )
     except OSError as failure:
         raise disk_error(folder, failure) from failure
 
 
 def shard_counts(split: Split) -> list[int]:
     return [open_shard(path).num_records() for path in split.shards]
-
-
-def _tfds_metadata(folder: Path, out: dict[str, Split]) -> None:
-    import tensorflow_datasets as tfds
-
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=tfds.features.FeaturesDict(
-            {name: tfds.features.Text() for name in ("id", "sequence", "description")}
-        ),
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=split.name,
-                shard_lengths=shard_counts(split),
-                num_bytes=sum(path.stat().st_size for path in split.shards),
-            )
-            for split in out.values()
-            if split.shards
-        ],
-        check_data=False,
-        description="Protein sequences, prepared by `esm1nv prepare`.",
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
-import importlib
 import os
 import shutil
 import sys
@@ -85,7 +84,7 @@ def prepare(wanted: Preparation) -> dict:
             skip=wanted.on_error == "skip",
             map=_save_map(wanted.groups, folder),
         )
-        scanned = workers.run(job, lock, size, meanwhile=_import_tfds)
+        scanned = workers.run(job, lock, size)
         chosen = _Chosen(wanted, job, scanned)
         if chosen.too_few:  # the guess was wrong: again, and anything may be held out
             console.print("more sequences must be held out than were set apart: reading again")
@@ -109,11 +108,6 @@ def prepare(wanted: Preparation) -> dict:
         content["seconds"] = round(time.monotonic() - began, 1)
         manifest.write(folder, content)
     return content
-
-
-def _import_tfds() -> None:
-    """Importing TFDS takes a second or two, which the workers spend reading."""
-    importlib.import_module("tensorflow_datasets")
 
 
 class _Chosen:
@@ -159,7 +153,7 @@ def _content(
     content = {
         "format": manifest.FORMAT,
         "program": f"esm1nv_jax {__version__}",
-        "made_with": {name: version(name) for name in ("array_record", "tensorflow-datasets")},
+        "made_with": {name: version(name) for name in ("array_record", "isal", "numpy")},
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "asked": {k: v for k, v in dataclasses.asdict(wanted).items() if k != "out"},
         "sources": [

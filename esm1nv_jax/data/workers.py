@@ -6,7 +6,6 @@ import dataclasses
 import multiprocessing
 import queue
 import sys
-from collections.abc import Callable
 
 import numpy as np
 
@@ -35,10 +34,8 @@ class Scanned:
         return joined
 
 
-def run(
-    job: scan.Job, lock: int, size: int, meanwhile: Callable[[], None] = lambda: None
-) -> Scanned:
-    """Starts the workers, calls `meanwhile`, shows how far they are, and waits for them.
+def run(job: scan.Job, lock: int, size: int) -> Scanned:
+    """Starts the workers, shows how far they are, and waits for them.
 
     Raises UserError. Of several faults the first in the input is told, whichever worker met it.
     """
@@ -62,7 +59,6 @@ def run(
     try:
         for process in processes:
             process.start()
-        meanwhile()
         with bar("read", size / 1e6, "MB") as shown:
             while waiting:
                 try:

@@ -19,7 +19,7 @@ from esm1nv_jax.model.products import precision
 
 BACKENDS = ("cudnn", "pallas", "splash", "xla", "cpu")  # in order of preference
 AUTO = "auto"  # the first that is fit, once the device is known
-FUSED_ATTENTION = "attention"  # the name by which a remat policy keeps what a kernel's backward needs
+FUSED_ATTENTION = "attention"  # names what a kernel's backward needs, for remat policies
 
 _NEVER = -1e30  # exp(_NEVER - anything seen) is exactly 0 in fp32
 

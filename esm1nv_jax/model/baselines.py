@@ -31,21 +31,12 @@ class Baselines:
 
     def add(self, inputs_BT, segment_ids_BT, index_BM, targets_BM, masked_BM) -> None:
         """Counts one corrupted batch (arrays as in `masking.Masked`, on the host)."""
-        rows, columns = np.nonzero(masked_BM)
-        at = index_BM[rows, columns]
-        letter = targets_BM[rows, columns] - FIRST_RESIDUE
-        segments = int(segment_ids_BT.max(initial=0)) + 1
-        owner_BT = np.arange(len(inputs_BT))[:, None] * segments + segment_ids_BT
-        visible_BT = (inputs_BT >= FIRST_RESIDUE) & (segment_ids_BT > 0)
-        keys = owner_BT[visible_BT] * LETTERS + inputs_BT[visible_BT] - FIRST_RESIDUE
-        seen = np.bincount(keys, minlength=len(inputs_BT) * segments * LETTERS).reshape(-1, LETTERS)
-        own = seen[owner_BT[rows, at]]
-        smoothed = own[np.arange(len(own)), letter] + PSEUDOCOUNTS * self.unigram[letter]
-        self.composition_nats -= float(
-            np.log(smoothed / (own.sum(axis=1) + PSEUDOCOUNTS)).sum()
-        )
-        self.unigram_nats -= float(np.log(self.unigram[letter]).sum())
-        self.positions += len(letter)
+        rows, entries = np.nonzero(masked_BM)
+        at, targets = index_BM[rows, entries], targets_BM[rows, entries]
+        own = composition_nats(self.unigram, inputs_BT, segment_ids_BT, rows, at, targets)
+        self.composition_nats += float(own.sum())
+        self.unigram_nats += float(unigram_nats(self.unigram, targets).sum())
+        self.positions += len(targets)
 
     def perplexities(self) -> dict[str, float]:
         """exp of the mean of each sum; NaN where nothing was counted."""
@@ -60,3 +51,23 @@ def unigram(counts: np.ndarray) -> np.ndarray:
     """Probabilities from residue counts [25], one added to each, so that none is impossible."""
     counts = np.asarray(counts, np.float64) + 1
     return counts / counts.sum()
+
+
+def unigram_nats(unigram: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log p of each target token under residue frequencies [25]: float64, shape of `targets`."""
+    return -np.log(unigram[targets - FIRST_RESIDUE])
+
+
+def composition_nats(
+    unigram: np.ndarray, inputs_BT, segment_ids_BT, rows, at, targets
+) -> np.ndarray:
+    """-log p of `targets`, which stand at (rows, at), under the visible rest of their protein."""
+    letter = targets - FIRST_RESIDUE
+    segments = int(segment_ids_BT.max(initial=0)) + 1
+    owner_BT = np.arange(len(inputs_BT))[:, None] * segments + segment_ids_BT
+    visible_BT = (inputs_BT >= FIRST_RESIDUE) & (segment_ids_BT > 0)
+    keys = owner_BT[visible_BT] * LETTERS + inputs_BT[visible_BT] - FIRST_RESIDUE
+    seen = np.bincount(keys, minlength=len(inputs_BT) * segments * LETTERS).reshape(-1, LETTERS)
+    own = seen[owner_BT[rows, at]]
+    smoothed = own[np.arange(len(own)), letter] + PSEUDOCOUNTS * unigram[letter]
+    return -np.log(smoothed / (own.sum(axis=1) + PSEUDOCOUNTS))

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from esm1nv_jax.data.tokenizer import PADDED_VOCABULARY, VOCABULARY
+from esm1nv_jax.data.vocabulary import ESM1NV, vocabulary
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
+from esm1nv_jax.model import foreign
 from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
 from esm1nv_jax.model.between import layer_norm, recomputed, stored, take
 from esm1nv_jax.model.dropout import DropoutKey, dropout
@@ -29,6 +30,7 @@ ACTIVATIONS = {
     "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
 }
 NORMS = ("pre", "post")
+POSITION_KINDS = ("learned", "rotary")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMATS = ("none", "dots", "block")
 # Kept by remat `dots`: products with weights and fused attention, never a T x T score.
@@ -55,6 +57,11 @@ class EncoderConfig:
     dropout: float = 0.1  # of embeddings and residual branches
     attention_dropout: float = 0.1
     norm_epsilon: float = 1e-5
+    # What models from elsewhere need (docs/interchange.md).
+    position_kind: str = "learned"
+    embedding_norm: bool = False  # a LayerNorm on the embeddings too, as ESM-1b; post has it always
+    token_dropout: bool = False  # as ESM-1b and ESM-2: no embedding at <mask>, the others scaled
+    vocabulary: str = ESM1NV  # the model's tokens in the order of its own ids; ids here are ours
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "ffn"):
@@ -72,6 +79,7 @@ class EncoderConfig:
             )
         for name, allowed in (
             ("norm", NORMS),
+            ("position_kind", POSITION_KINDS),
             ("ffn_activation", tuple(ACTIVATIONS)),
             ("head_activation", tuple(ACTIVATIONS)),
         ):
@@ -83,6 +91,14 @@ class EncoderConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
+        if self.position_kind == "rotary" and self.width // self.heads % 2:
+            raise UserError(
+                f"model.position_kind='rotary' turns pairs: a head of {self.width // self.heads} "
+                "(model.width / model.heads) must be even"
+            )
+        if self.embedding_norm and self.norm == "post":
+            raise UserError("model.embedding_norm=True is for norm='pre'; 'post' has it anyway")
+        vocabulary(self.vocabulary)  # raises UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +171,12 @@ class Block(nnx.Module):
         self.ffn_output = Dense(F, D, output_std, rngs)
         self.config, self.layer = config, layer
 
-    def attend(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
+    def attend(self, x_BTD, segment_ids_BT, turn, compute: Compute, key: DropoutKey | None):
         B, T, D = x_BTD.shape
         N, rate = self.config.heads, self.config.attention_dropout
         qkv_BTCNH = self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N)
+        if turn is not None:
+            qkv_BTCNH = foreign.rotate(qkv_BTCNH, turn)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         mixed_BTNH = attention(
             qkv_BTCNH, segment_ids_BT, DTYPES[compute.dtype], rate, row_keys_B, compute.attention
@@ -169,17 +187,17 @@ class Block(nnx.Module):
         x_BTF = _activate(self.config.ffn_activation, self.ffn_input(x_BTD, compute), compute)
         return self.ffn_output(x_BTF, compute)
 
-    def __call__(self, x_BTD, segment_ids_BT, compute: Compute, key: DropoutKey | None):
+    def __call__(self, x_BTD, segment_ids_BT, turn, compute: Compute, key: DropoutKey | None):
         def add(x_BTD, branch_BTD, site):
             return _add(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
             normed_BTD = self.attention_norm(x_BTD, compute)
-            branch_BTD = self.attend(normed_BTD, segment_ids_BT, compute, key)
+            branch_BTD = self.attend(normed_BTD, segment_ids_BT, turn, compute, key)
             x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
             branch_BTD = self.ffn(self.ffn_norm(x_BTD, compute), compute)
             return add(x_BTD, branch_BTD, drop.FFN_OUTPUT)
-        branch_BTD = self.attend(x_BTD, segment_ids_BT, compute, key)
+        branch_BTD = self.attend(x_BTD, segment_ids_BT, turn, compute, key)
         x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
         branch_BTD = self.ffn(x_BTD, compute)
         return self.ffn_norm(add(x_BTD, branch_BTD, drop.FFN_OUTPUT))
@@ -212,17 +230,29 @@ class Encoder(nnx.Module):
             return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (rows, D)))
 
         self.config = config
-        self.token_embedding = normal(PADDED_VOCABULARY)
-        self.position_embedding = normal(config.positions)
+        self.tokens = vocabulary(config.vocabulary)
+        self.token_embedding = normal(self.tokens.size)
+        if config.position_kind == "learned":
+            self.position_embedding = normal(config.positions)
+        else:
+            self.rotary_frequency = nnx.Param(jnp.asarray(foreign.frequencies(D // config.heads)))
         self.blocks = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
+        if config.embedding_norm:
+            self.embedding_norm = LayerNorm(D, config.norm_epsilon)
         # One more LayerNorm than the blocks have: after them (pre), or on the embeddings (post).
         self.outer_norm = LayerNorm(D, config.norm_epsilon)
         self.head_dense = Dense(D, D, INIT_STD, rngs)
         self.head_norm = LayerNorm(D, config.norm_epsilon)
-        self.head_bias = nnx.Param(jnp.zeros(PADDED_VOCABULARY))
+        self.head_bias = nnx.Param(jnp.zeros(self.tokens.size))
 
-    def embed(self, tokens_BT, positions_BT, key: DropoutKey | None):
-        x_BTD = self.token_embedding[...][tokens_BT] + self.position_embedding[...][positions_BT]
+    def embed(self, tokens_BT, segment_ids_BT, positions_BT, key: DropoutKey | None):
+        x_BTD = self.token_embedding[...][foreign.readable(self.config.vocabulary, tokens_BT)]
+        if self.config.token_dropout:
+            x_BTD = foreign.token_dropout(x_BTD, tokens_BT, segment_ids_BT)
+        if self.config.position_kind == "learned":
+            x_BTD = x_BTD + self.position_embedding[...][positions_BT]
+        if self.config.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
         if self.config.norm == "post":
             x_BTD = self.outer_norm(x_BTD)
         return _add(0.0, x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
@@ -233,7 +263,7 @@ class Encoder(nnx.Module):
         x_BMD = self.head_norm(x_BMD, compute)
         logits_BMV = product(x_BMD, self.token_embedding[...], DTYPES[compute.dtype], True)
         logits_BMV = logits_BMV + self.head_bias[...]
-        return jnp.where(jnp.arange(PADDED_VOCABULARY) < VOCABULARY, logits_BMV, NEVER)
+        return jnp.where(self.tokens.predicted(), logits_BMV, NEVER)
 
 
 def forward(
@@ -262,19 +292,22 @@ def forward(
       hidden_layers: which hidden states to return, 0..layers or -1.
     """
     model = nnx.merge(_graph(config), _to_state(params))
-    x_BTD = model.embed(tokens_BT, positions_BT, dropout_key)
+    x_BTD = model.embed(tokens_BT, segment_ids_BT, positions_BT, dropout_key)
+    turn = None
+    if config.position_kind == "rotary":
+        turn = foreign.rotation(positions_BT, model.rotary_frequency[...])
     hidden = {0: x_BTD}
     for i, block in enumerate(model.blocks):
         graph, state = nnx.split(block)
 
-        def run(state, x_BTD, segment_ids_BT, key, graph=graph):
-            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, compute, key)
+        def run(state, x_BTD, segment_ids_BT, turn, key, graph=graph):
+            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, turn, compute, key)
 
         if compute.remat == "block":
             run = jax.checkpoint(run)
         elif compute.remat == "dots":
             run = jax.checkpoint(run, policy=_PRODUCTS)
-        x_BTD = run(state, x_BTD, segment_ids_BT, dropout_key)
+        x_BTD = run(state, x_BTD, segment_ids_BT, turn, dropout_key)
         hidden[i + 1] = x_BTD
     last = model.outer_norm if config.norm == "pre" else lambda x: x
     hidden[-1] = last(x_BTD)

@@ -1,10 +1,10 @@
 """Flash attention on packed rows for GPUs, with dropout drawn inside the kernel.
 
-A Pallas kernel that lowers to Triton (compute capability 8.0 and up). After Dao, "FlashAttention-2",
-2023; begun from the example in `jax.experimental.pallas.ops.gpu.attention`, and its own because
-that one has no dropout, copies q, k and v apart and their gradients together, and visits every
-block of a row: here queries, keys and values are read where the one QKV product wrote them, their
-gradients are written as one array, and blocks that share no segment are never visited.
+A Pallas kernel that lowers to Triton (compute capability 8.0 and up), after Dao,
+"FlashAttention-2", 2023. It is begun from the example in `jax.experimental.pallas.ops.gpu`, and is
+its own because that one has no dropout, wants q, k and v apart and visits every block of a row.
+Here they are read where the one QKV product wrote them, their gradients are written as one array,
+and blocks that share no segment are never visited.
 
 Shapes as in `encoder`, and C = 3: query, key and value.
 """

@@ -21,11 +21,10 @@ _WIDTH = {
 }  # fmt: skip
 _NAMING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id",
-    "iota", "after-all", "all-reduce-done", "async-done", "copy-done", "bitcast-convert",
-    "opt-barrier",
+    "iota", "after-all", "bitcast-convert", "opt-barrier",
 }  # fmt: skip
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_PARTIAL = {"gather", "dynamic-slice", "slice"}  # read no more of their first operand than they give
+_PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they give
 
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
@@ -37,6 +36,7 @@ class Kernel:
     """One launch, or one collective. `bytes` moved and `flops` are of all its `times` together."""
 
     name: str
+    opcode: str
     kind: str  # gemm, attention, collective, reduction, elementwise, copy or other
     phase: str  # forward, backward or update
     op: str  # where it comes from in the Python program
@@ -71,32 +71,57 @@ class Program:
     def __init__(self, text: str):
         self.text = text
         self.computations, self.entry = _parse(text)
-        self.kernels = list(self._kernels(self.entry, 1, False))
+        self.kernels: list[Kernel] = []  # in the order of the schedule
+        self.ends: dict[str, int] = {}  # of a collective: where in that order its result is needed
+        self._walk(self.entry, 1, False)
 
     def of(self, kind: str) -> list[Kernel]:
         return [kernel for kernel in self.kernels if kernel.kind == kind]
 
-    def _kernels(self, computation: str, times: int, asynchronous: bool):
+    def kept(self) -> float:
+        """Bytes of results of the forward that the backward reads: activations at their height."""
+        return max(self._kept_in(computation) for computation in self.computations.values())
+
+    def _kept_in(self, around) -> float:
+        phases = {it.name: _phase(_op(it)) for it in around.values()}
+        kept: dict[str, float] = {}
+        for it in around.values():
+            if it.opcode in _NAMING or phases[it.name] == "forward":
+                continue
+            for operand in it.operands:
+                source, size_of = _base(operand, around), operand
+                if source is not None and source.opcode == "get-tuple-element":
+                    size_of, source = source.name, _base(source.operands[0], around)
+                if source is None or source.opcode in _NAMING or phases[source.name] != "forward":
+                    continue
+                if phases[it.name] == "backward":
+                    kept[f"{source.name} {around[size_of].shape}"] = size(around[size_of].shape)
+        return sum(kept.values())
+
+    def _walk(self, computation: str, times: int, asynchronous: bool) -> None:
         instructions = self.computations[computation]
         for it in instructions.values():
             if it.opcode in _NAMING:
                 continue
+            if it.opcode.endswith("-done"):
+                self.ends.update({operand: len(self.kernels) for operand in it.operands})
+                continue
             inner = it.attribute("body") or it.attribute("to_apply") or it.attribute("calls")
             if it.opcode == "while":
                 trips = re.search(r'known_trip_count"?[:=]\{"n":"?(\d+)', it.rest)
-                yield from self._kernels(inner, times * int(trips[1] if trips else 1), False)
+                self._walk(inner, times * int(trips[1] if trips else 1), False)
             elif it.opcode in ("call", "async-start") and inner in self.computations:
-                yield from self._kernels(inner, times, it.opcode == "async-start")
+                self._walk(inner, times, it.opcode == "async-start")
             elif it.opcode == "conditional":
                 for branch in re.findall(r"%([\w.$-]+)", it.rest.split("metadata")[0]):
                     if branch in self.computations:
-                        yield from self._kernels(branch, times, asynchronous)
+                        self._walk(branch, times, asynchronous)
                         break
             else:
-                yield self._kernel(it, instructions, times, asynchronous)
+                self.kernels.append(self._kernel(it, instructions, times, asynchronous))
 
     def _kernel(self, it: _Instruction, around, times: int, asynchronous: bool) -> Kernel:
-        op = _between(it.rest, 'op_name="', '"')
+        op = _op(it)
         collective = next((c for c in COLLECTIVES if it.opcode.startswith(c)), "")
         inner = self.computations.get(it.attribute("calls"), {}) if it.opcode == "fusion" else {}
         flops = _dot_flops(it, around) + sum(_dot_flops(i, inner) for i in inner.values())
@@ -107,8 +132,9 @@ class Program:
         opcodes = {it.opcode, *(i.opcode for i in inner.values())}
         return Kernel(
             name=it.name,
+            opcode=it.opcode,
             kind="collective" if collective else _kind(it, opcodes, flops, op),
-            phase="backward" if "transpose(" in op else "forward" if "jvp(" in op else "update",
+            phase=_phase(op),
             op=op,
             shape=re.sub(r"\{[\d,:A-Z()]*\}", "", it.shape),
             bytes=moved * times,
@@ -221,8 +247,17 @@ def _kind(it: _Instruction, opcodes: set[str], flops: float, op: str) -> str:
     if opcodes & {"reduce", "reduce-window"}:
         return "reduction"
     moves = {"copy", "transpose", "concatenate", "pad", "slice", "reshape", "parameter", "bitcast",
-             "fusion", "broadcast", "constant", "dynamic-slice", "dynamic-update-slice", "copy-start"}  # fmt: skip
+             "fusion", "broadcast", "constant",
+             "dynamic-slice", "dynamic-update-slice", "copy-start"}  # fmt: skip
     return "copy" if opcodes <= moves else "elementwise"
+
+
+def _op(it: _Instruction) -> str:
+    return _between(it.rest, 'op_name="', '"')
+
+
+def _phase(op: str) -> str:
+    return "backward" if "transpose(" in op else "forward" if "jvp(" in op else "update"
 
 
 def _between(text: str, start: str, end: str) -> str:

@@ -19,7 +19,8 @@ REDUCE_DTYPES = ("float32", "bfloat16")
 
 # Fields that may change between the starts of one run: none of them changes what is learned.
 MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
-              "compute.remat", "compute.attention", "batch.microbatches", "data.path")  # fmt: skip
+              "cluster.", "skip_nonfinite", "compute.remat", "compute.attention",
+              "batch.microbatches", "data.path")  # fmt: skip
 
 
 def step_config(config: ConfigDict) -> StepConfig:
@@ -31,7 +32,7 @@ def step_config(config: ConfigDict) -> StepConfig:
             f"set data.max_residues to at most {model.positions - 2}"
         )
     compute = dict(config.compute)
-    reduce_dtype = compute.pop("reduce_dtype")
+    reduce_dtype, deterministic = compute.pop("reduce_dtype"), compute.pop("deterministic")
     if reduce_dtype not in REDUCE_DTYPES:
         raise UserError(
             f"compute.reduce_dtype={reduce_dtype!r} is unknown; there are "
@@ -44,6 +45,8 @@ def step_config(config: ConfigDict) -> StepConfig:
         ("checkpoint.every", config.checkpoint.every),
         ("checkpoint.keep", config.checkpoint.keep),
         ("log.every", config.log.every),
+        ("cluster.start_timeout", config.cluster.start_timeout),
+        ("cluster.stall_timeout", config.cluster.stall_timeout),
     ):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
@@ -55,6 +58,8 @@ def step_config(config: ConfigDict) -> StepConfig:
         optimizer=OptimizerConfig(**config.optimizer),
         microbatches=config.batch.microbatches,
         reduce_dtype=reduce_dtype,
+        deterministic=deterministic,
+        nonfinite_allowed=config.skip_nonfinite,
     )
 
 
@@ -82,11 +87,11 @@ def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConf
 
 def global_rows(config: ConfigDict, lengths, devices: int) -> int:
     """Rows in an update over all devices: as given, or from sequences per device."""
-    data, batch = config.data, config.batch
+    batch = config.batch
     rows = batch.rows
     if not rows:
-        layout = (data.row_length, data.max_residues, data.packed)
-        per_device = rows_for(lengths, batch.sequences_per_device, layout)
+        one = stream_config(config, rows=1)  # for the layout of a row
+        per_device = rows_for(lengths, batch.sequences_per_device, one)
         per_device += -per_device % batch.microbatches
         rows = per_device * devices
     if rows % (devices * batch.microbatches):

@@ -16,12 +16,15 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from esm1nv_jax.model import encoder, loss, masking
+from esm1nv_jax.model import encoder, foreign, loss, masking
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
 from esm1nv_jax.training.sharding import DATA, sharding
 
 ON_DEVICE = ("tokens", "segment_ids", "positions", "mask_bits")  # arrays of a batch, all [B, T]
+
+# Autotuning picks kernels by the clock, so two starts may pick different ones.
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +47,7 @@ class StepConfig:
     optimizer: OptimizerConfig
     microbatches: int = 1
     reduce_dtype: str = "float32"
+    deterministic: bool = False  # on a GPU: the same bits from the same start
     nonfinite_allowed: int = 0  # beyond so many bad updates the state stands still
 
 
@@ -60,9 +64,8 @@ def fresh_state(config: StepConfig, params: dict) -> TrainState:
 
 def batch_sums(config: StepConfig, params, batch, dropout_key):
     """Sums over some rows: what the loss and every figure are made of. fp32 scalars."""
-    masked = masking.mask(
-        config.masking, batch["tokens"], batch["segment_ids"], batch["mask_bits"]
-    )
+    tokens = foreign.readable(config.model.vocabulary, batch["tokens"])
+    masked = masking.mask(config.masking, tokens, batch["segment_ids"], batch["mask_bits"])
     output = encoder.forward(
         config.model,
         params,
@@ -150,6 +153,7 @@ def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
         "learning_rate": schedule(config.optimizer)(state.step - state.nonfinite),
         "finite": finite.astype(jnp.float32),
         "halted": halted.astype(jnp.float32),
+        "nonfinite": nonfinite.astype(jnp.float32),  # so far, in the whole run
     }
     return TrainState(state.step + ~halted, params, opt_state, nonfinite), metrics
 
@@ -172,15 +176,18 @@ def compiled(config: StepConfig, mesh: Mesh):
     so that parameters and optimiser are updated in place and exist once in memory.
     """
     state, batch = sharding(mesh, "state"), sharding(mesh, "batch")
+    options = DETERMINISTIC if config.deterministic else None
     update = jax.jit(
         functools.partial(train_step, config, mesh),
         in_shardings=(state, batch),
         out_shardings=(state, state),
         donate_argnums=0,
+        compiler_options=options,
     )
     evaluate = jax.jit(
         functools.partial(evaluation_step, config, mesh),
         in_shardings=(state, batch),
         out_shardings=state,
+        compiler_options=options,
     )
     return update, evaluate

@@ -10,30 +10,44 @@ from rich.table import Table
 
 from esm1nv_jax.console import console
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.pipeline import evaluation_batches
+from esm1nv_jax.data.pipeline import evaluation_batches, rows_for
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
 
 UNIGRAM_SAMPLE = 20_000  # training sequences from which the unigram baseline is counted
 
 
-def show_start(config, settings, stream, source, mesh, run_folder, done: int) -> None:
-    """One summary before the first update."""
+def show_start(
+    config, settings, stream, source, mesh, run_folder, done: int, hosts, before, layout
+) -> None:
+    """One summary before the first update. `before` is the layout that a resumed run had."""
     model = settings.model
     kind = mesh.devices.flat[0].device_kind
     rows = stream.rows // mesh.size
+    sequences = stream.rows * 1_000_000 / rows_for(source.lengths, 1_000_000, stream)
     console.print(
         f"model      {parameter_count(model):,} parameters: {model.layers} layers, "
         f"{model.width} wide, {model.heads} heads, {model.positions} positions\n"
         f"data       {config.data.path}: {len(source.lengths):,} sequences to learn from\n"
-        f"devices    {mesh.size} x {kind} in {jax.process_count()} process(es)\n"
-        f"batch      {stream.rows} rows of {stream.row_length} tokens, {rows} a device: "
+        f"devices    {mesh.size} x {kind} in {len(hosts)} process(es) on {len(set(hosts))} host(s) "
+        f"({', '.join(sorted(set(hosts))[:4])}{', ...' if len(set(hosts)) > 4 else ''})\n"
+        f"batch      {stream.rows} rows of {stream.row_length} tokens, about {sequences:,.0f} "
+        f"sequences; {rows} rows, about {sequences / mesh.size:,.1f} sequences a device: "
         f"{stream.rows * stream.row_length:,} tokens an update\n"
         f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues; "
         f"products in {settings.compute.dtype}, attention by {settings.compute.attention}\n"
         f"workdir    {run_folder}"
         + (f"\ngoing on   from update {done:,} of {config.steps:,}" if done else "")
     )
+    if before and before != layout:
+        shown = (
+            f"{x['rows']} rows on {x['devices']} device(s) in {x['processes']} process(es)"
+            for x in (before, layout)
+        )
+        console.print(
+            f"changed    from {next(shown)} to {next(shown)}; the place in the data goes on "
+            "without a gap, the schedule by update"
+        )
 
 
 def line(figures: dict[str, float]) -> str:
@@ -102,7 +116,7 @@ def floors(settings, stream, source, held_out, batches: int) -> dict[str, float]
     return found.perplexities()
 
 
-def keep_evidence(run_folder, number: int, batch, params, values, checkpoints) -> None:
+def keep_evidence(run_folder, number: int, batch, values, checkpoints) -> None:
     """Saves what is needed to replay an update that was not finite, and says where it is."""
     checkpoints.wait()
     evidence = run_folder / "nonfinite" / str(number)

@@ -8,108 +8,156 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from esm1nv_jax import __version__
+from esm1nv_jax import __version__, configuration
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.data.dataset import Source, open_split
 from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.training import metrics, sharding, step, summary, workdir
+from esm1nv_jax.training import cluster, hosts, metrics, sharding, step, summary, workdir
+from esm1nv_jax.training.cluster_watchdog import Watchdog
 from esm1nv_jax.training.leaving import Leaving
+from esm1nv_jax.training.saving import Saving
 from esm1nv_jax.training.settings import fitted, global_rows, step_config, stream_config
 from esm1nv_jax.weights import checkpoint, folder
 
 
-def train(config: ConfigDict, path: str) -> int:
+def train(config: ConfigDict, path: str, strict: bool = False) -> int:
     """Trains as `config` says, in the folder `path`, from where a run there left off.
+
+    With several processes each calls this. `strict` stops at a damaged checkpoint, where otherwise
+    the run falls back to an older one.
 
     Returns the exit status: 0 when `config.steps` updates are done; 75 or 130 when a signal ended
     the run early, saved; 1 when an update was not finite. Raises UserError before anything is
     written where the config is wrong.
     """
     settings = step_config(config)
+    limits = config.cluster
+    with cluster.join(limits.start_timeout, limits.stall_timeout) as (team, watchdog):
+        return run(config, settings, path, strict, team, watchdog)
+
+
+def run(
+    config: ConfigDict,
+    settings: step.StepConfig,
+    path: str,
+    strict: bool,
+    team: cluster.Team,
+    watchdog: Watchdog,
+) -> int:
+    """The run of one process of `team`."""
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
     settings = fitted(settings, config, mesh.devices.flat[0])
     source, held_out = open_data(config)
     stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
     origin = open_origin(config, settings)
+    fingerprints = f"{source.fingerprint} {held_out.fingerprint}"
+    watchdog.hosts = cluster.agree(team, mesh.size, configuration.flat(config), fingerprints)
 
-    with workdir.hold(path) as run_folder:
-        workdir.settle(run_folder, config)
-        checkpoints = checkpoint.Checkpoints(
-            run_folder, config.checkpoint.keep, config.checkpoint.keep_every
+    with workdir.hold(path, team) as run_folder, hosts.log(run_folder, team, watchdog) as log:
+        if team.process == 0:
+            workdir.settle(run_folder, config)
+        saving = Saving(run_folder, config.checkpoint)
+        watchdog.beat("reading the checkpoint")
+        state, place, before = first_state(
+            settings, mesh, saving.checkpoints, source, origin, team, strict
         )
-        state, place = first_state(settings, mesh, checkpoints, source, origin)
         update, evaluate = step.compiled(settings, mesh)
         done = int(state.step)
-        summary.show_start(config, settings, stream, source, mesh, run_folder, done)
+        layout = {"devices": mesh.size, "processes": team.processes, "rows": stream.rows}
+        if team.process == 0:
+            summary.show_start(config, settings, stream, source, mesh, run_folder, done,
+                               watchdog.hosts, before, layout)  # fmt: skip
 
-        writer = metrics.Writer(run_folder, done, jax.process_index() == 0)
+        writer = metrics.Writer(run_folder, done, team.process == 0)
         window = metrics.Window(settings.model, mesh.devices.flat)
+        clock = hosts.HostClock(team, mesh.local_devices[0])
 
-        def validate() -> None:
+        def validate() -> dict[str, float]:
             """Figures on held-out sequences: the same ones, masked alike, every time."""
             sums: dict[str, float] = {}
             for batch in validation(held_out, stream, mesh, config.evaluation.batches):
+                watchdog.beat("evaluating")
                 sums = metrics.add(sums, jax.device_get(evaluate(state.params, batch)))
-            writer.write(done, "validation", metrics.figures(sums))
+            found = metrics.figures(sums)
+            writer.write(done, "validation", found)
+            return found
 
-        def save() -> None:
+        def checkpoint_parts() -> tuple:
             where = {**vars(place), "data": source.fingerprint}
-            made_by = {"config": config.to_dict(), "code": __version__}
-            checkpoints.save(done, *in_parts(state), where, made_by)
+            made_by = {"config": config.to_dict(), "code": __version__, "layout": layout}
+            return done, *in_parts(state), where, made_by
 
         def look_at(number: int, batch: Batch, values) -> bool:
             """Fetches the figures of update `number`; False where it was not finite."""
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
+            with clock.waiting():
+                values = jax.device_get(values)
+            values = {name: float(value) for name, value in values.items()}
             if values["halted"]:
-                summary.keep_evidence(run_folder, number, batch, state.params, values, checkpoints)
+                summary.keep_evidence(run_folder, number, batch, values, saving.checkpoints)
                 return False
             window.add(values)
             if number % config.log.every == 0 or number == config.steps:
                 norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
-                found = window.take() | {name: values[name] for name in norms}
+                found = window.take() | {name: values[name] for name in (*norms, "nonfinite")}
                 writer.write(number, "train", found)
+                by_host = clock.take(batches.waited)
+                writer.write(number, "hosts", by_host)
+                hosts.note(log, number, by_host)
                 task.note = summary.line(found)
             task.update(number, task.note)
             return True
 
         with (
-            Leaving() as leaving,
+            Leaving(team.processes) as leaving,
             Prefetch(placed_batches(source, stream, mesh, place)) as batches,
-            bar("training", config.steps, "updates", start=done) as task,
+            bar("training", config.steps, "updates", team.process == 0, start=done) as task,
             jax.transfer_guard("disallow"),
         ):
             if done == 0:
                 validate()
                 window.start()
-            pending = None
-            while done < config.steps and leaving.signal is None:
+            pending, last = None, done >= config.steps
+            while not last:
+                watchdog.beat(f"waiting for the batch of update {done + 1}")
                 batch, arrays, place = next(batches)
+                watchdog.beat(f"at update {done + 1}")
                 state, values = update(state, arrays)
                 done += 1
                 # Update n + 1 is on its way before the figures of update n are waited for.
                 if pending is not None and not look_at(*pending):
                     return 1
                 pending = (done, batch, values)
-                last = done == config.steps or leaving.signal is not None
+                saving.check()
+                last = leaving.asked(done) or done == config.steps
                 to_validate = done == config.steps or done % config.evaluation.every == 0
-                to_save = last or done % config.checkpoint.every == 0
+                to_save = last or saving.due(done)
                 if to_validate or to_save:
                     if not look_at(*pending):
                         return 1
                     pending = None
                     with window.pause():
+                        clock.probe()
                         if to_validate:
-                            validate()
+                            found = validate()
+                            saving.save_if_best(found["loss_mask"], *checkpoint_parts())
                         if to_save:
-                            save()
-        checkpoints.close()  # waits until what was saved is on disk
+                            watchdog.beat(f"saving update {done}")
+                            saving.save(*checkpoint_parts())
+        watchdog.beat("waiting until the last checkpoint is on disk")
+        saving.close()
         writer.close()
-        if leaving.signal is not None and done < config.steps:
-            console.print(f"saved update {done} in {run_folder}; the same command goes on there")
+        team.together("saved", config.cluster.stall_timeout)
+        watchdog.rest()
+        if leaving.leaving and done < config.steps:
+            if team.process == 0:
+                console.print(
+                    f"saved update {done} in {run_folder}; the same command goes on there"
+                )
             return leaving.status
-        summary.show_end(config, settings, stream, source, held_out, run_folder)
+        if team.process == 0:
+            summary.show_end(config, settings, stream, source, held_out, run_folder)
     return 0
 
 
@@ -139,24 +187,43 @@ def first_state(
     checkpoints: checkpoint.Checkpoints,
     source: Source,
     origin: folder.Weights | None,
-) -> tuple[step.TrainState, Place]:
-    """From the newest checkpoint; else from another model's weights; else fresh."""
+    team: cluster.Team,
+    strict: bool,
+) -> tuple[step.TrainState, Place, dict | None]:
+    """From the newest good checkpoint; else from another model's weights; else fresh.
+
+    With the state come the place in the data and the layout that the checkpoint was made on.
+    """
     layout = sharding.sharding(mesh, "state")
-    found = checkpoints.steps()
-    if found:
+    run_folder = checkpoints.folder.parent
+
+    def choose() -> str:
+        found = checkpoint.newest_good(run_folder, strict, console.print)
+        if found is None:
+            return ""
+        checkpoints.set_aside(after=found)
+        return str(found)
+
+    chosen = team.announce("checkpoint", choose)
+    if chosen:
         shapes = checkpoint.abstract(jax.eval_shape(lambda: step.create_state(settings)), layout)
-        params, rest, place = checkpoints.restore(found[-1], *in_parts(shapes))
+        params, rest, place = checkpoints.restore(int(chosen), *in_parts(shapes))
         if place.pop("data") != source.fingerprint:
             raise UserError(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
-        return step.TrainState(params=params, **rest), Place(**place)
+        before = checkpoint.read_config(run_folder, int(chosen)).get("layout")
+        return step.TrainState(params=params, **rest), Place(**place), before
     if origin is not None:
         start = jax.jit(step.fresh_state, static_argnums=0, out_shardings=layout)
-        return start(settings, jax.device_put(origin.params, layout)), Place()
+        params = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, layout, lambda index: x[index]),
+            origin.params,
+        )
+        return start(settings, params), Place(), None
     create = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
-    return create(settings), Place()
+    return create(settings), Place(), None
 
 
 def in_parts(state: step.TrainState) -> tuple[dict, dict]:
@@ -187,7 +254,8 @@ def validation(
 
 def on_devices(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
     layout = sharding.sharding(mesh, "batch")
-    return {
-        name: jax.make_array_from_process_local_data(layout, np.ascontiguousarray(batch[name]))
-        for name in step.ON_DEVICE
-    }
+    with jax.transfer_guard_host_to_device("allow"):  # this one transfer is meant
+        return {
+            name: jax.make_array_from_process_local_data(layout, np.ascontiguousarray(batch[name]))
+            for name in step.ON_DEVICE
+        }

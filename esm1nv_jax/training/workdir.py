@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
 from typing import Any
@@ -14,48 +15,95 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from esm1nv_jax import configuration
+from esm1nv_jax.console import console
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.training.cluster import Team
 from esm1nv_jax.training.settings import MAY_CHANGE
+from esm1nv_jax.weights import checkpoint
 
-CONFIG, LOCK = "config.json", "run.lock"
+CONFIG, LOCK, NONCE = "config.json", "run.lock", ".nonce"
+NONCE_SECONDS = 30.0  # a network file system may show a new file so much later
 
 
 @contextlib.contextmanager
-def hold(workdir: str):
-    """Makes the folder and holds it against any other live run; yields its path.
+def hold(workdir: str, team: Team):
+    """Makes the folder and holds it against any other live run; yields its path on every process.
 
-    On a local or shared file system the hold is a file lock, which a killed process cannot leave
-    behind. Object stores (`gs://`) have none: there nothing stops two runs in one place.
+    Process 0 holds it, by a file lock, which a killed process cannot leave behind. Object stores
+    (`gs://`) have none: there nothing stops two runs in one place. The other processes only go in
+    once they have read there what process 0 has just written.
     """
     folder = epath.Path(workdir)
-    remote = "://" in str(workdir)
-    if not remote:
+    if not _remote(folder):
         folder = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
+    with contextlib.ExitStack() as stack:
+        if team.process == 0:
+            stack.enter_context(_locked(folder))
+        shared_by_all(folder, team)
+        yield folder
+
+
+def shared_by_all(folder: epath.Path, team: Team) -> None:
+    """Raises UserError on a process that does not see, in `folder`, what process 0 writes there."""
+    if team.processes == 1:
+        return
+    file = folder / NONCE
+
+    def write() -> str:
+        nonce = secrets.token_hex(8)
+        file.write_text(nonce)
+        return nonce
+
+    nonce = team.announce("workdir", write)
+    deadline = time.monotonic() + NONCE_SECONDS
+    while not (file.exists() and file.read_text() == nonce):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"workdir {folder} on {team.host} is not the folder that process 0 sees under that "
+                "name; give --workdir=DIR on a file system that all hosts share"
+            )
+        time.sleep(0.2)
+    team.together("workdir")
+    if team.process == 0:
+        file.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: epath.Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if remote:
-            yield folder
-            return
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115, closed below
+        lock = None if _remote(folder) else open(folder / LOCK, "a+")  # noqa: SIM115, see below
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"workdir {workdir} cannot be written ({reason}); choose another with --workdir=DIR"
+            f"workdir {folder} cannot be written ({reason}); choose another with --workdir=DIR"
         ) from None
+    if lock is None:
+        yield
+        return
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"workdir {workdir} is in use by a live run ({lock.read().strip() or 'unknown'}); "
+                f"workdir {folder} is in use by a live run ({lock.read().strip() or 'unknown'}); "
                 "stop it, or choose another with --workdir=DIR"
             ) from None
+        except OSError as error:  # a network file system without locks
+            console.print(f"workdir {folder} cannot be locked ({error.strerror}): nothing stops "
+                          "another run from using it too")  # fmt: skip
         lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+        job = os.environ.get("SLURM_JOB_ID")
+        of = f" of Slurm job {job}" if job else ""
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{of} since {now}")
         lock.flush()
-        yield folder
+        yield
+
+
+def _remote(folder: epath.Path) -> bool:
+    return "://" in str(folder)
 
 
 def settle(folder: epath.Path, config: ConfigDict) -> None:
@@ -76,7 +124,7 @@ def settle(folder: epath.Path, config: ConfigDict) -> None:
                 f"workdir {folder} holds another run, which differs in {shown}; "
                 "choose another with --workdir=DIR"
             )
-    path.write_text(configuration.to_json(config))
+    checkpoint.write_atomically(path, configuration.to_json(config))
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

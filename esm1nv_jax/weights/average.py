@@ -136,7 +136,7 @@ def _model(member: Member) -> encoder.EncoderConfig:
         description = checkpoint.read_config(member.run, member.step)
         return encoder.EncoderConfig(**description["config"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{member} has no config that can be read ({error}); leave it out") from None
+        raise UserError(f"{member} has no readable config ({error}); leave it out") from None
 
 
 def _provenance(members: list[Member]) -> dict:

@@ -78,9 +78,7 @@ class Checkpoints:
         try:
             # Removed first, so that a full disk has room; what is kept does not count this one.
             self.clean()
-            with ocp.Checkpointer(
-                ocp.CompositeCheckpointHandler(*ITEMS), multiprocessing_options=_alone()
-            ) as writer:
+            with _orbax() as writer:
                 writer.save(
                     self.folder / str(step),
                     args=ocp.args.Composite(
@@ -116,11 +114,18 @@ class Checkpoints:
             if path.is_dir() and (unfinished or UNFINISHED in path.name):
                 path.rmtree()
 
+    def set_aside(self, after: int) -> None:
+        """Renames steps later than `after`, which were found damaged: they are made anew."""
+        for step in self.steps():
+            if step > after:
+                aside = self.folder / f"{step}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                (self.folder / str(step)).rename(aside)
+
     def restore(self, step: int, params, optimizer) -> tuple[Any, Any, dict]:
         """(params, optimizer, place), laid out as the abstract trees given (shapes, shardings)."""
-        with ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler(*ITEMS), multiprocessing_options=_alone()
-        ) as reader:
+        with _orbax() as reader:
             args = ocp.args.Composite(
                 params=ocp.args.StandardRestore(_host_shapes(params)),
                 optimizer=ocp.args.StandardRestore(_host_shapes(optimizer)),
@@ -138,6 +143,10 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raises SaveError where a save is over and failed; waits for nothing."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -239,8 +248,9 @@ def steps(workdir: str | epath.Path) -> list[int]:
 
 def read_params(workdir: str | epath.Path, step: int) -> dict:
     """The parameters of one checkpoint, on the host, as NumPy arrays."""
+    alone = _alone()
     with ocp.Checkpointer(
-        ocp.StandardCheckpointHandler(), multiprocessing_options=_alone()
+        ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
     ) as reader:
         item = epath.Path(workdir) / FOLDER / str(step) / "params"
         shapes = reader.metadata(item).item_metadata
@@ -287,6 +297,24 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
     )
+
+
+def _orbax() -> ocp.Checkpointer:
+    """Each part must be told that this process is alone: any one left out waits for the others."""
+    alone = _alone()
+    tree, text = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+    handler = ocp.CompositeCheckpointHandler(
+        params=tree(multiprocessing_options=alone),
+        optimizer=tree(multiprocessing_options=alone),
+        place=text(multiprocessing_options=alone),
+        config=text(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(
+            multiprocessing_options=alone,
+            # Made in the background, they would be announced to a coordinator and waited for.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        ),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _on_host(x) -> np.ndarray:

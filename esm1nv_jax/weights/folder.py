@@ -29,7 +29,8 @@ class Weights:
 
 
 def read(path: str) -> Weights:
-    """Weights of a run (its newest checkpoint), of one of its checkpoints, or of a model folder.
+    """Weights of a run (its newest checkpoint), one of its checkpoints, a model folder, or a
+    folder of `transformers`.
 
     Raises UserError where there is none, saying what was looked for.
     """
@@ -43,8 +44,14 @@ def read(path: str) -> Weights:
     steps = checkpoint.steps(folder)
     if steps:
         return _read_step(folder, steps[-1])
+
+    from esm1nv_jax.weights import huggingface  # it builds on this file
+
+    if huggingface.is_one(folder):
+        return Weights(*huggingface.read(path))
     raise UserError(
-        f"{path} holds no model: neither {DESCRIPTION} nor {checkpoint.FOLDER}/STEP was found there"
+        f"{path} holds no model: neither {DESCRIPTION}, {checkpoint.FOLDER}/STEP nor a config.json "
+        "of transformers was found there"
     )
 
 

@@ -27,18 +27,13 @@ class Leaves:
         paths = [[key["key"] for key in leaf["key_metadata"]] for leaf in tree]
         base = str(item) if "://" in str(item) else f"file://{item}"
         context = tensorstore.Context()
-        opening = {
-            "/".join(path): tensorstore.open(
-                {
-                    "driver": "zarr",
-                    "kvstore": {"driver": "ocdbt", "base": f"{base}/", "path": ".".join(path) + "/"},
-                },
-                context=context,
-                open=True,
-                read=True,
-            )
-            for path in paths
-        }
+
+        def begin(path: list[str]) -> tensorstore.Future:
+            store = {"driver": "ocdbt", "base": f"{base}/", "path": ".".join(path) + "/"}
+            spec = {"driver": "zarr", "kvstore": store}
+            return tensorstore.open(spec, context=context, open=True, read=True)
+
+        opening = {"/".join(path): begin(path) for path in paths}
         self._stores = {name: opening[name].result() for name in sorted(opening)}
         self.shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
 

@@ -1,0 +1,82 @@
+"""One self-contained HTML page: headings, tables and plots, readable without a network."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Sequence
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #1a1a1a; background: #fff }
+h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem .25rem 0; text-align: right; border-bottom: 1px solid #ddd }
+th:first-child, td:first-child { text-align: left }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom }
+svg { max-width: 100%; height: auto } p.note { color: #555; font-size: .9rem }
+"""
+BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
+
+
+class Page:
+    """Filled from top to bottom; `text()` is the whole file."""
+
+    def __init__(self, title: str):
+        self.title = title
+        self.parts = [f"<h1>{html.escape(title)}</h1>"]
+
+    def heading(self, text: str) -> None:
+        self.parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def say(self, text: str) -> None:
+        self.parts.append(f"<p>{html.escape(text)}</p>")
+
+    def note(self, text: str) -> None:
+        self.parts.append(f'<p class="note">{html.escape(text)}</p>')
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        def line(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+        body = "\n".join(line(row, "td") for row in rows)
+        self.parts.append(
+            f"<table><thead>{line(head, 'th')}</thead>\n<tbody>{body}</tbody></table>"
+        )
+
+    def plot(self, figure, described: str) -> None:
+        """A matplotlib Figure, as SVG within the page; `described` is for who cannot see it."""
+        text = io.StringIO()
+        figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+        svg = text.getvalue()
+        svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+        label = html.escape(described, quote=True)
+        self.parts.append(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
+
+    def text(self) -> str:
+        body = "\n".join(self.parts)
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n"
+            f"<body>\n{body}\n</body></html>\n"
+        )
+
+
+def figure(width: float = 8.0, height: float = 3.6, columns: int = 1):
+    """(Figure, axes) that need no display. Sizes in inches."""
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained")
+    axes = made.subplots(1, columns)
+    for axis in [axes] if columns == 1 else axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return made, axes
+
+
+def plus_minus(value: float, error: float, digits: int = 2) -> str:
+    """`17.06 ± 0.05`, or `-` where there is no value."""
+    if value != value:
+        return "-"
+    shown = f"{value:.{digits}f}"
+    return shown if error != error else f"{shown} ± {error:.{digits}f}"

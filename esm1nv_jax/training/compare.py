@@ -1,0 +1,179 @@
+"""`esm1nv compare`: runs side by side. What differs, the curves in one plot, a table over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from esm1nv_jax import arguments, configuration
+from esm1nv_jax.console import console
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.page import Page, figure
+from esm1nv_jax.training.workdir import CONFIG
+
+METRICS = "metrics.jsonl"
+FIGURE = "perplexity_mask"  # the one figure in which recipes can be compared
+UNIMPORTANT = ("steps", "platform", "checkpoint.", "log.", "evaluation.", "data.path")
+COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as it lies on the disk: `config` under dotted names, `validation` by ascending step."""
+
+    name: str
+    config: dict[str, Any]
+    validation: list[dict[str, float]]
+    train: list[dict[str, float]]
+
+    @property
+    def recipe(self) -> tuple:
+        """Equal for runs that differ by their seed alone."""
+        return tuple(
+            (name, value)
+            for name, value in sorted(self.config.items())
+            if name != "seed" and not name.startswith(UNIMPORTANT)
+        )
+
+    def at(self, step: int) -> float:
+        """Validation figure after `step` updates; NaN where there is none."""
+        return next((x[FIGURE] for x in self.validation if x["step"] == step), math.nan)
+
+
+def main(argv: list[str]) -> None:
+    parser = arguments.Parser(
+        "compare",
+        "Set runs side by side: what differs in their configs, validation perplexity at <mask>\n"
+        "against updates, and mean and spread over seeds.",
+        "esm1nv compare runs/card-0 runs/card-1 runs/shipped-0 --out compare.html",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
+    parser.add_argument("--out", metavar="FILE.html", help="write a page with the plot")
+    options = parser.parse_args(argv)
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        raise UserError(f"{options.out} cannot be written: make its folder first")
+    runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
+    differences, table = differing(runs), over_seeds(runs)
+    if differences:
+        shown = Table("field", *(run.name for run in runs), title="What differs")
+        for name, values in differences.items():
+            shown.add_row(name, *map(str, values))
+        console.print(shown)
+    else:
+        console.print("The configs do not differ.")
+    shown = Table(*HEAD, title="Validation perplexity at <mask>, by recipe")
+    for row in table:
+        shown.add_row(*cells(row))
+    console.print(shown)
+    if options.out:
+        Path(options.out).write_text(page(runs, differences, table).text())
+        console.print(f"page  {options.out}", markup=False)
+
+
+def read(paths: list[str]) -> list[Run]:
+    """Raises UserError for a folder that is no run, or has not validated yet."""
+    found = []
+    for path, name in zip(paths, _names(paths), strict=True):
+        folder = Path(path)
+        try:
+            config = configuration.flat(json.loads((folder / CONFIG).read_text()))
+            lines = [json.loads(x) for x in (folder / METRICS).read_text().splitlines() if x]
+        except OSError as error:
+            raise UserError(
+                f"{path} is not a run: {Path(error.filename).name} is not there; give the "
+                "--workdir of a training run"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"{path}: {CONFIG} or {METRICS} cannot be read ({error})") from None
+        kinds = {k: [x for x in lines if x.get("kind") == k] for k in ("validation", "train")}
+        if not kinds["validation"]:
+            raise UserError(f"{path} has no validation figure yet; let it run on, or leave it out")
+        found.append(Run(name, config, kinds["validation"], kinds["train"]))
+    return found
+
+
+def differing(runs: list[Run]) -> dict[str, list[Any]]:
+    """Field to its value in every run, for the fields that are not the same in all."""
+    names = sorted(set().union(*(run.config for run in runs)))
+    rows = {name: [run.config.get(name, "-") for run in runs] for name in names}
+    return {name: values for name, values in rows.items() if len(set(map(str, values))) > 1}
+
+
+def over_seeds(runs: list[Run]) -> list[dict[str, Any]]:
+    """One row a recipe, best first: its runs, and mean and spread of the last figure they share.
+
+    Runs of one recipe are compared at the last update at which all of them validated. The spread
+    is the sample standard deviation over runs, NaN for one run.
+    """
+    recipes: dict[tuple, list[Run]] = {}
+    for run in runs:
+        recipes.setdefault(run.recipe, []).append(run)
+    rows = []
+    for same in recipes.values():
+        shared = set.intersection(*({x["step"] for x in run.validation} for run in same))
+        step = max(shared) if shared else 0
+        values = [run.at(step) for run in same]
+        rows.append(
+            {
+                "runs": [run.name for run in same],
+                "seeds": [run.config.get("seed") for run in same],
+                "step": step,
+                "mean": statistics.fmean(values),
+                "spread": statistics.stdev(values) if len(values) > 1 else math.nan,
+            }
+        )
+    return sorted(rows, key=lambda row: row["mean"])
+
+
+HEAD = ("runs", "seeds", "update", "mean", "spread")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    spread = "-" if math.isnan(row["spread"]) else f"{row['spread']:.3f}"
+    seeds = ", ".join(map(str, row["seeds"]))
+    return [", ".join(row["runs"]), seeds, f"{row['step']:,}", f"{row['mean']:.3f}", spread]
+
+
+def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Page:
+    made = Page(f"{len(runs)} runs side by side")
+    plot, axis = figure(height=4.2)
+    colour_of: dict[tuple, str] = {}
+    for run in runs:
+        known = run.recipe in colour_of
+        colour = colour_of.setdefault(run.recipe, COLOURS[len(colour_of) % len(COLOURS)])
+        points = [(x["step"], x[FIGURE]) for x in run.validation]
+        axis.plot(*zip(*points, strict=True), "o-" if not known else "o--", color=colour,
+                  label=run.name, ms=3, lw=1.2)  # fmt: skip
+    axis.set(xlabel="update", ylabel="validation perplexity, <mask> only")
+    axis.legend(frameon=False, fontsize=8)
+    made.plot(plot, "validation perplexity of every run against updates")
+    made.note("One colour a recipe; dashed lines are further seeds of it.")
+    made.heading("Over seeds")
+    made.table(HEAD, [cells(row) for row in table])
+    made.note("Spread is the sample standard deviation over runs of one recipe.")
+    made.heading("What differs")
+    if differences:
+        made.table(
+            ["field", *(run.name for run in runs)],
+            [[name, *map(str, values)] for name, values in differences.items()],
+        )
+    else:
+        made.say("The configs do not differ.")
+    return made
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return paths

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Several processes on this host, one a GPU (or a CPU device), as one run.
+#
+#   launch/local.sh [-n PROCESSES] [--restarts N] COMMAND...
+#   launch/local.sh -n 8 --restarts 3 python -m esm1nv_jax.main --config=... --workdir=...
+#
+# Without -n: one process for each GPU that nvidia-smi lists. Names each process that dies. A run
+# that lost one is started again up to N times and goes on from its newest checkpoint. Exit status:
+# 0 done, 2 a mistake in the command, 75 saved after SIGTERM, 130 after Ctrl-C, else a fault.
+set -u
+processes="" restarts=0
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -n) processes="$2"; shift 2 ;;
+    --restarts) restarts="$2"; shift 2 ;;
+    -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) break ;;
+  esac
+done
+if [ -z "$processes" ]; then
+  processes=$(nvidia-smi -L 2>/dev/null | wc -l)
+fi
+if [ $# -eq 0 ] || ! [ "$processes" -ge 1 ] 2>/dev/null; then
+  echo "error: give -n PROCESSES (1 or more; no GPU was found to count) and a command" >&2
+  exit 2
+fi
+source "$(dirname "$0")/xla_flags.sh"
+GRACE=40 # seconds for the others to leave by themselves, once one has died
+
+say() { echo "local.sh: $*" >&2; }
+ended() { # status -> words
+  if [ "$1" -gt 128 ]; then echo "was killed by SIG$(kill -l $(($1 - 128)))"; else echo "left with status $1"; fi
+}
+
+asked=""
+trap 'asked=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+
+start() {
+  local port=$((20000 + (RANDOM * 32768 + RANDOM) % 12000))
+  pids=() number=()
+  for ((k = 0; k < processes; k++)); do
+    JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$processes" JAX_PROCESS_ID="$k" \
+      JAX_LOCAL_DEVICE_IDS="$k" "$@" &
+    pids+=($!)
+    number[$!]=$k
+  done
+}
+
+finish() { # waits for all; the status of the run is in $result
+  local killer="" which status left=("${pids[@]}")
+  result=0
+  while [ ${#left[@]} -gt 0 ]; do
+    which=""
+    wait -n -p which "${left[@]}"
+    status=$?
+    [ -z "$which" ] && continue # a signal to this script woke it
+    for i in "${!left[@]}"; do [ "${left[$i]}" = "$which" ] && unset "left[$i]"; done
+    [ "$status" -eq 0 ] && continue
+    [ "$status" -ne 75 ] && say "process ${number[$which]} (pid $which) $(ended "$status")"
+    if [ "$result" -eq 0 ] || [ "$result" -eq 75 ]; then result=$status; fi
+    if [ -z "$killer" ] && [ ${#left[@]} -gt 0 ]; then
+      (sleep "$GRACE"; kill -KILL "${left[@]}") >/dev/null 2>&1 &
+      killer=$!
+    fi
+  done
+  [ -n "$killer" ] && kill "$killer" 2>/dev/null
+}
+
+for ((attempt = 0; ; attempt++)); do
+  start "$@"
+  finish
+  case "$result" in 0|2|75|130) exit "$result" ;; esac
+  if [ -n "$asked" ] || [ "$attempt" -ge "$restarts" ]; then exit "$result"; fi
+  say "starting again ($((attempt + 1)) of $restarts)"
+done

@@ -1,0 +1,132 @@
+"""What clusters do to a run, done to real processes."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+
+from esm1nv_jax.weights import checkpoint
+from tests.cluster.runs import Run, losses, parameters, same_bits
+from tests.training import processes
+
+LONG = ("--config.steps=100000", "--config.checkpoint.every=20")
+GONE_WITHIN = 30  # seconds that the others may live on
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_peer_ends_the_others_and_is_named(tmp_path, how, victim):
+    with Run(tmp_path / "run", 3, *LONG) as run:
+        run.until(lambda: run.updates() >= 3)
+        pids = run.pids()
+        os.kill(pids[victim], how)
+        began = time.monotonic()
+        while any(number != victim for number in run.pids()):
+            assert time.monotonic() - began < GONE_WITHIN, run.text
+            time.sleep(0.2)
+        if how == signal.SIGSTOP:
+            assert re.search(rf"process {victim}\b.*(no sign of life|has not answered)", run.text)
+            os.kill(pids[victim], signal.SIGKILL)
+        assert run.wait(60) not in (0, 2, 75, 130)
+        assert f"process {victim} (pid {pids[victim]}) was killed by SIGKILL" in run.text
+
+
+def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
+    """The straight run is the witness; the launcher starts the other again by itself."""
+    options = ("--config.steps=30", "--config.checkpoint.every=5")
+    with Run(tmp_path / "straight", 2, *options) as run:
+        assert run.wait() == 0, run.text
+    with Run(tmp_path / "killed", 2, *options, restarts=2) as run:
+        run.until(lambda: run.updates() >= 8)
+        run.signal(1, signal.SIGKILL)
+        assert run.wait() == 0, run.text
+        assert "starting again (1 of 2)" in run.text and "going on" in run.text
+    assert same_bits(parameters(tmp_path / "killed", 30), parameters(tmp_path / "straight", 30))
+    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
+    """With one process the plain handler, with several the preemption service."""
+    with Run(tmp_path / "run", n, *LONG) as run:
+        run.until(lambda: run.updates() >= 3)
+        run.signal(n - 1, signal.SIGTERM)
+        assert run.wait(60) == 75, run.text
+    (said,) = re.findall(r"saved update (\d+) in", run.text)
+    assert checkpoint.steps(tmp_path / "run")[-1] == int(said)
+    assert checkpoint.verify(tmp_path / "run", int(said)) == []
+    assert "left with status" not in run.text  # every process left with 75, which is no fault
+
+
+def test_a_process_that_stands_still_makes_all_dump_their_stacks_and_leave(tmp_path):
+    """A data set on a disk that hangs, for one process: its reads never come back."""
+    stuck = tmp_path / "stuck"
+    stuck.mkdir()
+    (stuck / "sitecustomize.py").write_text(
+        "import os, time\n"
+        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
+        "    from esm1nv_jax.data import pipeline\n"
+        "    real = pipeline.train_batches\n"
+        "    def hang(*args):\n"
+        "        for i, item in enumerate(real(*args)):\n"
+        "            if i == 20: time.sleep(1e6)\n"
+        "            yield item\n"
+        "    pipeline.train_batches = hang\n"
+    )
+    path = f"{stuck}:{processes.ROOT}"
+    with Run(tmp_path / "run", 2, *LONG, "--config.cluster.stall_timeout=20", PYTHONPATH=path) as r:
+        r.until(lambda: r.updates() >= 15)
+        began = time.monotonic()
+        assert r.wait(90) == 1, r.text
+        assert time.monotonic() - began < 60
+    (log,) = (tmp_path / "run" / "logs").iterdir()
+    text = log.read_text()
+    assert "no progress for 2" in r.text
+    assert "process 1 on" in text and "waiting for the batch of update 21" in text
+    assert text.count("most recent call first") >= 2 * 3  # threads of both processes
+
+
+def test_sigusr1_prints_stacks_and_the_run_goes_on(tmp_path):
+    with Run(tmp_path / "run", 1, *LONG) as run:
+        run.until(lambda: run.updates() >= 2)
+        before = run.updates()
+        run.signal(0, signal.SIGUSR1)
+        run.until(lambda: run.updates() > before + 5)
+        (log,) = (tmp_path / "run" / "logs").iterdir()
+        assert "in run" in log.read_text() and "most recent call first" in log.read_text()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_falls_back(tmp_path):
+    options = ("--config.checkpoint.every=4", "--config.steps=8")
+    with Run(tmp_path / "run", 2, *options) as run:
+        assert run.wait() == 0, run.text
+    right = parameters(tmp_path / "run", 8)
+    folder = tmp_path / "run" / "checkpoints" / "8" / "optimizer"
+    file = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    with Run(tmp_path / "run", 2, *options, "--strict") as run:
+        assert run.wait() == 2, run.text
+    with Run(tmp_path / "run", 2, *options) as run:
+        assert run.wait() == 0, run.text
+    assert f"{file.name} has other bytes" in run.text and "going on   from update 4" in run.text
+    assert same_bits(parameters(tmp_path / "run", 8), right)
+    assert checkpoint.verify(tmp_path / "run", 8) == []
+
+
+def test_an_infinite_loss_stops_all_at_one_update_with_evidence(tmp_path):
+    wild = ("--config.optimizer.peak_lr=1e30", "--config.optimizer.warmup=0", "--config.steps=30")
+    with Run(tmp_path / "run", 2, *wild) as run:
+        assert run.wait() == 1, run.text
+    (evidence,) = (tmp_path / "run" / "nonfinite").iterdir()
+    assert f"update {evidence.name} is not finite" in run.text
+    assert {p.name for p in evidence.glob("batch_*")} == {"batch_0.npz", "batch_1.npz"}
+    with Run(tmp_path / "skip", 2, *wild, "--config.skip_nonfinite=3") as run:
+        assert run.wait() == 1, run.text
+    lines = (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()
+    counts = [r["nonfinite"] for r in map(json.loads, lines) if r["kind"] == "train"]
+    assert counts[0] == 0 and counts[-3:] == [1, 2, 3]

@@ -1,0 +1,54 @@
+"""What `esm1nv inspect` shows is what is there."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esm1nv_jax import arguments
+from esm1nv_jax.cli import dispatch
+from esm1nv_jax.data import inspect, tokenizer
+from esm1nv_jax.data.dataset import open_split
+from esm1nv_jax.data.pipeline import StreamConfig, train_batches
+from esm1nv_jax.errors import EXIT_USER
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_a_row_is_drawn_letter_by_letter():
+    source = open_split("sample", "train")
+    config = StreamConfig(seed=0, rows=4, row_length=512, max_residues=510)
+    batch, _ = next(train_batches(source, config))
+    text = inspect.drawn(batch, 0)
+    ids = [i for i in dict.fromkeys(batch["example_ids"][0].tolist()) if i >= 0]
+    whole = "".join(f"‹{s[:510].decode()}›" for s in source.sequences(ids))
+    assert text.plain.rstrip("·") == whole
+    hidden = inspect.masked(batch, 0)
+    reverse = sum(span.end - span.start for span in text.spans if "reverse" in str(span.style))
+    assert reverse == hidden.sum()
+    for segment in range(1, batch["segment_ids"][0].max() + 1):
+        here = batch["segment_ids"][0] == segment
+        assert hidden[here].sum() == max(1, round(0.15 * (here.sum() - 2)))
+    assert (batch["tokens"][0][hidden] >= tokenizer.FIRST_RESIDUE).all()
+
+
+def test_the_sample_is_shown(capsys):
+    assert arguments.run(dispatch, ["inspect", "--show", "1"]) == 0
+    shown = capsys.readouterr().out
+    lengths = np.asarray(open_split("sample", "train").lengths)
+    assert "9,000" in shown and f"{lengths.sum():,}" in shown
+    assert f"{((lengths >= 128) & (lengths < 192)).sum():,}" in shown
+
+
+def test_a_config_says_how_rows_are_cut(capsys):
+    argv = ["inspect", f"--config={CONFIGS / 'pretrain_small.py'}:shipped"]
+    assert arguments.run(dispatch, [*argv, "--config.data.path=sample", "--show=0"]) == 0
+    assert "of 512 tokens a batch" in capsys.readouterr().out
+    assert arguments.run(dispatch, argv) == EXIT_USER
+    assert "names no data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["--split", "all"], ["--rows=7"]])
+def test_mistakes(words, capsys):
+    assert arguments.run(dispatch, ["inspect", *words]) == EXIT_USER
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -1,0 +1,297 @@
+"""Evaluation against plain loops over proteins, and against itself in another order."""
+
+import json
+import math
+import random
+
+import jax
+import numpy as np
+import pytest
+from Bio.Align import substitution_matrices
+
+from esm1nv_jax import arguments, cli
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.dataset import MemorySource, open_split
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference import masks
+from esm1nv_jax.inference.evaluate import figures, read_groups, to_json
+from esm1nv_jax.inference.model import Model
+from esm1nv_jax.inference.pseudo import pseudo_perplexity
+from esm1nv_jax.inference.rows import Shapes
+from esm1nv_jax.inference.substitution import ORDER, blosum62, substitution
+from esm1nv_jax.inference.tally import Tally
+from esm1nv_jax.model import encoder
+from esm1nv_jax.weights import folder
+
+CONFIG = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=130)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Large enough that predictions differ from each other."""
+    return jax.tree.map(lambda x: np.asarray(3 * x), encoder.init(CONFIG, 3))
+
+
+@pytest.fixture(scope="module")
+def model(params):
+    return Model(CONFIG, params, {})
+
+
+@pytest.fixture(scope="module")
+def proteins():
+    source = open_split("sample", "test")
+    found = list(zip(source.ids(range(30)), source.sequences(range(30)), strict=True))
+    return [*found, ("with_unknowns", b"MKX*BZJAUO" * 7), ("short", b"M")]
+
+
+@pytest.fixture(scope="module")
+def found(model, proteins, tmp_path_factory):
+    """(figures, the masks they were taken on)."""
+    path = tmp_path_factory.mktemp("masks") / "masks.jsonl"
+    groups = {name: "odd" if i % 2 else "even" for i, (name, _) in enumerate(proteins)}
+    source = MemorySource(proteins)
+    result = figures(model, source, groups=groups, masks_out=str(path))
+    return result, path, groups
+
+
+def by_hand(model, path):
+    """Per protein: what every figure is made of, one protein a pass, softmax in NumPy."""
+    rows = []
+    for line in map(json.loads, path.read_text().splitlines()):
+        tokens = ["<unk>" if letter == "?" else letter for letter in line["sequence"]]
+        truth = [tokens[i] for i in line["positions"]]
+        for position, token in zip(line["positions"], line["inputs"], strict=True):
+            tokens[position] = token
+        text = "".join("J" if t == "<unk>" else t for t in tokens)
+        logits = np.float64(model.logits([text])[0])
+        logp = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+        logp -= logits.max(1, keepdims=True)
+        visible = [t for t in tokens if len(t) == 1]
+        rows.append((line, truth, logp, visible))
+    return rows
+
+
+def test_every_figure_is_what_a_loop_over_proteins_gives(model, found, proteins):
+    result, path, _ = found
+    counts = {}
+    for _, sequence in proteins:
+        for letter in sequence.decode():
+            counts[letter] = counts.get(letter, 0) + 1
+    total = sum(counts.get(a, 0) + 1 for a in tokenizer.RESIDUES)
+    unigram = {a: (counts.get(a, 0) + 1) / total for a in tokenizer.RESIDUES}
+    sums = {name: [] for name in ("all", "mask", "right", "20", "unigram", "composition")}
+    of_leucine = []
+    for line, truth, logp, visible in by_hand(model, path):
+        each = {name: [0, 0.0] for name in sums}
+        for token, at, true in zip(line["inputs"], line["positions"], truth, strict=True):
+            nats = -logp[at][tokenizer.TOKENS.index(true)]
+
+            def add(name, value, each=each):
+                each[name][0] += 1
+                each[name][1] += value
+
+            add("all", nats)
+            if token != "<mask>":
+                continue
+            add("mask", nats)
+            add("right", tokenizer.TOKENS[np.argmax(logp[at])] == true)
+            add("unigram", -math.log(unigram[true]))
+            own = (visible.count(true) + 100 * unigram[true]) / (len(visible) + 100)
+            add("composition", -math.log(own))
+            if true == "L":
+                of_leucine.append(nats)
+            if true in "LASGVERTDIPKNFQYHMCW":
+                of_20 = np.exp(logp[at][5:25]).sum()
+                add("20", nats + math.log(of_20))
+        for name in sums:
+            sums[name].append(each[name])
+
+    def mean_and_error(name):
+        n, value = np.array(sums[name], np.float64).T
+        n, value = n[n > 0], value[n > 0]
+        mean = value.sum() / n.sum()
+        k = len(n)
+        return mean, math.sqrt(k / (k - 1) * ((value - mean * n) ** 2).sum()) / n.sum()
+
+    whole = result["overall"]
+    for name, key in (("all", "perplexity"), ("mask", "perplexity_mask"),
+                      ("20", "perplexity_mask_20"), ("unigram", "unigram_mask"),
+                      ("composition", "composition_mask")):  # fmt: skip
+        mean, error = mean_and_error(name)
+        assert whole[key] == pytest.approx(math.exp(mean), rel=2e-6)
+        assert whole[f"{key}_se"] == pytest.approx(math.exp(mean) * error, rel=1e-4)
+    assert whole["accuracy_mask"] == pytest.approx(mean_and_error("right")[0], rel=1e-9)
+    leucine = result["by_residue"]["L"]
+    assert leucine["perplexity_mask"] == pytest.approx(math.exp(np.mean(of_leucine)), rel=1e-5)
+    assert leucine["positions_mask"] == len(of_leucine)
+
+
+def test_classes_of_proteins_add_up_to_the_whole(found, proteins):
+    result, _, groups = found
+    for table in ("by_length", "by_group", "by_residue"):
+        rows = result[table].values()
+        assert sum(r["positions_mask"] for r in rows) == result["overall"]["positions_mask"]
+    assert result["by_group"]["odd"]["sequences"] == sum(g == "odd" for g in groups.values())
+    assert result["cropped"] == sum(len(s) > 128 for _, s in proteins)
+
+
+def flat(figures):
+    whole = figures["overall"]
+    return [whole[name] for name in sorted(whole)]
+
+
+def test_order_batch_and_devices_change_nothing(model, params, found, proteins):
+    reference = flat(found[0])
+    shuffled = random.Random(1).sample(proteins, len(proteins))
+    np.testing.assert_allclose(flat(figures(model, MemorySource(shuffled))), reference, rtol=1e-6)
+    one = Model(CONFIG, params, {})
+    placed = one.placed
+    mesh = jax.make_mesh((1,), ("rows",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    alone = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    one.__dict__["placed"] = type(placed)(
+        CONFIG, one.compute, jax.device_put(params, everywhere), alone, Shapes.of(130, 700, 1)
+    )
+    np.testing.assert_allclose(flat(figures(one, MemorySource(proteins))), reference, rtol=1e-6)
+
+
+def test_another_seed_asks_other_questions(model, found, proteins):
+    other = figures(model, MemorySource(proteins), seed=1)["overall"]
+    whole = found[0]["overall"]
+    assert other["positions"] == whole["positions"]
+    assert abs(other["perplexity_mask"] / whole["perplexity_mask"] - 1) > 1e-4
+
+
+def test_masks_read_back_ask_the_same(model, found):
+    result, path, _ = found
+    source, records = masks.read(str(path))
+    again = figures(model, source, records=records)["overall"]
+    # The unknown letters of the file are the same; only the unigram sees cropped proteins now.
+    for name in ("perplexity", "perplexity_mask", "perplexity_mask_20", "accuracy_mask"):
+        assert again[name] == pytest.approx(result["overall"][name], rel=1e-6)
+
+
+def test_a_perfect_and_a_constant_predictor():
+    tally = Tally.empty(1)
+    tally.add(np.zeros(3, int), np.array([5, 1, 9]), np.zeros(3))
+    assert tally.perplexity() == (1.0, 0.0)
+    tally = Tally.empty(2)
+    tally.add(np.ones(3, int), np.array([5, 1, 9]), np.array([5, 1, 9]) * math.log(20))
+    assert tally.perplexity(1) == (pytest.approx(20), pytest.approx(0, abs=1e-6))
+    assert math.isnan(tally.mean(0)[0])
+
+
+def test_the_standard_error_is_the_spread_of_repeated_samples():
+    """Drawn a thousand times, the mean spreads as the error says, though proteins are lumpy."""
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(1000):
+        n = rng.integers(1, 60, 80)
+        total = n * rng.normal(2.8, 0.3, 80) + rng.normal(0, np.sqrt(n))
+        tally = Tally.empty(1)
+        tally.add(np.zeros(80, int), n, total)
+        mean, error = tally.mean()
+        means.append(mean)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.08)
+
+
+def test_pseudo_perplexity_hides_one_residue_at_a_time(model):
+    sequences = [b"MKTAYIAKQR", b"GAVXLW", b"M" * 140]
+    found = pseudo_perplexity(model, sequences, max_residues=128)
+    for i, sequence in enumerate(sequences[:2]):
+        nats = []
+        for at in range(len(sequence)):
+            text = sequence.decode()
+            (p,) = model.fill_mask(f"{text[:at]}<mask>{text[at + 1 :]}", top=20)
+            scores = np.float64(model.logits([f"{text[:at]}<mask>{text[at + 1 :]}"])[0][at])
+            logp = scores - np.log(np.exp(scores - scores.max()).sum()) - scores.max()
+            assert len(p.residues) == 20
+            nats.append(-logp[tokenizer.TOKENS.index(text[at])])
+        assert found.each[i] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
+    assert found.residues.tolist() == [10, 6, 128]
+    result = found.figures(["a", "b", "c"])
+    assert result["median"] == pytest.approx(np.median(found.each))
+    assert result["token_weighted"] == pytest.approx(math.exp(found.nats.sum() / 144))
+
+
+def test_blosum62_is_the_published_matrix():
+    theirs = substitution_matrices.load("BLOSUM62")
+    mine = blosum62()
+    assert all(theirs[a][b] == mine[i, j] for i, a in enumerate(ORDER) for j, b in enumerate(ORDER))
+
+
+def test_the_log_odds_of_counts_made_from_blosum_are_blosum():
+    letters = "LASGVERTDIPKNFQYHMCW"
+    # Background frequencies of the 20 amino acids, in ORDER (Robinson and Robinson, 1991).
+    p = np.array([78, 51, 45, 54, 19, 43, 63, 74, 22, 51, 91, 57, 22, 39, 52, 71, 58, 13, 32, 64])
+    p = p / p.sum()
+    joint = np.outer(p, p) * 2 ** (blosum62() / 2)
+    mix = [ORDER.index(a) for a in letters]
+    found = substitution(joint[np.ix_(mix, mix)], letters)
+    assert found.pearson > 0.98
+    np.testing.assert_allclose(found.log_odds, found.log_odds.T)
+
+
+def test_no_nan_reaches_json():
+    text = to_json({"a": math.nan, "b": [1.0, math.inf], "c": (1, "x")})
+    assert json.loads(text) == {"a": None, "b": [1.0, None], "c": [1, "x"]}
+
+
+@pytest.fixture
+def saved(tmp_path, params):
+    folder.write(str(tmp_path / "model"), folder.Weights(params, CONFIG, {}))
+    return tmp_path / "model"
+
+
+def test_the_command_writes_figures_and_a_page(saved, tmp_path):
+    fasta = tmp_path / "some.fasta"
+    source = open_split("sample", "test")
+    some = source.sequences(range(9))
+    fasta.write_text("".join(f">p{i}\n{s.decode()}\n" for i, s in enumerate(some)))
+    groups = tmp_path / "groups.tsv"
+    groups.write_text("p0\tnear\np1\tfar\n")
+    argv = ["evaluate", "--checkpoint", str(saved), "--fasta", str(fasta), "--groups", str(groups)]
+    argv += ["--pseudo", "--json", str(tmp_path / "o.json"), "--report", str(tmp_path / "o.html")]
+    assert arguments.run(cli.dispatch, argv) == 0
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert result["sequences"] == 9 and set(result["by_group"]) == {"near", "far"}
+    page = (tmp_path / "o.html").read_text()
+    assert page.count("<svg") >= 3 and "http" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fasta", "EMPTY"], "no usable sequence"),
+        (["--fasta", "ABSENT"], "cannot read"),
+        (["--fasta", "UNKNOWN"], "unknown letters"),
+        ([], "one of them"),
+        (["--fasta", "EMPTY", "--data", "sample"], "one of them"),
+        (["--data", "sample:train2"], "train2"),
+        (["--data", "sample", "--max-residues", "1000"], "130 positions"),
+        (["--data", "sample", "--json", "/no/such/folder/x.json"], "does not exist"),
+        (["--masks", "EMPTY"], "line 1"),
+    ],
+)
+def test_a_mistake_is_one_line(saved, tmp_path, capsys, options, said):
+    (tmp_path / "EMPTY").write_text("no header\n")
+    (tmp_path / "UNKNOWN").write_text(">a\nJJJJ\n")
+    paths = {name: str(tmp_path / name) for name in ("EMPTY", "ABSENT", "UNKNOWN")}
+    argv = ["evaluate", "--checkpoint", str(saved), *(paths.get(o, o) for o in options)]
+    assert arguments.run(cli.dispatch, argv) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+
+
+def test_an_empty_run_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="holds no model"):
+        from esm1nv_jax.inference.model import load
+
+        load(str(tmp_path))
+
+
+def test_groups_need_a_tab(tmp_path):
+    (tmp_path / "g.tsv").write_text("a near\n")
+    with pytest.raises(UserError, match="line 1"):
+        read_groups(str(tmp_path / "g.tsv"))

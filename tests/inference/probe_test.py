@@ -1,0 +1,219 @@
+"""Heads that must find what was planted, figures against formulas written out, and files."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+
+from esm1nv_jax import arguments, cli
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference import downstream, heads, probe
+from esm1nv_jax.inference.downstream import Split
+from esm1nv_jax.inference.heads import Data, Scale, Setting
+from esm1nv_jax.model import encoder
+from esm1nv_jax.weights import folder
+
+LETTERS = "LASGVERTDIPKNFQYHMCW"
+
+
+def proteins(n, seed, low=20, high=90):
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(list(LETTERS), rng.integers(low, high))) for _ in range(n)]
+
+
+def write(path, rows, columns=("sequence", "label", "split")):
+    text = "\n".join([",".join(columns), *(",".join(row) for row in rows)]) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+def three(sequences, label):
+    third = len(sequences) // 4
+    names = ["train"] * (len(sequences) - 2 * third) + ["valid"] * third + ["test"] * third
+    return [(s, label(s), split) for s, split in zip(sequences, names, strict=True)]
+
+
+def accuracy(split, predicted):
+    right = predicted.argmax(axis=1) == split.labels
+    return right[split.used].mean()
+
+
+def of_residues(sequences, per_residue=True):
+    labels = np.concatenate([[int(a in "LIVMF") for a in s] for s in sequences])
+    sizes = np.array([len(s) for s in sequences])
+    split = Split([s.encode() for s in sequences], labels, np.ones(len(labels), bool), sizes)
+    return Data(split, probe.one_hot(split, True))
+
+
+@pytest.mark.parametrize("head", ["linear", "cnn"])
+def test_a_head_finds_what_stands_in_the_features(head):
+    train, valid, test = (of_residues(proteins(40, seed)) for seed in range(3))
+    _, predict = heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+    assert accuracy(test.split, predict(test)) > 0.99
+
+
+def test_only_the_cnn_sees_neighbours():
+    """The label of a residue is whether the one three before it is aliphatic."""
+
+    def shifted(seed):
+        data = of_residues(proteins(60, seed))
+        starts = np.repeat(np.cumsum(data.split.sizes) - data.split.sizes, data.split.sizes)
+        at = np.arange(len(starts))
+        before = np.where(at - 3 >= starts, at - 3, -1)
+        labels = np.where(before >= 0, data.split.labels[before], 0)
+        return Data(Split(data.split.sequences, labels, data.split.used, data.split.sizes),
+                    data.features)  # fmt: skip
+
+    train, valid, test = map(shifted, range(3))
+    found = {}
+    for head in ("linear", "cnn"):
+        _, predict = heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+        found[head] = accuracy(test.split, predict(test))
+    assert found["cnn"] > 0.97 and found["linear"] < 0.8
+
+
+def test_residues_with_mask_0_neither_train_nor_score():
+    """Their labels are wrong; were they used, the head would learn the opposite."""
+    train, valid, test = (of_residues(proteins(40, seed)) for seed in range(3))
+    rng = np.random.default_rng(0)
+    for data in (train, valid, test):
+        bad = rng.random(len(data.split.labels)) < 0.7
+        data.split.used[:] = ~bad
+        data.split.labels[bad] = 1 - data.split.labels[bad]
+    _, predict = heads.fit("linear", 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+    assert accuracy(test.split, predict(test)) > 0.99
+    splits = (data.split for data in (train, valid, test))
+    task = downstream.Task("secondary_structure", ("C", "H"), *splits, "")
+    assert probe.figures(task, test.split, predict(test))["accuracy"] > 0.99
+
+
+def test_an_mlp_regresses_in_units_of_the_label():
+    def made(seed):
+        x = np.random.default_rng(seed).normal(size=(400, 5)).astype(np.float32)
+        labels = 300 + 50 * x[:, 0] * x[:, 1]
+        ones = np.ones(400, np.int64)
+        return Data(Split([b"A"] * 400, labels, ones.astype(bool), ones), x)
+
+    train, valid, test = map(made, range(3))
+
+    def score(split, predicted):
+        return -np.mean((predicted[:, 0] - split.labels) ** 2)
+
+    errors = {}
+    for head in ("linear", "mlp"):
+        _, predict = heads.fit(head, 0, train, valid, Setting(1e-2, 0.0), 0, score)
+        errors[head] = -score(test.split, predict(test))
+    assert errors["mlp"] < 0.3 * 50**2 < 0.7 * errors["linear"]
+
+
+def test_the_setting_is_chosen_on_validation(checkpoint, tmp_path, monkeypatch):
+    """One of two settings cannot learn at all."""
+    monkeypatch.setattr(probe, "GRID", (Setting(0.0, 0.0), Setting(1e-2, 0.0)))
+    path = write(tmp_path / "t.csv", three(proteins(80, 2), lambda s: str(s.count("L") / len(s))))
+    found = run(checkpoint, "regression", path, tmp_path)
+    assert all(row["learning_rate"] == 1e-2 for row in found["rows"])
+
+
+def test_batches_hold_every_label_once_and_padding_is_unused():
+    data = of_residues(proteins(30, 4, 3, 300))
+    seen = np.zeros(len(data.features), int)
+    scale = Scale.of(data, regression=False)
+    for places, batch in heads.batches(data, np.random.default_rng(0).permutation(30), scale):
+        seen[places] += 1
+        np.testing.assert_array_equal(batch["x"][batch["real"]], data.features[places])
+        np.testing.assert_array_equal(batch["label"][batch["real"]], data.split.labels[places])
+        assert not batch["used"][~batch["real"]].any()
+    assert (seen == 1).all()
+
+
+def test_macro_f1_and_mcc_are_their_definitions():
+    table = np.array([[5.0, 1, 0], [2, 3, 1], [0, 0, 0]])  # the third class is only ever guessed
+    f1 = [2 * 5 / (2 * 5 + 2 + 1), 2 * 3 / (2 * 3 + 1 + 3), 0.0]
+    assert probe.macro_f1(table) == pytest.approx(np.mean(f1))
+    two = np.array([[6.0, 2], [1, 9]])
+    tn, fp, fn, tp = two.ravel()
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert probe.matthews(two) == pytest.approx(expected)
+    # For many classes: the correlation of one-hot tables, summed over classes.
+    cells = np.repeat(np.arange(9), table.ravel().astype(int))
+    a, b = (x - x.mean(axis=0) for x in (np.eye(3)[cells // 3], np.eye(3)[cells % 3]))
+    expected = (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
+    assert probe.matthews(table) == pytest.approx(expected)
+    assert probe.matthews(np.array([[3.0, 0], [2, 0]])) == 0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model"
+    config = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=66)
+    params = encoder.init(config, 7)
+    folder.write(str(path), folder.Weights(params, config, {}))
+    return str(path)
+
+
+@pytest.fixture
+def one_setting(monkeypatch):
+    monkeypatch.setattr(probe, "GRID", (Setting(1e-2, 0.0),))
+
+
+def run(checkpoint, task, path, tmp_path, *options):
+    out = tmp_path / "out.json"
+    argv = ["probe", "--checkpoint", checkpoint, "--task", task, "--csv", path, "--seeds", "2"]
+    assert arguments.run(cli.dispatch, [*argv, "--json", str(out), *options]) == 0
+    return json.loads(out.read_text())
+
+
+def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path, one_setting):
+    some = proteins(32, 1, 20, 60)
+    rows = three(some, lambda s: "".join("H" if a in "LIVMF" else "C" for a in s))
+    rows = [(s, label, "1" * len(s), split) for s, label, split in rows]
+    path = write(tmp_path / "ss.csv.gz", rows, ("sequence", "label", "mask", "split"))
+    found = run(checkpoint, "secondary_structure", path, tmp_path)
+    assert [r["head"] for r in found["rows"]] == ["linear"] * 3 + ["cnn"] * 3
+    one_hot, untrained, mine = found["rows"][:3]
+    assert one_hot["accuracy"] > 0.99 and mine["accuracy"] > 0.9
+    # The model is itself untrained, of another seed: there is nothing to gain.
+    assert abs(found["differences"][0]["difference"]) < 0.05
+    assert found["labels_scored"] == sum(len(s) for s, _, _, split in rows if split == "test")
+    assert untrained["accuracy_se_seeds"] >= 0 and found["published"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "label", "figure"),
+    [
+        ("localisation", lambda s: "nucleus" if s.count("K") > s.count("E") else "membrane",
+         "macro_f1"),
+        ("regression", lambda s: str(10 * s.count("L") / len(s)), "spearman"),
+    ],
+)  # fmt: skip
+def test_a_task_of_whole_proteins(checkpoint, tmp_path, one_setting, task, label, figure):
+    path = write(tmp_path / "task.csv", three(proteins(240, 2), label))
+    found = run(checkpoint, task, path, tmp_path, "--limit", "100")
+    assert found["proteins"]["train"] == 100
+    rows = {(r["head"], r["features"]): r for r in found["rows"]}
+    assert rows["linear", probe.ONE_HOT][figure] > 0.75
+    assert set(h for h, _ in rows) == {"linear", "mlp"}
+
+
+PLAIN, MASKED = ("sequence", "label", "split"), ("sequence", "label", "mask", "split")
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "row", "said"),
+    [
+        ("regression", ("sequence", "label"), ("MK", "1"), "no column split"),
+        ("secondary_structure", PLAIN, ("MKV", "CC", "train"), "line 2: the label has 2"),
+        ("secondary_structure", MASKED, ("MK", "CC", "1", "train"), "the mask has 1"),
+        ("regression", PLAIN, ("MK", "high", "train"), "not a number"),
+        ("localisation", PLAIN, ("", "x", "train"), "sequence is empty"),
+        ("localisation", PLAIN, ("MK", "x", "dev"), "'dev'"),
+        ("localisation", PLAIN, ("MK", "x", "train"), "1 rows of split train"),
+    ],
+)
+def test_a_wrong_table_is_one_line(tmp_path, task, columns, row, said):
+    path = write(tmp_path / "x.csv", [row], columns)
+    with pytest.raises(UserError) as error:
+        downstream.read(path, task)
+    assert said in str(error.value) and "\n" not in str(error.value)
