@@ -263,7 +263,7 @@ def test_the_command_writes_figures_and_a_page(saved, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--fasta", "EMPTY"], "no usable sequence"),
+        (["--fasta", "EMPTY"], "holds no protein"),
         (["--fasta", "ABSENT"], "cannot read"),
         (["--fasta", "UNKNOWN"], "unknown letters"),
         ([], "one of them"),
