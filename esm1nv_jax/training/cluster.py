@@ -23,8 +23,8 @@ from esm1nv_jax.errors import EXIT_USER, UserError
 from esm1nv_jax.training.cluster_watchdog import END, Watchdog, told
 from esm1nv_jax.weights.checkpoint import SaveError
 
-LOST_AFTER = 12  # seconds without a sign of life, then a process counts as lost
-HEARTBEAT = 20  # seconds; after that JAX itself aborts, should the watchdog fail to act
+LOST_AFTER = 18  # seconds without a sign of life, then a process counts as lost
+HEARTBEAT = 24  # seconds; after that JAX itself aborts, should the watchdog fail to act
 FEW = 6  # names shown in a message
 PLAIN = (TimeoutError, SaveError)  # faults of the surroundings, whose message says it all
 
