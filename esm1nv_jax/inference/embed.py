@@ -235,6 +235,8 @@ class _Work:
             self.limit,
             self.request.deterministic,
         )
+        with np.errstate(over="ignore"):  # what is too large for float16 is told below
+            found = {name: value.astype(self.request.dtype) for name, value in found.items()}
         for name, value in found.items():
             if not np.isfinite(value).all():
                 raise UserError(
@@ -246,7 +248,7 @@ class _Work:
             "lengths": np.array([len(s) for _, s in records], np.int64),
             "checksums": np.array([hashlib.md5(s).hexdigest() for _, s in records]),
             "rows": np.array([len(s) for s in kept], np.int64),
-        } | {name: value.astype(self.request.dtype) for name, value in found.items()}
+        } | found
 
 
 def _tokens() -> tuple[str, ...]:

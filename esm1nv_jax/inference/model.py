@@ -26,6 +26,7 @@ from esm1nv_jax.inference.encode import Placed, Want, encode
 from esm1nv_jax.inference.mutants import parse_all
 from esm1nv_jax.inference.rows import Shapes
 from esm1nv_jax.model import encoder
+from esm1nv_jax.model.attention import AUTO
 from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.weights import folder
@@ -87,21 +88,28 @@ class Model:
 
     @functools.cached_property
     def placed(self) -> Placed:
-        """The model on all devices of this host."""
+        """The model on all devices of this host; a CPU is one, however many it is said to be."""
         devices = jax.local_devices()
+        return self.place(devices[:1] if devices[0].platform == "cpu" else devices)
+
+    def place(self, devices: Sequence[jax.Device]) -> Placed:
+        """The model on these devices, over which the rows of a batch are spread."""
         mesh = jax.make_mesh(
             (len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices
         )
-        tokens = TOKENS_CPU if devices[0].platform == "cpu" else TOKENS_ACCELERATOR
+        cpu = devices[0].platform == "cpu"
+        compute = dataclasses.replace(
+            self.compute, attention="cpu" if cpu and len(devices) == 1 else AUTO
+        )
         params = _rounded(self.params) if self.precision == "bf16" else self.params
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         return Placed(
             self.config,
-            self.compute,
+            compute,
             jax.device_put(params, everywhere),
             spread,
-            Shapes.of(self.longest + 2, tokens, len(devices)),
+            Shapes.of(self.longest + 2, TOKENS_CPU if cpu else TOKENS_ACCELERATOR, len(devices)),
         )
 
     def embed(

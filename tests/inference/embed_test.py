@@ -1,5 +1,6 @@
 """Files of embeddings: their contents, what they do not depend on, and how they survive."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 
 import h5py
+import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,7 @@ from esm1nv_jax import arguments, cli
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference import embed as embed_lib
 from esm1nv_jax.inference.embed import Request, embed, merge
+from esm1nv_jax.weights import folder
 from tests.inference.models import make_proteins, write_fasta
 
 PROTEINS = make_proteins(40, seed=11, longest=150)  # some longer than the model's 64 residues
@@ -135,8 +138,6 @@ def test_shards_merge_into_the_file_of_one_job(model_path, tmp_path, small_parts
 
 RUN = """
 import sys, time
-import jax
-jax.config.update("jax_num_cpu_devices", {devices})
 from esm1nv_jax import arguments, cli
 from esm1nv_jax.inference import embed, spool
 embed.PART_RESIDUES, embed.PART_BATCHES = 300, 0
@@ -149,25 +150,22 @@ sys.exit(arguments.run(cli.dispatch, sys.argv[1:]))
 """
 
 
-def start(argv, devices=1, pause=0.0):
-    code = RUN.format(devices=devices, pause=pause)
+def start(argv, pause=0.0):
+    code = RUN.format(pause=pause)
     return subprocess.Popen(
         [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
 
 
-def test_killed_and_started_again_on_other_devices_the_contents_are_the_same(
-    model_path, tmp_path
-):
-    """Also that --deterministic gives one device's bits on eight."""
+def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
 
     def argv(out):
         return ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out),
-                "--include", "mean,per_residue", "--layers", "-1,1", "--deterministic"]  # fmt: skip
+                "--include", "mean,per_residue", "--layers", "-1,1"]  # fmt: skip
 
-    undisturbed = start(argv(tmp_path / "a.h5"), devices=8)
+    undisturbed = start(argv(tmp_path / "a.h5"))
     killed = start(argv(tmp_path / "b.h5"), pause=0.5)
     parts = tmp_path / "b.h5.parts"
     deadline = time.monotonic() + 120
@@ -196,7 +194,7 @@ def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
     # Files may grow to 100 kB: parts of 300 residues fit, the joined file does not.
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    code = limit + RUN.format(devices=1, pause=0)
+    code = limit + RUN.format(pause=0)
     done = subprocess.run(
         [sys.executable, "-c", code, *argv], capture_output=True, text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -226,7 +224,7 @@ def test_long_proteins_by_each_policy(model, model_path, tmp_path, capsys):
         embed(request(model_path, tmp_path, out="e.npz", long="error", **options))
 
 
-def test_float16_is_stored_and_overflow_is_not(model_path, tmp_path):
+def test_float16_is_stored_and_overflow_is_not(model, model_path, tmp_path):
     exact = request(model_path, tmp_path, out="a.npz", include=("mean", "logits"))
     half = request(model_path, tmp_path, out="b.npz", include=("mean", "logits"), dtype="float16")
     embed(exact), embed(half)
@@ -234,6 +232,13 @@ def test_float16_is_stored_and_overflow_is_not(model_path, tmp_path):
     for name in ("mean_-1", "logits"):
         assert b[name].dtype == np.float16
         np.testing.assert_allclose(a[name], b[name].astype(np.float32), rtol=2e-3, atol=1e-3)
+    params = jax.tree.map(np.array, model.params)
+    params["outer_norm"]["scale"] *= 1e6
+    large = str(tmp_path / "large")
+    folder.write(large, folder.Weights(params, model.config, {}))
+    embed(dataclasses.replace(exact, checkpoint=large, include=("mean",), overwrite=True))
+    with pytest.raises(UserError, match=r"mean_-1 of .* is not finite in float16"):
+        embed(dataclasses.replace(half, checkpoint=large, include=("mean",), overwrite=True))
 
 
 def test_records_are_mended_counted_or_refused_as_in_preparation(model_path, tmp_path, capsys):

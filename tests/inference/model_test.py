@@ -1,6 +1,7 @@
 """The Python API against the encoder written again in NumPy, one sequence at a time."""
 
 import concurrent.futures
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import esm1nv_jax
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference.encode import Want, encode
 from esm1nv_jax.inference.windows import windows
 from tests.inference.models import make_proteins
 from tests.model import reference
@@ -67,10 +69,29 @@ def test_deterministic_bits_do_not_depend_on_order_or_neighbours(model):
         assert some.mean[k].tobytes() == everything.mean[i].tobytes()
 
 
+def test_deterministic_bits_do_not_depend_on_the_number_of_devices(model):
+    """Rows spread over devices, for which attention is that of accelerators."""
+    ids = [tokenizer.residue_ids(s.encode()) for _, s in make_proteins(50, longest=150)]
+    found = []
+    for n in (1, 2, 8):
+        placed = model.place(jax.local_devices()[:n])
+        placed = dataclasses.replace(
+            placed, compute=dataclasses.replace(placed.compute, attention="auto")
+        )
+        assert len(placed.params["token_embedding"].sharding.device_set) == n
+        found.append(encode(placed, ids, Want(), model.longest, deterministic=True))
+    for other in found[1:]:
+        for name, value in other.items():
+            assert value.tobytes() == found[0][name].tobytes()
+    np.testing.assert_allclose(
+        found[0]["mean_-1"], model.embed([tokenizer.decode(i) for i in ids]).mean, atol=1e-5
+    )
+
+
 def test_one_row_a_residue_whatever_the_letters(model):
     found = model.embed(["mkv", "MKV", "MJ*-KV", "M<mask>V", "XBZUO"])
     assert [len(x) for x in found.per_residue] == [3, 3, 6, 3, 5]
-    np.testing.assert_array_equal(found.per_residue[0], found.per_residue[1])
+    np.testing.assert_allclose(found.per_residue[0], found.per_residue[1], atol=1e-5)
 
 
 def test_no_sequences_and_empty_ones(model):

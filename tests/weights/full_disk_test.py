@@ -1,4 +1,4 @@
-"""A disk that is full or read-only while a checkpoint is written: a real one, of half a megabyte."""
+"""A disk that is full or read-only while a checkpoint is written: a real one, half a megabyte."""
 
 import os
 import subprocess
