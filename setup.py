@@ -19,8 +19,10 @@ EXTRAS = {
         "zstandard>=0.23", "pyarrow>=17", "h5py>=3.11",
     ],
     # With them the tests compare with transformers, on random and on real weights.
-    "interchange-test": ["torch>=2.6", "transformers>=4.57", "antiberty==0.1.3"],
+    "interchange-test": ["torch>=2.6", "transformers>=5", "antiberty==0.1.3"],
     "cuda12": ["jax[cuda12]"],
+    # Compilers for chips that are absent: of jax's own version, without any CUDA library.
+    "plan": ["jax-cuda12-plugin", "libtpu"],
     "tpu": ["jax[tpu]"],
 }
 

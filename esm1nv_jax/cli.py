@@ -20,6 +20,7 @@ VERBS = {
     "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
+    "doctor": ("esm1nv_jax.weights.doctor", "check the checkpoints of a run, byte for byte"),
     "convert": ("esm1nv_jax.weights.convert", "to and from Hugging Face transformers"),
 }
 

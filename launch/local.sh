@@ -53,7 +53,7 @@ finish() { # waits for all; the status of the run is in $result
     which=""
     wait -n -p which "${left[@]}"
     status=$?
-    [ -z "$which" ] && continue # a signal to this script woke it
+    [ -z "${which:-}" ] && continue # a signal to this script woke it
     for i in "${!left[@]}"; do [ "${left[$i]}" = "$which" ] && unset "left[$i]"; done
     [ "$status" -eq 0 ] && continue
     [ "$status" -ne 75 ] && say "process ${number[$which]} (pid $which) $(ended "$status")"

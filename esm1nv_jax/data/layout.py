@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +83,13 @@ def letters_of(records: list[bytes], lengths: np.ndarray) -> np.ndarray:
 
 def lay_out(
     folder: Path, units: list[scan.Unit], split_of: np.ndarray, maybe: np.ndarray,
-    lengths: np.ndarray, keys: np.ndarray, shard_bytes: int,
+    lengths: np.ndarray, keys: np.ndarray, shard_bytes: int, advance: Callable[[int], None],
 ) -> dict[str, Split]:
     """Turns the files of the units into shards. Arrays are [kept], in the order of the input.
 
     The shards that the workers wrote for training stay as they are, but for dropped duplicates.
-    What may have been held out follows them, or goes into its split.
+    What may have been held out follows them, or goes into its split; `advance` is called with the
+    number of such sequences as they are written.
     """
     out = {name: Split(name) for name in splits.NAMES}
     rolls = {name: _Roll(out[name], folder, shard_bytes) for name in splits.NAMES}
@@ -121,6 +122,7 @@ def lay_out(
             continue
         path = scan.maybe_shard(folder, unit.number)
         for records, here in _read(path, chosen):
+            advance(len(here))
             gone = split_of[here] == splits.DROPPED
             train.letters -= letters_of(_pick(records, gone), lengths[here[gone]])
             for number, name in enumerate(splits.NAMES):

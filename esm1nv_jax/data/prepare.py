@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from esm1nv_jax.data import clusters, duplicates, layout, manifest, scan, splits
 from esm1nv_jax.data.records import disk_error
 from esm1nv_jax.errors import UserError
 
+_COPY = "copy-of-"
 _SMALLEST, _LARGEST = 4 << 20, 128 << 20  # bytes of text in a unit, and so in a shard
 _UNITS = 256  # as many as keep both workers and a person who lists the folder content
 _TEXT_PER_BYTE = 2.3  # of UniRef50, compressed
@@ -94,15 +94,15 @@ def prepare(wanted: Preparation) -> dict:
             job = dataclasses.replace(job, held_below=workers.ALL)
             scanned = workers.run(job, lock, size)
             chosen = _Chosen(wanted, job, scanned)
-        made = layout.lay_out(
-            folder, scanned.units, chosen.split, chosen.maybe, chosen.lengths, chosen.keys,
-            job.unit_bytes,
-        )
+        with bar("hold out", int(chosen.maybe.sum()), "sequences") as shown:
+            made = layout.lay_out(
+                folder, scanned.units, chosen.split, chosen.maybe, chosen.lengths, chosen.keys,
+                job.unit_bytes, shown.advance,
+            )
         if job.map:
             job.map.unlink()
-        for path, name in zip(sources, wanted.fasta, strict=True):
-            if name == "-":
-                path.unlink()
+        for path in folder.glob(f"{_COPY}*"):
+            path.unlink()
         layout.save(folder, made, with_clusters=job.map is not None)
         content = _content(wanted, scanned, chosen, made, folder)
         content["seconds"] = round(time.monotonic() - began, 1)
@@ -125,6 +125,12 @@ class _Chosen:
         self.split = np.zeros(len(self.keys), np.int8)
         self.split[same] = self.split[other] = splits.DROPPED
         kept = len(self.keys) - same.size - other.size
+        self.without_cluster = sum(unit.without_cluster for unit in scanned.units)
+        if job.map is not None and kept and self.without_cluster == len(self.keys):
+            raise UserError(
+                f"no sequence is named in {wanted.groups}; its first column must hold ids or"
+                " accessions of the FASTA, its last the cluster"
+            )
         splits.check_sizes(kept, wanted.validation, wanted.test)
         held = np.flatnonzero(self.maybe & (self.split != splits.DROPPED))
         self.too_few = (
@@ -170,7 +176,7 @@ def _content(
     if wanted.groups:
         content["clusters"] = {
             "file": wanted.groups,
-            "sequences_without": sum(unit.without_cluster for unit in scanned.units),
+            "sequences_without": chosen.without_cluster,
             **{
                 name: len(np.unique(np.concatenate([*split.keys, np.zeros(0, np.uint64)])))
                 for name, split in made.items()
@@ -218,18 +224,20 @@ def _remove_unless_alive(old: Path) -> None:
 
 
 def _source(name: str, folder: Path) -> Path:
-    """The file of that name; standard input is first copied into the folder in the making."""
-    if name == "-":
-        path = folder / "stdin"
-        try:
-            with open(path, "wb") as copy:
-                shutil.copyfileobj(sys.stdin.buffer, copy, 1 << 20)
-        except OSError as failure:
-            raise disk_error(path, failure) from failure
-        return path
-    path = Path(name)
-    if not path.is_file():
+    """The file of that name; what can be read once only is first copied into the folder."""
+    if name != "-" and Path(name).is_file():
+        return Path(name)
+    if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
         raise UserError(f"no file {name}; --fasta takes files, or - for standard input")
+    path = folder / f"{_COPY}{Path(name).name}"
+    try:
+        with (
+            open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe,
+            open(path, "wb") as copy,
+        ):
+            shutil.copyfileobj(pipe, copy, 1 << 20)
+    except OSError as failure:
+        raise disk_error(path, failure) from failure
     return path
 
 

@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import os
 import string
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -104,24 +106,32 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def work(job: Job, worker: int, done, stop, results, leave=()) -> None:
+def work(job: Job, worker: int, done, stop, results, parent: int, leave: tuple[int, ...]) -> None:
     """Runs in a process of its own. Puts (kind, ...) into `results`, last of all ('end', worker).
 
     `done[worker]` is the bytes read so far. No unit past `stop` is begun: there is an error in it.
-    `leave` are file descriptors of the parent's that this process must not keep open.
+    It ends when the process `parent` does. `leave` are file descriptors of the parent's that this
+    process must not keep open.
     """
     for descriptor in leave:
         os.close(descriptor)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(KeyboardInterrupt):
         _Worker(job, worker, done, stop, results).run()
         results.put(("end", worker))
+
+
+def _end_with(parent: int) -> None:
+    """A parent that was killed cannot end its workers, and they would wait for it for ever."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
 
 
 class _Worker:
     def __init__(self, job: Job, worker: int, done, stop, results):
         self.job, self.worker = job, worker
         self.done, self.stop, self.results = done, stop, results
-        self.parent = os.getppid()
         self.map = None if job.map is None else np.load(job.map, mmap_mode="r")
         self.unit: Unit | None = None
         self.train: Writer | None = None
@@ -141,7 +151,7 @@ class _Worker:
                     self.line = line
                     self.number, seen = seen // self.job.unit_bytes, seen + len(text)
                     self.done[self.worker] = behind + archive.read_bytes
-                    if self.number > self.stop.value or os.getppid() != self.parent:
+                    if self.number > self.stop.value:
                         return
                     if self.number % self.job.workers == self.worker:
                         self._take(line, text)

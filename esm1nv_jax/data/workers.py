@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import queue
 import sys
 
@@ -48,7 +49,7 @@ def run(job: scan.Job, lock: int, size: int) -> Scanned:
     leave = (lock,) if forks else ()
     processes = [
         context.Process(
-            target=scan.work, args=(job, i, done, stop, results, leave), daemon=True
+            target=scan.work, args=(job, i, done, stop, results, os.getpid(), leave), daemon=True
         )
         for i in range(job.workers)
     ]
@@ -90,10 +91,12 @@ def run(job: scan.Job, lock: int, size: int) -> Scanned:
 
 
 def _check_alive(processes: list, waiting: set[int]) -> None:
-    """A worker that ended without a word has been killed, most often for want of memory."""
+    """A worker that ended without a word has failed, or was killed, often for want of memory."""
     for i in sorted(waiting):
-        if processes[i].exitcode not in (None, 0):
+        status = processes[i].exitcode
+        if status is not None and status < 0:
             raise UserError(
-                f"a worker was ended from outside (exit status {processes[i].exitcode});"
-                " if memory ran out, try fewer --workers"
+                f"a worker was killed by signal {-status}; if memory ran out, try fewer --workers"
             )
+        if status:
+            raise RuntimeError("a worker failed; its error stands above")

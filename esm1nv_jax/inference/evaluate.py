@@ -110,7 +110,7 @@ def figures(
     """
     stream = perplexity.stream_of(model, seed, max_residues)
     if records is None:
-        corrupted = masks.drawn(source, stream, recipe(masking))
+        corrupted = masks.drawn(source, stream, recipe(masking), model.config.vocabulary)
     else:
         corrupted = masks.given(source, stream, records)
     result = None

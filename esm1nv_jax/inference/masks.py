@@ -20,7 +20,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.dataset import MemorySource, Source
 from esm1nv_jax.data.pipeline import Batch, StreamConfig, evaluation_batches
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.model import masking
+from esm1nv_jax.model import foreign, masking
 from esm1nv_jax.model.masking import Masked, MaskingConfig
 
 UNKNOWN = "?"
@@ -35,13 +35,17 @@ class Record(NamedTuple):
 
 
 def drawn(
-    source: Source, stream: StreamConfig, recipe: MaskingConfig
+    source: Source, stream: StreamConfig, recipe: MaskingConfig, vocabulary: str
 ) -> Iterator[tuple[Batch, Masked]]:
-    """Every protein once, masked by the hash of its own sequence; arrays on the host."""
+    """Every protein once, masked by the hash of its own sequence; arrays on the host.
+
+    Letters that `vocabulary`, the model's own, does not have are not predicted.
+    """
     corrupt = jax.jit(masking.mask, static_argnums=0)
     for batch in evaluation_batches(source, stream):
-        names = ("tokens", "segment_ids", "mask_bits")
-        yield batch, jax.device_get(corrupt(recipe, *(batch[name] for name in names)))
+        tokens = foreign.readable(vocabulary, batch["tokens"])
+        masked = corrupt(recipe, tokens, batch["segment_ids"], batch["mask_bits"])
+        yield batch, jax.device_get(masked)
 
 
 def given(

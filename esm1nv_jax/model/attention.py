@@ -119,21 +119,72 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
 
 
 def _xla(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B):
-    _, T, _, N, H = qkv_BTCNH.shape
-    q_BTNH, k_BTNH, v_BTNH = (qkv_BTCNH[:, :, c] for c in range(3))
-    kwargs = {"preferred_element_type": jnp.float32, "precision": precision(dtype)}
-    scores_BNTS = jnp.einsum(
-        "BTNH,BSNH->BNTS", (q_BTNH * H**-0.5).astype(dtype), k_BTNH.astype(dtype), **kwargs
-    )
+    q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(qkv_BTCNH[:, :, c], 1, 2) for c in range(3))
+    q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
+    mixed_BNTH = _mix(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate)
+    seen_BT = segment_ids_BT > 0
+    return jnp.where(seen_BT[:, :, None, None], jnp.swapaxes(mixed_BNTH, 1, 2), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _mix(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate):
+    """Attention with T x T scores in memory; the weights are normalised after the product with v.
+
+    Its gradient is written out, as a kernel's would be: with autodiff's, XLA's CPU backend merges
+    the softmax into the product and takes more than twice the time.
+    """
+    return _mix_forward(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate)[0]
+
+
+def _mix_forward(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate):
+    scores_BNTS = _einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, dtype)
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    probabilities_BNTS = jax.nn.softmax(jnp.where(same_BTS[:, None], scores_BNTS, _NEVER), axis=-1)
-    if rate:
-        kept_BNTS = dropout_lib.keep(row_keys_B[:, None, None, None], _element_NTS(N, T), rate)
-        probabilities_BNTS = jnp.where(kept_BNTS, probabilities_BNTS / (1 - rate), 0)
-    mixed_BTNH = jnp.einsum(
-        "BNTS,BSNH->BTNH", probabilities_BNTS.astype(dtype), v_BTNH.astype(dtype), **kwargs
+    scores_BNTS = jnp.where(same_BTS[:, None], scores_BNTS, _NEVER)
+    weights_BNTS = jnp.exp(scores_BNTS - jnp.max(scores_BNTS, axis=-1, keepdims=True))
+    total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
+    kept_BNTS = weights_BNTS * _scale(weights_BNTS.shape, rate, row_keys_B)
+    mixed_BNTH = _einsum("BNTS,BNSH->BNTH", kept_BNTS, v_BNSH, dtype) / total_BNT1
+    residuals = q_BNTH, k_BNSH, v_BNSH, row_keys_B, weights_BNTS, total_BNT1, mixed_BNTH
+    return mixed_BNTH, residuals
+
+
+def _mix_backward(dtype, rate, residuals, g_BNTH):
+    q_BNTH, k_BNSH, v_BNSH, row_keys_B, weights_BNTS, total_BNT1, mixed_BNTH = residuals
+    g_BNTH = g_BNTH / total_BNT1
+    scale_BNTS = _scale(weights_BNTS.shape, rate, row_keys_B)
+    dv_BNSH = _einsum("BNTS,BNTH->BNSH", weights_BNTS * scale_BNTS, g_BNTH, dtype)
+    dkept_BNTS = _einsum("BNTH,BNSH->BNTS", g_BNTH, v_BNSH, dtype)
+    through_total_BNT1 = jnp.sum(g_BNTH * mixed_BNTH, axis=-1, keepdims=True)
+    dscores_BNTS = weights_BNTS * (dkept_BNTS * scale_BNTS - through_total_BNT1)
+    dq_BNTH = _einsum("BNTS,BNSH->BNTH", dscores_BNTS, k_BNSH, dtype)
+    dk_BNSH = _einsum("BNTS,BNTH->BNSH", dscores_BNTS, q_BNTH, dtype)
+    gradients = (
+        d.astype(x.dtype)
+        for d, x in ((dq_BNTH, q_BNTH), (dk_BNSH, k_BNSH), (dv_BNSH, v_BNSH))
     )
-    return jnp.where((segment_ids_BT > 0)[:, :, None, None], mixed_BTNH, 0)
+    return *gradients, None, None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _einsum(pattern: str, a, b, dtype):
+    return jnp.einsum(
+        pattern,
+        a.astype(dtype),
+        b.astype(dtype),
+        preferred_element_type=jnp.float32,
+        precision=precision(dtype),
+    )
+
+
+def _scale(shape, rate, row_keys_B):
+    """What dropout multiplies each weight with: 0 or 1 / (1 - rate); 1 where there is none."""
+    if not rate:
+        return np.float32(1)
+    _, N, T, _ = shape
+    kept_BNTS = dropout_lib.keep(row_keys_B[:, None, None, None], _element_NTS(N, T), rate)
+    return kept_BNTS * np.float32(1 / (1 - rate))
 
 
 def _cpu(qkv_BTCNH, segment_ids_BT, dtype):

@@ -1,8 +1,8 @@
 """Time and memory of a compiled step, from its kernels and a chip's figures. A roofline.
 
-A kernel takes the longer of FLOPs / peak and bytes / bandwidth, each at the stated efficiency. That
-of attention takes the sum of its products and of what surrounds them (exponentials, dropout's hash)
-because no overlap of the two is sure.
+A kernel takes the longest of its products (FLOPs over peak), its other operations and its reading
+and writing (bytes over bandwidth), each at the stated efficiency. Attention takes the sum of its
+products and of what surrounds them (exponentials, dropout's hash), for no overlap of them is sure.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def _time(kernel, chip, load, heads, dropout, microbatches, hosts, per_host) -> 
         return Timed(kernel, moved / speed if speed else 0.0, "network")
     memory = kernel.bytes / (chip.bandwidth * EFFICIENCY) + chip.launch * kernel.times
     compute = kernel.flops / (chip.flops * EFFICIENCY)
+    if chip.vector:
+        compute = max(compute, kernel.vector / (chip.vector * EFFICIENCY))
     if kernel.kind == "attention":
         compute = attention_seconds(kernel, chip, load, heads, dropout) / microbatches
         compute *= kernel.times

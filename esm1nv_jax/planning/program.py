@@ -23,6 +23,15 @@ _NAMING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id",
     "iota", "after-all", "bitcast-convert", "opt-barrier",
 }  # fmt: skip
+_TRANSCENDENTAL = {
+    "exponential", "tanh", "erf", "log", "log-plus-one", "exponential-minus-one", "rsqrt", "sqrt",
+    "power", "logistic", "divide",
+}  # fmt: skip
+_ARITHMETIC = {
+    "add", "subtract", "multiply", "maximum", "minimum", "select", "compare", "and", "or", "xor",
+    "not", "negate", "abs", "convert", "shift-right-logical", "shift-left", "clamp", "reduce",
+    "reduce-window",
+}  # fmt: skip
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they give
 
@@ -33,7 +42,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) (?:\(.*\) -> .*)?\{\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch, or one collective. `bytes` moved and `flops` are of all its `times` together."""
+    """One launch, or one collective. `bytes`, `flops` and `vector` are of all its `times` together.
+    """
 
     name: str
     opcode: str
@@ -42,7 +52,8 @@ class Kernel:
     op: str  # where it comes from in the Python program
     shape: str  # of the result
     bytes: float
-    flops: float
+    flops: float  # of products
+    vector: float  # operations on elements outside of products
     times: int = 1
     asynchronous: bool = False  # of a collective: whether it may overlap with compute
     groups: str = ""  # of a collective
@@ -139,6 +150,7 @@ class Program:
             shape=re.sub(r"\{[\d,:A-Z()]*\}", "", it.shape),
             bytes=moved * times,
             flops=flops * times,
+            vector=sum(_vector(i, inner) for i in inner.values() or [it]) * times,
             times=times,
             asynchronous=bool(collective)
             and (asynchronous or it.opcode.endswith("-start"))
@@ -234,6 +246,16 @@ def _dot_flops(it: _Instruction, around) -> float:
         return 0.0
     depth = math.prod(_elements(left.shape)[i] for i in contracting)
     return 2.0 * depth * math.prod(_elements(it.shape))
+
+
+def _vector(it: _Instruction, around) -> float:
+    """Operations on elements; a transcendental counts as so many as it takes about."""
+    shape = it.shape
+    if it.opcode in ("reduce", "reduce-window"):
+        first = around.get(it.operands[0])
+        shape = first.shape if first else shape
+    cost = 12 if it.opcode in _TRANSCENDENTAL else 1 if it.opcode in _ARITHMETIC else 0
+    return cost * math.prod(_elements(shape)) if cost else 0.0
 
 
 def _kind(it: _Instruction, opcodes: set[str], flops: float, op: str) -> str:

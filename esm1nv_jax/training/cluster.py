@@ -21,10 +21,12 @@ import jax
 
 from esm1nv_jax.errors import EXIT_USER, UserError
 from esm1nv_jax.training.cluster_watchdog import END, Watchdog, told
+from esm1nv_jax.weights.checkpoint import SaveError
 
 LOST_AFTER = 12  # seconds without a sign of life, then a process counts as lost
 HEARTBEAT = 20  # seconds; after that JAX itself aborts, should the watchdog fail to act
 FEW = 6  # names shown in a message
+PLAIN = (TimeoutError, SaveError)  # faults of the surroundings, whose message says it all
 
 
 class Team:
@@ -164,9 +166,12 @@ def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[Team, Wat
         try:
             yield team, watchdog
         except BaseException as error:
-            if team.processes == 1:
-                raise
-            _leave(team, error)
+            if team.processes > 1:
+                _leave(team, error)
+            if isinstance(error, PLAIN):
+                print(f"error: {error}", file=sys.stderr)
+                raise SystemExit(1) from None
+            raise
 
 
 def _initialize(arguments: dict, start_timeout: float) -> None:
@@ -194,8 +199,8 @@ def _leave(team: Team, error: BaseException) -> None:
     if said is not None and said["process"] != team.process:
         print(told(said), file=sys.stderr, flush=True)
         os._exit(said["status"])
-    if isinstance(error, UserError):
-        print(f"error: {reason}", file=sys.stderr)
+    if isinstance(error, (UserError, *PLAIN)):
+        print(f"error: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     if _from_a_peer(error):

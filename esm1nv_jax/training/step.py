@@ -21,7 +21,13 @@ from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
 from esm1nv_jax.training.sharding import DATA, sharding
 
-ON_DEVICE = ("tokens", "segment_ids", "positions", "mask_bits")  # arrays of a batch, all [B, T]
+# Arrays of a batch, all [B, T].
+ON_DEVICE = {
+    "tokens": jnp.int32,
+    "segment_ids": jnp.int32,
+    "positions": jnp.int32,
+    "mask_bits": jnp.uint32,
+}
 
 # Autotuning picks kernels by the clock, so two starts may pick different ones.
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}

@@ -63,7 +63,10 @@ def run(
         state, place, before = first_state(
             settings, mesh, saving.checkpoints, source, origin, team, strict
         )
-        update, evaluate = step.compiled(settings, mesh)
+        watchdog.beat("compiling")
+        update, evaluate = compiled(settings, mesh, state, stream)
+        # A collective waits half a minute for its peers, and compiles may differ by more.
+        team.together("compiled", config.cluster.stall_timeout)
         done = int(state.step)
         layout = {"devices": mesh.size, "processes": team.processes, "rows": stream.rows}
         if team.process == 0:
@@ -224,6 +227,19 @@ def first_state(
         return start(settings, params), Place(), None
     create = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
     return create(settings), Place(), None
+
+
+def compiled(
+    settings: step.StepConfig, mesh: jax.sharding.Mesh, state: step.TrainState, stream: StreamConfig
+):
+    """(update, evaluation), compiled before anything else begins."""
+    update, evaluate = step.compiled(settings, mesh)
+    layout, shape = sharding.sharding(mesh, "batch"), (stream.rows, stream.row_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+        for name, dtype in step.ON_DEVICE.items()
+    }
+    return update.lower(state, batch).compile(), evaluate.lower(state.params, batch).compile()
 
 
 def in_parts(state: step.TrainState) -> tuple[dict, dict]:

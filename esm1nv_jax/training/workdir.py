@@ -19,7 +19,7 @@ from esm1nv_jax.console import console
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.training.cluster import Team
 from esm1nv_jax.training.settings import MAY_CHANGE
-from esm1nv_jax.weights import checkpoint
+from esm1nv_jax.weights import checksums
 
 CONFIG, LOCK, NONCE = "config.json", "run.lock", ".nonce"
 NONCE_SECONDS = 30.0  # a network file system may show a new file so much later
@@ -124,7 +124,7 @@ def settle(folder: epath.Path, config: ConfigDict) -> None:
                 f"workdir {folder} holds another run, which differs in {shown}; "
                 "choose another with --workdir=DIR"
             )
-    checkpoint.write_atomically(path, configuration.to_json(config))
+    checksums.write_atomically(path, configuration.to_json(config))
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -9,7 +9,8 @@ without checksums does not exist: it was cut short, and the next start of the ru
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -24,14 +25,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.weights import checksums
 
 ITEMS = ("params", "optimizer", "place", "config")
 FOLDER, BEST = "checkpoints", "best"
-CHECKSUMS = "checksums.json"
+CHECKSUMS = checksums.NAME
 UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's mark in the names of what it is still writing
-BLOCK = 1 << 20
+_DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file it writes
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; errors are raised
 
 
 class SaveError(OSError):
@@ -88,12 +90,14 @@ class Checkpoints:
                         config=ocp.args.JsonSave(config),
                     ),
                 )
-            write_checksums(self.folder / str(step))
+            checksums.write(self.folder / str(step))
             self.retire()
         except Exception as error:  # tensorstore raises many kinds; the run decides what to do
             self._failure = SaveError(
                 f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}"
             )
+            with contextlib.suppress(OSError):
+                self.clean()  # what was half written takes room on a full disk
         self.seconds = time.perf_counter() - began
 
     def retire(self) -> None:
@@ -187,53 +191,9 @@ def verify(
 ) -> list[str]:
     """What is wrong with a checkpoint, a phrase each; empty where every file is as it was written.
 
-    Reads every byte, or only those of one item (`params`). A step without checksums was cut short
-    and is one wrong thing.
+    Reads every byte, or only those of one item (`params`).
     """
-    path = epath.Path(workdir) / folder / str(step)
-    try:
-        expected = json.loads((path / CHECKSUMS).read_text())["sha256"]
-    except FileNotFoundError:
-        return [f"no {CHECKSUMS}: it was never finished"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{CHECKSUMS} cannot be read"]
-    found = {str(file.relative_to(path)): file for file in _files(path)}
-    if item:
-        found = {name: file for name, file in found.items() if name.startswith(f"{item}/")}
-        expected = {name: r for name, r in expected.items() if name.startswith(f"{item}/")}
-    wrong = []
-    for name, record in expected.items():
-        if name not in found:
-            wrong.append(f"{name} is missing")
-            continue
-        size, digest = _digest(found[name])
-        if size != record["bytes"]:
-            wrong.append(f"{name} has {size} bytes, {record['bytes']} were written")
-        elif digest != record["digest"]:
-            wrong.append(f"{name} has other bytes than were written")
-    return wrong + [f"{name} does not belong there" for name in found.keys() - expected.keys()]
-
-
-def write_checksums(step_folder: epath.Path) -> None:
-    """Makes a written step exist: one digest for each of its files, put there by rename."""
-    sums = {}
-    for file in _files(step_folder):
-        size, digest = _digest(file)
-        sums[str(file.relative_to(step_folder))] = {"bytes": size, "digest": digest}
-    write_atomically(step_folder / CHECKSUMS, json.dumps({"sha256": sums}, indent=1))
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """The whole text or the old file, whenever the process dies."""
-    new = path.parent / f".{path.name}.new"
-    if "://" in str(path):  # object stores write whole objects
-        path.write_text(text)
-        return
-    with open(new, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    return checksums.wrong(epath.Path(workdir) / folder / str(step), item)
 
 
 def abstract(tree, sharding):
@@ -241,9 +201,9 @@ def abstract(tree, sharding):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def steps(workdir: str | epath.Path) -> list[int]:
-    """The steps whose whole checkpoints a run's folder holds, ascending."""
-    return _steps(epath.Path(workdir) / FOLDER)
+def steps(workdir: str | epath.Path, folder: str = FOLDER) -> list[int]:
+    """The steps whose finished checkpoints a run's folder holds, ascending."""
+    return _steps(epath.Path(workdir) / folder)
 
 
 def read_params(workdir: str | epath.Path, step: int) -> dict:
@@ -269,26 +229,6 @@ def _steps(folder: epath.Path) -> list[int]:
         return []
     found = (path for path in folder.iterdir() if path.name.isdigit())
     return sorted(int(path.name) for path in found if (path / CHECKSUMS).exists())
-
-
-def _files(folder: epath.Path) -> list[epath.Path]:
-    """Every file of a step, at any depth, in order, apart from the checksums."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            found += _files(path)
-        elif path.name not in (CHECKSUMS, f".{CHECKSUMS}.new"):
-            found.append(path)
-    return found
-
-
-def _digest(file: epath.Path) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -331,5 +271,7 @@ def _laid_out(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says why, without the trail of what tensorstore was doing."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+    """Why a save failed, without the trail of what tensorstore was doing."""
+    text = " ".join(str(error).split())
+    told = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
+    return told[0] if told else text[:300]

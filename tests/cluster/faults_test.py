@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -130,3 +131,28 @@ def test_an_infinite_loss_stops_all_at_one_update_with_evidence(tmp_path):
     lines = (tmp_path / "skip" / "metrics.jsonl").read_text().splitlines()
     counts = [r["nonfinite"] for r in map(json.loads, lines) if r["kind"] == "train"]
     assert counts[0] == 0 and counts[-3:] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_full_disk_while_saving(tmp_path, policy):
+    """The checkpoints of the run lie on a disk of their own, which is full after a few."""
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    call = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.getuid() or subprocess.run(call, capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    often = ("--config.steps=100", "--config.checkpoint.every=5", "--config.checkpoint.keep=100")
+    options = (*often, f"--config.checkpoint.on_error={policy}")
+    try:
+        with Run(tmp_path / "run", 2, *options) as run:
+            assert run.wait() == 1, run.text  # the last checkpoint is not on disk either
+        assert "No space left on device" in run.text and "Traceback" not in run.text
+        steps = checkpoint.steps(tmp_path / "run")
+        assert steps and all(checkpoint.verify(tmp_path / "run", step) == [] for step in steps)
+        reached = max(losses(tmp_path / "run"))
+        if policy == "continue":
+            assert "training goes on" in run.text and reached == 100
+        else:
+            assert "make room and start again" in run.text and reached < 100
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -20,14 +20,15 @@ SAME = ("--config.log.every=1", "--config.evaluation.every=1000")
 class Run:
     """A run under launch/local.sh, its output in a file; `with` kills what is left of it."""
 
-    def __init__(self, workdir: Path, n: int, *options: str, restarts: int = 0, prefix=(), **env):
+    def __init__(self, workdir: Path, n: int, *options: str, restarts=0, python=None, **env):
         self.workdir, self.n = workdir, n
         self.output = workdir.parent / f"{workdir.name}.out"
         self.began = time.monotonic()
-        launcher = [str(LOCAL), "-n", str(n), "--restarts", str(restarts), *prefix]
+        launcher = [str(LOCAL), "-n", str(n), "--restarts", str(restarts)]
         run = processes.command(
             f"--workdir={workdir}", f"--config.batch.rows={24 if n == 3 else 8}", *SAME, *options
         )
+        run[0] = python or run[0]
         with self.output.open("a") as out:
             self.process = subprocess.Popen(
                 [*launcher, *run], env=processes.environment(**env), cwd=processes.ROOT,
@@ -55,10 +56,14 @@ class Run:
     def updates(self) -> int:
         """The newest update in the metrics."""
         path = self.workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return max([0, *(json.loads(line)["step"] for line in lines)])
+        if not path.exists():
+            return 0
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            found = re.findall(rb'^{"step": (\d+)', file.read(), re.MULTILINE)
+        return int(found[-1]) if found else 0
 
-    def until(self, ready, seconds: float = 240) -> None:
+    def until(self, ready, seconds: float = 600) -> None:
         end = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None:
@@ -70,7 +75,7 @@ class Run:
     def signal(self, process: int, number: signal.Signals) -> None:
         os.kill(self.pids()[process], number)
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 900) -> int:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -77,7 +77,10 @@ TEXT = st.lists(st.tuples(st.one_of(HEAD, LINE, LINE), END), max_size=12).map(
 @example(text=b"\xef\xbb\xbf>a\nMK", at=[], size=1)
 def test_never_loses_or_merges_a_record(text, at, size):
     """Every title of the other reader is either a record here, with its sequence, or a report."""
-    records, reports, _ = read(split(text, at), size)
+    records, reports, mended = read(split(text, at), size)
+    whole = read([text])
+    assert (records, mended) == (whole[0], whole[2])
+    assert [line for line, _ in reports] == [line for line, _ in whole[1]]
     reports = [r for r in reports if not r[1].startswith(("text before", "the file is empty"))]
     plain = text.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     lines = plain.lstrip().split(b"\n") if plain.strip() else []

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -325,6 +326,29 @@ def test_bad_input_stops_with_file_line_and_reason_or_is_counted(tmp_path, name,
         assert kept == 399
 
 
+def test_of_several_faults_the_first_is_told(tmp_path, proteins):
+    lines = fasta(proteins).split(b"\n")
+    faults = [len(lines) // 5 * i for i in (2, 3, 4)]
+    for at in faults:
+        lines[at] = b"MK9"
+    path = tmp_path / "a"
+    path.write_bytes(b"\n".join(lines))
+    wanted = Preparation((str(path),), str(tmp_path / "set"), workers=4, **SIZES)
+    with pytest.raises(UserError, match=f"line {faults[0] + 1}: '9'"):
+        prepare.prepare(wanted)
+
+
+def test_a_pipe_is_read_once(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=fifo.write_bytes, args=(fasta(made_up(100)),))
+    writer.start()
+    content = prepare.prepare(Preparation((str(fifo),), str(tmp_path / "set"), 5, 5, workers=2))
+    writer.join()
+    assert sum(split["examples"] for split in content["splits"].values()) == 100
+    assert not list((tmp_path / "set").glob("copy*"))
+
+
 def test_what_can_be_mended_is_counted(tmp_path):
     path = tmp_path / "a"
     giant = b"MKVLAWGGRT" * 4000
@@ -425,6 +449,35 @@ def test_clusters_are_not_divided(tmp_path, workers):
     manifest.verify(tmp_path / "set")
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (b"P1\tC1\n", "no sequence is named in"),
+        (b"UniRef50_A00001\n", "line 1: one column"),
+        (b"", "holds no line"),
+        (b"A1\tC1\nA2\tC1\nA1\tC2\n", "two clusters"),
+        (gzip.compress(b"A1\tC1\n" * 999)[:-20], "too early"),
+    ],
+)
+def test_a_wrong_table_of_clusters(tmp_path, table, words):
+    (tmp_path / "a").write_bytes(fasta(made_up(50)))
+    (tmp_path / "table").write_bytes(table)
+    wanted = Preparation(
+        (str(tmp_path / "a"),), str(tmp_path / "set"), 5, 5, groups=str(tmp_path / "table")
+    )
+    with pytest.raises(UserError, match=words):
+        prepare.prepare(wanted)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "table"]
+
+
+def group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("after", [0.7, 1.2, 2.0, 3.0])
 def test_killed_at_any_moment_and_run_again(tmp_path, fasta_file, after):
     out = tmp_path / "set"
@@ -434,18 +487,20 @@ def test_killed_at_any_moment_and_run_again(tmp_path, fasta_file, after):
                                stderr=subprocess.DEVNULL, start_new_session=True)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
-    killed = process.wait() == -signal.SIGKILL
-    if killed:
-        assert not out.exists()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_lives(process.pid)  # its workers see that they are alone
+    if out.exists():  # it was done, and then it must be whole
+        manifest.verify(out)
+    else:
         for left in tmp_path.glob(".set*"):
             with pytest.raises(UserError, match="make one"):
                 open_split(str(left), "train")
         status, said = esm1nv(*words)
         assert status == 0, said
     manifest.verify(out)
-    deadline = time.monotonic() + 10  # workers of the killed run see that they are alone
-    while [p.name for p in tmp_path.iterdir()] != ["set"] and time.monotonic() < deadline:
-        time.sleep(0.1)
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 

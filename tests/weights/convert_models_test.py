@@ -115,6 +115,14 @@ def test_a_model_without_x_is_trained_on_sequences_with_x(tmp_path):
     assert sums["selected"] == 3
     assert sums["loss"] / sums["selected"] < 20
 
+    from esm1nv_jax.data.dataset import MemorySource
+    from esm1nv_jax.inference.evaluate import figures
+    from esm1nv_jax.inference.model import load
+
+    model = load(str(tmp_path))
+    found = figures(model, MemorySource([("a", b"MXKBZUOXLAAGW"), ("b", b"XXXXXXXXM")]))
+    assert found["perplexity"] < 1e3, found
+
 
 @pytest.fixture(scope="module")
 def antiberty():

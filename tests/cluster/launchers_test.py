@@ -1,0 +1,149 @@
+"""The launchers, with the real Open MPI and the real Slurm, and a cluster's faults played on it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.training import cluster
+from esm1nv_jax.weights import checkpoint
+from tests.cluster import slurm as real_slurm
+from tests.cluster.runs import SAME, losses
+from tests.training import processes
+
+MPIRUN = shutil.which("mpirun")
+OPTIONS = (*SAME, "--config.steps=6", "--config.checkpoint.every=3")
+
+
+def test_xla_flags_are_known_to_this_jax_and_keep_what_the_caller_set():
+    show = "import jax, os; jax.numpy.zeros(2).sum(); print(os.environ['XLA_FLAGS'])"
+    done = subprocess.run(
+        ["bash", "-c", f"source launch/xla_flags.sh; {sys.executable} -c \"{show}\""],
+        cwd=processes.ROOT, capture_output=True, text=True,
+        env=processes.environment() | {"XLA_FLAGS": "--xla_gpu_autotune_level=1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("--xla_gpu_autotune_level=1")
+    assert "latency_hiding" in done.stdout
+
+
+ALONE = [
+    {},
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},  # salloc
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+     "SLURM_STEP_NODELIST": "a", "SLURM_STEP_NUM_TASKS": "1"},  # its shell as a step; srun --pty
+    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("environ", ALONE)
+def test_off_a_cluster_nothing_is_initialised(environ):
+    assert cluster.launched(environ) is None
+
+
+def test_open_mpi_5_needs_an_address_and_says_so():
+    five = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "0"}  # fmt: skip
+    with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS"):
+        cluster.launched(five)
+    found = cluster.launched(five | {"JAX_COORDINATOR_ADDRESS": "a:1234"})
+    assert found == {"coordinator_address": "a:1234", "num_processes": 4, "process_id": 2,
+                     "local_device_ids": 0}  # fmt: skip
+
+
+@pytest.mark.skipif(not MPIRUN, reason="mpirun not installed (apt-get install openmpi-bin)")
+def test_mpirun(tmp_path):
+    """Without the variables of launch/local.sh: four processes must find each other."""
+    env = processes.environment() | {"PYTHON": sys.executable, "OMPI_ALLOW_RUN_AS_ROOT": "1",
+                                     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # fmt: skip
+    run = processes.command(f"--workdir={tmp_path / 'run'}", *OPTIONS)[3:]
+    done = subprocess.run(
+        ["launch/mpirun.sh", "--oversubscribe", "-n", "4", "--", *run],
+        cwd=processes.ROOT, env=env, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("4 x cpu in 4 process(es) on 1 host(s)") == 1
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    why = real_slurm.missing()
+    if why:
+        pytest.skip(why)
+    with real_slurm.Slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
+
+
+def submit(slurm, workdir, tasks, *options, sbatch=()):
+    """The job's number and its log."""
+    log = workdir.parent / f"{workdir.name}.log"
+    env = {k: v for k, v in processes.environment().items() if os.environ.get(k) != v}
+    said = slurm.call(
+        "sbatch", f"--ntasks={tasks}", f"--output={log}", *sbatch, "launch/slurm.sbatch",
+        *processes.command(f"--workdir={workdir}", *SAME, *options)[3:],
+        PYTHON=sys.executable, **env,
+    )  # fmt: skip
+    return said.split()[-1], log
+
+
+def updates(workdir):
+    path = workdir / "metrics.jsonl"
+    return max(losses(workdir), default=0) if path.exists() else 0
+
+
+def begin_now(slurm, job, log, restarts):
+    """Slurm waits two minutes before it starts a requeued job; a test does not."""
+    slurm.until(job, lambda state: state == "PENDING" and log.exists())
+    slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+    slurm.until(job, lambda state: log.read_text().count("workdir  ") > restarts)
+
+
+def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
+    """One job through it all: SIGTERM, requeued by 75; requeued by force; then with one task."""
+    workdir = tmp_path / "run"
+    options = ("--config.batch.rows=0", "--config.batch.sequences_per_device=4",
+               "--config.checkpoint.every=10")  # fmt: skip
+    job, log = submit(slurm, workdir, 2, *options, "--config.steps=1000000")
+    slurm.until(job, lambda state: updates(workdir) >= 3)
+    slurm.call("scancel", "--signal=TERM", job)
+    slurm.until(job, lambda state: state == "PENDING")
+    (saved,) = map(int, re.findall(r"saved update (\d+) in", log.read_text()))
+    assert checkpoint.steps(workdir)[-1] == saved
+    assert "status 75, requeueing (restart 1)" in log.read_text()
+
+    begin_now(slurm, job, log, 1)
+    assert f"going on   from update {saved:,} of" in log.read_text()
+    slurm.until(job, lambda state: updates(workdir) >= saved + 12)
+    slurm.call("scontrol", "requeue", job)  # as after a lost node: no time to save
+    begin_now(slurm, job, log, 2)
+    slurm.until(job, lambda state: updates(workdir) >= saved + 15)
+    slurm.call("scancel", "--signal=KILL", "--full", job)
+    slurm.until(job, lambda state: state not in ("RUNNING", "COMPLETING"))
+    slurm.call("scancel", job, check=False)
+
+    newest = checkpoint.steps(workdir)[-1]
+    job, log = submit(slurm, workdir, 1, *options, f"--config.steps={newest + 2}")
+    slurm.until(job, lambda state: state == "COMPLETED")
+    text = log.read_text()
+    assert re.search(r"changed +from \d+ rows on 2 device.* to \d+ rows on 1 device", text)
+    place = json.loads((workdir / f"checkpoints/{newest + 2}/place/metadata").read_text())
+    assert place["epoch"] == 0
+
+
+@pytest.mark.slow
+def test_slurm_time_limit(slurm, tmp_path):
+    """The signal comes before the limit, the run saves, and the job goes back into the queue."""
+    workdir = tmp_path / "run"
+    job, log = submit(slurm, workdir, 2, "--config.steps=1000000",
+                      sbatch=("--time=2", "--signal=TERM@60"))  # fmt: skip
+    slurm.until(job, lambda state: log.exists() and "requeueing" in log.read_text(), 400)
+    (saved,) = map(int, re.findall(r"saved update (\d+) in", log.read_text()))
+    assert checkpoint.steps(workdir)[-1] == saved
+    slurm.until(job, lambda state: state == "PENDING")
+    slurm.call("scancel", job)

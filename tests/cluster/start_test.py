@@ -1,0 +1,125 @@
+"""What a run refuses at its start, with real processes that really differ."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from esm1nv_jax.training import cluster
+from tests.cluster.runs import Run
+from tests.training import processes
+
+FEW = ("--config.steps=3",)
+# Process 1 is started by this in place of Python; "$@" is what it would have been given.
+DIFFERS = """#!/usr/bin/env bash
+[ "${{JAX_PROCESS_ID:-}}" = 1 ] || exec "{python}" "$@"
+{instead}
+"""
+
+
+def differing(folder, instead: str) -> str:
+    """A Python that does something else in process 1."""
+    script = folder / "python"
+    script.write_text(DIFFERS.format(python=sys.executable, instead=instead))
+    script.chmod(0o755)
+    return str(script)
+
+
+def refused(tmp_path, instead: str, words: str, n: int = 2, **env):
+    """Every process leaves with 2, and the message is there."""
+    python = differing(tmp_path, instead)
+    with Run(tmp_path / "run", n, *FEW, python=python, **env) as run:
+        assert run.wait() == 2, run.text
+    assert re.search(words, run.text), run.text
+    assert "Traceback" not in run.text
+    return run.text
+
+
+def test_another_config(tmp_path):
+    refused(
+        tmp_path,
+        f'exec "{sys.executable}" "$@" --config.seed=7',
+        r"error: process 1 on \S+ has config.seed=7, process 0 on \S+ has 0",
+    )
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A second checkout of the package."""
+    there = tmp_path / "checkout"
+    shutil.copytree(processes.ROOT / "esm1nv_jax", there / "esm1nv_jax",
+                    ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    return there
+
+
+def from_copy(copy) -> str:
+    return f'cd "{copy}" && PYTHONPATH="{copy}" exec "{sys.executable}" "$@"'
+
+
+def test_another_version_of_the_code(tmp_path, copy):
+    with (copy / "esm1nv_jax" / "model" / "loss.py").open("a") as file:
+        file.write("# changed\n")
+    refused(tmp_path, from_copy(copy), r"error: process 1 .*another version of the code")
+
+
+def test_other_data(tmp_path, copy):
+    """The same code, another sample: one protein is missing."""
+    import gzip
+
+    (sample,) = (copy / "esm1nv_jax" / "data" / "sample").glob("*.fasta.gz")
+    text = gzip.decompress(sample.read_bytes())
+    sample.write_bytes(gzip.compress(text[: text.rindex(b">")]))
+    refused(tmp_path, from_copy(copy), r"error: process 1 .*other data")
+
+
+def test_a_workdir_that_is_not_shared(tmp_path):
+    """Process 1 sees another folder under the same name, in a mount namespace of its own."""
+    (tmp_path / "run").mkdir()
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("unshare is not allowed here")
+    refused(
+        tmp_path,
+        f'exec unshare -m bash -c \'mount -t tmpfs tmpfs "{tmp_path / "run"}" && '
+        f'exec "{sys.executable}" "$@"\' bash "$@"',
+        r"error: workdir \S+ on \S+ is not the folder that process 0 sees",
+    )
+
+
+def test_fewer_devices_than_promised(tmp_path):
+    words = "found 2 devices in 2 processes, the launcher promised 8"
+    refused(tmp_path, f'exec "{sys.executable}" "$@"', words, ESM1NV_DEVICES="8")
+
+
+def test_what_slurm_promises():
+    environ = {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_NUM_NODES": "22"}
+    assert cluster.promised_devices(22, environ) == 176
+    assert cluster.promised_devices(4, {}) == 4
+
+
+def test_a_live_run_is_named_and_unharmed(tmp_path):
+    with Run(tmp_path / "run", 1, "--config.steps=100000") as first:
+        first.until(lambda: first.updates() >= 2)
+        pid = first.pids()[0]
+        with Run(tmp_path / "run", 1, "--config.steps=100000") as second:
+            second.process.wait(200)
+            assert second.process.returncode == 2
+            assert f"in use by a live run (process {pid} on " in second.text
+        before = first.updates()
+        first.until(lambda: first.updates() > before)
+
+
+def test_a_process_that_never_comes_ends_the_start(tmp_path):
+    python = differing(tmp_path, "exec sleep 600")
+    with Run(tmp_path / "run", 2, *FEW, "--config.cluster.start_timeout=15", python=python) as run:
+        assert run.wait(200) not in (0, 2, 75)
+        assert "did not find each other in 15 s" in run.text or "DEADLINE_EXCEEDED" in run.text
+
+
+def test_alone_every_note_comes_back_at_once():
+    team = cluster.Team()
+    assert team.gather("a", "note") == ["note"]
+    assert team.announce("b", lambda: "said") == "said"
+    team.together("c")
+    assert cluster.agree(team, 1, {"seed": 1}, "data") == [team.host]

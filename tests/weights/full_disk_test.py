@@ -1,0 +1,49 @@
+"""A disk that is full or read-only while a checkpoint is written: a real one, half a megabyte."""
+
+import os
+import subprocess
+
+import numpy as np
+import pytest
+
+from esm1nv_jax.weights import checkpoint
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    call = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if os.getuid() or subprocess.run(call, capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def save(saver, step):
+    noise = np.random.default_rng(step).normal(size=40_000).astype(np.float32)  # 160 kB
+    saver.save(step, {"x": noise}, {"n": np.int32(step)}, {}, {})
+    saver.wait()
+
+
+def test_a_full_disk(small_disk):
+    saver = checkpoint.Checkpoints(small_disk, keep=100)
+    with pytest.raises(checkpoint.SaveError, match="No space left on device") as told:
+        for step in range(1, 9):
+            save(saver, step)
+    assert "\n" not in str(told.value) and f"checkpoint {step} could not" in str(told.value)
+    assert checkpoint.steps(small_disk) == list(range(1, step))
+    for whole in range(1, step):
+        assert checkpoint.verify(small_disk, whole) == []
+    (small_disk / "checkpoints" / "1" / checkpoint.CHECKSUMS).unlink()  # room, once it is cleaned
+    save(saver, 9)
+    assert checkpoint.steps(small_disk)[-1] == 9 and checkpoint.verify(small_disk, 9) == []
+
+
+def test_a_read_only_disk(small_disk):
+    saver = checkpoint.Checkpoints(small_disk, keep=100)
+    save(saver, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(checkpoint.SaveError, match="Read-only file system"):
+        save(saver, 2)
+    assert checkpoint.steps(small_disk) == [1] and checkpoint.verify(small_disk, 1) == []
