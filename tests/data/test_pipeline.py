@@ -120,7 +120,7 @@ def test_every_token_is_accounted_for(lengths, rows, max_residues, packed, crop,
         max_residues=max_residues, packed=packed, crop=crop, block=block,
     )
     seen = []
-    for batch, _ in train_batches(source, config):
+    for batch, _ in itertools.islice(train_batches(source, config), 3 * len(lengths)):
         assert all(batch[k].shape == (rows, config.row_length) for k in ARRAYS)
         assert {str(batch[k].dtype) for k in ARRAYS} == {"int32", "uint32"}
         padding = batch["segment_ids"] == 0
