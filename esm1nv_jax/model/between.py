@@ -77,7 +77,7 @@ def rematerialised(run, kept: tuple[str, ...]):
     Sums with zero keep XLA's latency-hiding scheduler from undoing it: `run` is not computed again
     before its gradient is there, and no gradient is passed on before those of the weights are
     there. Otherwise all products for weights are put off to the end, and what they read is kept:
-    14.2 GB for 6.9 GB (3 layers, 105 rows of 1,152). Barriers do not help, for XLA takes them away
+    14.2 GB for 7.1 GB (3 layers, 105 rows of 1,152). Barriers do not help, for XLA takes them away
     before it schedules. Others (integers) get no gradient.
     """
     checkpointed = jax.checkpoint(
