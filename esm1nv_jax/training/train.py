@@ -121,6 +121,7 @@ def run(
             if done == 0:
                 validate()
                 window.start()
+            watchdog.limit = config.cluster.stall_timeout
             pending, last = None, done >= config.steps
             while not last:
                 watchdog.beat(f"waiting for the batch of update {done + 1}")
