@@ -29,8 +29,8 @@ class Watchdog:
     """Ends this process when it stands still, or when another is lost; while open.
 
     limit: seconds without `beat`, after which every thread's stack is dumped and the process
-    leaves; start-up has one of its own. lost_after: seconds without a sign of life from another process. SIGUSR1 dumps
-    the stacks at any time.
+    leaves; start-up has one of its own. lost_after: seconds without a sign of life from another
+    process. SIGUSR1 dumps the stacks at any time.
     """
 
     def __init__(self, team: Team, limit: float, lost_after: float):

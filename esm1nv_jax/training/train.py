@@ -66,7 +66,7 @@ def run(
         watchdog.beat("compiling")
         update, evaluate = compiled(settings, mesh, state, stream)
         # A collective waits half a minute for its peers, and compiles may differ by more.
-        team.together("compiled", config.cluster.stall_timeout)
+        team.together("compiled", watchdog.limit)
         done = int(state.step)
         layout = {"devices": mesh.size, "processes": team.processes, "rows": stream.rows}
         if team.process == 0:
