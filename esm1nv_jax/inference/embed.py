@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import signal
@@ -18,52 +17,11 @@ from esm1nv_jax.console import bar, console
 from esm1nv_jax.errors import EXIT_SAVED, UserError
 from esm1nv_jax.inference import writers
 from esm1nv_jax.inference.proteins import Proteins, scan
+from esm1nv_jax.inference.request import KINDS, Request
 from esm1nv_jax.inference.spool import Reader, Spool, disk
 
-KINDS = ("mean", "per_residue", "cls", "logits")
-PRECISIONS = ("fp32", "bf16")
-DTYPES = ("float32", "float16")
-LONG = ("window", "truncate", "error")
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is to be embedded and how. `shard` is (i, n): the i-th of n jobs, from 1."""
-
-    checkpoint: str
-    fasta: str
-    out: str
-    include: tuple[str, ...] = ("mean",)
-    layers: tuple[int, ...] = (-1,)
-    precision: str = "fp32"
-    dtype: str = "float32"
-    long: str = "window"
-    deterministic: bool = False
-    shard: tuple[int, int] | None = None
-    overwrite: bool = False
-    on_error: str = "stop"
-
-    def __post_init__(self):
-        writers.choose(Path(self.out))
-        for name, found, allowed in (
-            ("include", self.include, KINDS),
-            ("precision", (self.precision,), PRECISIONS),
-            ("dtype", (self.dtype,), DTYPES),
-            ("long", (self.long,), LONG),
-            ("on_error", (self.on_error,), ("stop", "skip")),
-        ):
-            unknown = [value for value in found if value not in allowed]
-            if unknown or not found:
-                shown = unknown[0] if unknown else ""
-                raise UserError(f"--{name}={shown} is unknown; there are {', '.join(allowed)}")
-        for name in ("include", "layers"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserError(f"--{name} names one twice: {getattr(self, name)}")
-        if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
-            i, n = self.shard
-            raise UserError(f"--shard={i}/{n} is not one of 1/{n} to {n}/{n}")
 
 
 def embed(request: Request) -> str | None:

@@ -17,11 +17,10 @@ import numpy as np
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference.encode import IN_FLIGHT, Placed
-from esm1nv_jax.inference.mutants import Mutant
+from esm1nv_jax.inference.mutants import MODES, Mutant
 from esm1nv_jax.inference.windows import centred
 from esm1nv_jax.model import encoder
 
-MODES = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
 BLOCK = 64  # mutants whose pseudo-perplexities are computed together
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
 from esm1nv_jax.errors import UserError
 
+MODES = ("masked-marginals", "wt-marginals", "pseudo-perplexity")  # of scoring them, see `fitness`
 AMINO_ACIDS = RESIDUES[:STANDARD]
 _SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
 

@@ -15,6 +15,7 @@ from esm1nv_jax.console import bar, console
 from esm1nv_jax.data.archive import Archive, BrokenArchive
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference import mutants as mutants_lib
+from esm1nv_jax.inference.mutants import MODES
 from esm1nv_jax.inference.proteins import scan
 from esm1nv_jax.inference.spool import disk
 
@@ -93,8 +94,6 @@ def protein(path: str) -> tuple[str, str]:
 
 
 def main(argv: list[str]) -> int | None:
-    from esm1nv_jax.inference.fitness import MODES
-
     parser = Parser(
         "score",
         "Scores mutants of a protein: higher is likelier, hence fitter. With --all_singles also "
