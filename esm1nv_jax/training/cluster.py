@@ -162,7 +162,7 @@ def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[Team, Wat
     if arguments is not None:
         _initialize(arguments, start_timeout)
     team = Team(start_timeout)
-    with Watchdog(team, stall_timeout, LOST_AFTER) as watchdog:
+    with Watchdog(team, max(start_timeout, stall_timeout), LOST_AFTER) as watchdog:
         try:
             yield team, watchdog
         except BaseException as error:
