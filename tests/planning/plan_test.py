@@ -52,6 +52,7 @@ def test_card_on_176_a100s():
 
 
 @needs_tpu
+@pytest.mark.slow  # libtpu takes more than ten minutes on two cores
 def test_card_on_a_tpu():
     found = plan(
         CARD, "--chip=tpu-v5e", "--devices_per_host=8", "--config.model.layers=1",
