@@ -143,7 +143,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config.skip_nonfinite = 0  # updates to skip, in the whole run, before it stops
     config.cluster = {
         "start_timeout": 300,  # seconds for all processes to find each other
-        "stall_timeout": 600,  # seconds; longer than a compile, an evaluation, a save
+        "stall_timeout": 600,  # seconds; longer than an update, an evaluation, a save
     }
     config.log = {"every": 50}
     return config.lock()

@@ -20,6 +20,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.config import SPECIALS, StreamConfig
 from esm1nv_jax.data.dataset import Source
 from esm1nv_jax.data.pipeline import Batch
+from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.tally import Tally
@@ -129,11 +130,13 @@ def evaluate(
         order = {name: k for k, name in enumerate(names)}
         ids = source.ids(range(len(source.lengths)))
         group_of = np.array([order.get(groups.get(name, ""), -1) for name in ids])
+    unanswerable = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
     waiting: collections.deque = collections.deque()
 
     def collect() -> Evaluation:
         batch, masked, logp = waiting.popleft()
-        values = _positions(batch, masked, np.asarray(jax.device_get(logp)), unigram)
+        logp = np.asarray(jax.device_get(logp))
+        values = _positions(batch, masked, logp, unigram, unanswerable)
         _count(found, source, batch, values, group_of)
         return found
 
@@ -179,10 +182,14 @@ class _Positions:
     share: np.ndarray  # [n, 20]: p of each amino acid, renormalised over the 20
 
 
-def _positions(batch: Batch, masked: Masked, logp_BMV: np.ndarray, unigram) -> _Positions:
+def _positions(
+    batch: Batch, masked: Masked, logp_BMV: np.ndarray, unigram, unanswerable
+) -> _Positions:
+    """Left out: unknown letters, which a file of masks may ask for, and letters that the model has
+    no token for. All other questions are the same for every model."""
     rows, entries = np.nonzero(masked.selected_BM)
     at, targets = masked.index_BM[rows, entries], masked.targets_BM[rows, entries]
-    residues = targets >= FIRST  # a file of masks may ask for an unknown letter: no prediction
+    residues = (targets >= FIRST) & ~np.isin(targets, unanswerable)
     rows, entries, at, targets = (x[residues] for x in (rows, entries, at, targets))
     logp = logp_BMV[rows, entries].astype(np.float64)
     own = np.arange(len(targets))

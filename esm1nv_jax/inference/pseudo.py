@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.perplexity import predict
 from esm1nv_jax.inference.tally import Tally
@@ -59,14 +60,16 @@ def pseudo_perplexity(
 ) -> PseudoPerplexity:
     """Of cleaned sequences, those longer than `max_residues` cut to a prefix.
 
-    Unknown letters stay in place and are not predicted. `tell` hears how many passes a batch was.
+    Unknown letters, and those that the model has no token for, stay and are not predicted. `tell`
+    hears how many passes a batch was.
     """
     shapes = model.placed.shapes
     tokens = [tokenizer.encode(sequence[:max_residues]) for sequence in sequences]
     residues, nats = (np.zeros(len(tokens), dtype) for dtype in (np.int64, np.float64))
+    unanswerable = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
     by_length: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(tokens):
-        known = np.flatnonzero(row >= tokenizer.FIRST_RESIDUE)
+        known = np.flatnonzero((row >= tokenizer.FIRST_RESIDUE) & ~np.isin(row, unanswerable))
         residues[i] = len(known)
         by_length.setdefault(shapes.length(len(row)), []).extend((i, at) for at in known.tolist())
     for T, questions in by_length.items():

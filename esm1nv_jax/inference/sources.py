@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from pathlib import Path
-
 from esm1nv_jax.console import console
-from esm1nv_jax.data import fasta
-from esm1nv_jax.data.archive import Archive
 from esm1nv_jax.data.dataset import SPLITS, MemorySource, Source, open_split
 from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference.proteins import scan
 
-_SHOWN = 5  # faults told one by one
+_ENDINGS = tuple(f":{split}" for split in SPLITS)
 
 
 def open_source(data: str | None, path: str | None) -> tuple[Source, str]:
@@ -28,27 +24,9 @@ def open_source(data: str | None, path: str | None) -> tuple[Source, str]:
     return open_split(folder, split), f"{folder}:{split}"
 
 
-_ENDINGS = tuple(f":{split}" for split in SPLITS)
-
-
 def read_fasta(path: str) -> MemorySource:
     """All records of a FASTA file, plain or compressed. Faulty ones are told of and left out."""
-    faults = 0
-
-    def tell(line: int, kind: str, fault: str) -> None:
-        nonlocal faults
-        faults += 1
-        if faults <= _SHOWN:
-            console.print(f"{path}, line {line}: {fault}; left out", markup=False)
-
-    mended: Counter = Counter()
-    records: list[tuple[str, bytes]] = []
-    for line, text in fasta.chunks(Archive(Path(path)), tell, mended):
-        found = fasta.parse(text, line, tell, mended)
-        names = (name.decode("utf-8", "backslashreplace") for name in found.ids)
-        records += zip(names, found.sequences, strict=True)
-    if faults > _SHOWN:
-        console.print(f"{path}: {faults - _SHOWN} more records left out", markup=False)
-    if not records:
-        raise UserError(f"{path} holds no usable sequence; give FASTA: >id, then residue letters")
-    return MemorySource(records)
+    found = scan(path, skip=True)
+    if found.skipped:
+        console.print(f"{path}: {found}", markup=False)
+    return MemorySource(list(found))

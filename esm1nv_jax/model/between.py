@@ -71,6 +71,36 @@ def recomputed(function):
     return jax.checkpoint(function)
 
 
+def rematerialised(run, kept: tuple[str, ...]):
+    """`run(floats, others)`, of which the backward keeps the inputs and the values named `kept`.
+
+    It cannot begin before the gradient is there: what it recomputes from is summed with zero times
+    that gradient. `jax.checkpoint` alone leaves this to a barrier which XLA takes away before it
+    schedules. Others (integers) get no gradient.
+    """
+    checkpointed = jax.checkpoint(
+        run, policy=jax.checkpoint_policies.save_only_these_names(*kept)
+    )
+
+    def forward(floats, others):
+        return jax.vjp(lambda floats: checkpointed(floats, others), floats)
+
+    def backward(pull, g):
+        nothing = 0 * g.ravel()[0].astype(jnp.float32)
+
+        def wait(kept):
+            # Activations [B, T, *]; not QKV, which a kernel reads as it is.
+            wide = jnp.issubdtype(kept.dtype, jnp.floating) and kept.ndim == 3
+            return kept + nothing.astype(kept.dtype) if wide else kept
+
+        (floats,) = jax.tree.map(wait, pull)(g)
+        return floats, None
+
+    rematerialising = jax.custom_vjp(lambda floats, others: checkpointed(floats, others))
+    rematerialising.defvjp(forward, backward)
+    return rematerialising
+
+
 @jax.custom_vjp
 def take(x_BTD, index_BM):
     """Columns `index_BM` of each row: [B, M, D].

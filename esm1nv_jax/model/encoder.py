@@ -15,13 +15,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from esm1nv_jax.data.vocabulary import ESM1NV, vocabulary
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as drop
 from esm1nv_jax.model import foreign
 from esm1nv_jax.model.attention import AUTO, BACKENDS, FUSED_ATTENTION, attention
-from esm1nv_jax.model.between import layer_norm, recomputed, stored, take
+from esm1nv_jax.model.between import layer_norm, recomputed, rematerialised, stored, take
 from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.products import product
 
@@ -33,11 +34,7 @@ NORMS = ("pre", "post")
 POSITION_KINDS = ("learned", "rotary")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMATS = ("none", "dots", "block")
-# Kept by remat `dots`: products with weights and fused attention, never a T x T score.
-_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(FUSED_ATTENTION),
-)
+_QKV, _FFN = "qkv", "ffn"  # with fused attention, all that remat `dots` keeps of a block
 INIT_STD = 0.02
 NEVER = -1e30  # logit of a padding row of the vocabulary
 
@@ -174,7 +171,7 @@ class Block(nnx.Module):
     def attend(self, x_BTD, segment_ids_BT, turn, compute: Compute, key: DropoutKey | None):
         B, T, D = x_BTD.shape
         N, rate = self.config.heads, self.config.attention_dropout
-        qkv_BTCNH = self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N)
+        qkv_BTCNH = checkpoint_name(self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N), _QKV)
         if turn is not None:
             qkv_BTCNH = foreign.rotate(qkv_BTCNH, turn)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
@@ -184,7 +181,8 @@ class Block(nnx.Module):
         return self.attention_output(mixed_BTNH.reshape(B, T, D), compute)
 
     def ffn(self, x_BTD, compute: Compute):
-        x_BTF = _activate(self.config.ffn_activation, self.ffn_input(x_BTD, compute), compute)
+        x_BTF = checkpoint_name(self.ffn_input(x_BTD, compute), _FFN)
+        x_BTF = _activate(self.config.ffn_activation, x_BTF, compute)
         return self.ffn_output(x_BTF, compute)
 
     def __call__(self, x_BTD, segment_ids_BT, turn, compute: Compute, key: DropoutKey | None):
@@ -300,14 +298,14 @@ def forward(
     for i, block in enumerate(model.blocks):
         graph, state = nnx.split(block)
 
-        def run(state, x_BTD, segment_ids_BT, turn, key, graph=graph):
+        def run(floats, others, graph=graph):
+            (state, x_BTD, turn), (segment_ids_BT, key) = floats, others
             return nnx.merge(graph, state)(x_BTD, segment_ids_BT, turn, compute, key)
 
-        if compute.remat == "block":
-            run = jax.checkpoint(run)
-        elif compute.remat == "dots":
-            run = jax.checkpoint(run, policy=_PRODUCTS)
-        x_BTD = run(state, x_BTD, segment_ids_BT, turn, dropout_key)
+        if compute.remat != "none":
+            kept = (_QKV, _FFN, FUSED_ATTENTION) if compute.remat == "dots" else ()
+            run = rematerialised(run, kept)
+        x_BTD = run((state, x_BTD, turn), (segment_ids_BT, dropout_key))
         hidden[i + 1] = x_BTD
     last = model.outer_norm if config.norm == "pre" else lambda x: x
     hidden[-1] = last(x_BTD)

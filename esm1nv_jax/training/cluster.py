@@ -19,12 +19,12 @@ from pathlib import Path
 
 import jax
 
-from esm1nv_jax.errors import EXIT_USER, UserError
+from esm1nv_jax.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from esm1nv_jax.training.cluster_watchdog import END, Watchdog, told
 from esm1nv_jax.weights.checkpoint import SaveError
 
-LOST_AFTER = 12  # seconds without a sign of life, then a process counts as lost
-HEARTBEAT = 20  # seconds; after that JAX itself aborts, should the watchdog fail to act
+LOST_AFTER = 18  # seconds without a sign of life, then a process counts as lost
+HEARTBEAT = 24  # seconds; after that JAX itself aborts, should the watchdog fail to act
 FEW = 6  # names shown in a message
 PLAIN = (TimeoutError, SaveError)  # faults of the surroundings, whose message says it all
 
@@ -162,7 +162,7 @@ def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[Team, Wat
     if arguments is not None:
         _initialize(arguments, start_timeout)
     team = Team(start_timeout)
-    with Watchdog(team, stall_timeout, LOST_AFTER) as watchdog:
+    with Watchdog(team, max(start_timeout, stall_timeout), LOST_AFTER) as watchdog:
         try:
             yield team, watchdog
         except BaseException as error:
@@ -180,7 +180,7 @@ def _initialize(arguments: dict, start_timeout: float) -> None:
             **arguments,
             initialization_timeout=int(start_timeout),
             heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=60,
+            shutdown_timeout_seconds=600,  # the others wait while process 0 sums up the run
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         first = str(error).splitlines()[0]
@@ -193,6 +193,8 @@ def _leave(team: Team, error: BaseException) -> None:
     status, reason = 1, f"{type(error).__name__}: {error}"
     if isinstance(error, UserError):
         status, reason = EXIT_USER, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        status, reason = EXIT_INTERRUPTED, "Ctrl-C"
     elif isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else 1
     said = team.ended()
@@ -201,7 +203,7 @@ def _leave(team: Team, error: BaseException) -> None:
         os._exit(said["status"])
     if isinstance(error, (UserError, *PLAIN)):
         print(f"error: {error}", file=sys.stderr)
-    else:
+    elif not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     if _from_a_peer(error):
         print(f"process {team.process} on {team.host} lost its connection to a peer; the launcher "

@@ -28,13 +28,13 @@ PERIOD = 1.0  # seconds between two looks
 class Watchdog:
     """Ends this process when it stands still, or when another is lost; while open.
 
-    stall_timeout: seconds without `beat`, after which every thread's stack is dumped and the
-    process leaves. lost_after: seconds without a sign of life from another process. SIGUSR1 dumps
-    the stacks at any time.
+    limit: seconds without `beat`, after which every thread's stack is dumped and the process
+    leaves; start-up has one of its own. lost_after: seconds without a sign of life from another
+    process. SIGUSR1 dumps the stacks at any time.
     """
 
-    def __init__(self, team: Team, stall_timeout: float, lost_after: float):
-        self.team, self.stall_timeout, self.lost_after = team, stall_timeout, lost_after
+    def __init__(self, team: Team, limit: float, lost_after: float):
+        self.team, self.limit, self.lost_after = team, limit, lost_after
         self.log: TextIO = sys.stderr
         self.doing, self.since = "starting", time.monotonic()
         self.hosts: list[str] = []  # known to process 0 once all have said who they are
@@ -78,7 +78,7 @@ class Watchdog:
             if self.team.client is not None and silent > self.lost_after:
                 self._leave(EXIT_LOST, "process 0, which holds the coordination service, has not "
                             f"answered for {silent:.0f} s: lost, and this run with it")  # fmt: skip
-            if self.watching and now - self.since > self.stall_timeout:
+            if self.watching and now - self.since > self.limit:
                 self._stalled(now - self.since)
 
     def _stalled(self, seconds: float) -> None:

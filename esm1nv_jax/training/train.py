@@ -66,7 +66,7 @@ def run(
         watchdog.beat("compiling")
         update, evaluate = compiled(settings, mesh, state, stream)
         # A collective waits half a minute for its peers, and compiles may differ by more.
-        team.together("compiled", config.cluster.stall_timeout)
+        team.together("compiled", watchdog.limit)
         done = int(state.step)
         layout = {"devices": mesh.size, "processes": team.processes, "rows": stream.rows}
         if team.process == 0:
@@ -121,6 +121,7 @@ def run(
             if done == 0:
                 validate()
                 window.start()
+            watchdog.limit = config.cluster.stall_timeout
             pending, last = None, done >= config.steps
             while not last:
                 watchdog.beat(f"waiting for the batch of update {done + 1}")

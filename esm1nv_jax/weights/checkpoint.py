@@ -14,6 +14,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -78,8 +79,8 @@ class Checkpoints:
     def _write(self, step: int, params, optimizer, place: dict, config: dict) -> None:
         began = time.perf_counter()
         try:
-            # Removed first, so that a full disk has room; what is kept does not count this one.
-            self.clean()
+            self.clean()  # first, so that a full disk has room
+            self._look_for_room(params, optimizer)
             with _orbax() as writer:
                 writer.save(
                     self.folder / str(step),
@@ -99,6 +100,20 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self.clean()  # what was half written takes room on a full disk
         self.seconds = time.perf_counter() - began
+
+    def _look_for_room(self, *trees) -> None:
+        """Raises OSError before Orbax begins: half way it would print a page for every array."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if "://" in str(self.folder):
+            return
+        needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(trees))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)} ({free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} "
+                "needed)",
+            )
 
     def retire(self) -> None:
         """Removes all but the steps to keep. Steps without checksums neither count nor go."""
@@ -272,6 +287,8 @@ def _laid_out(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _reason(error: Exception) -> str:
     """Why a save failed, without the trail of what tensorstore was doing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     text = " ".join(str(error).split())
     told = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
     return told[0] if told else text[:300]

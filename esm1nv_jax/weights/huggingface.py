@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -77,10 +78,16 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
     }
     licence = model_card.licence_of(folder)
     provenance |= {"licence": licence} if licence else {}
-    if (folder / PROVENANCE).exists():
-        provenance = json.loads((folder / PROVENANCE).read_text()) | provenance
-    if (folder / PADDING).exists():
-        _restore_padding(folder / PADDING, config, leaves)
+    try:
+        if (folder / PROVENANCE).exists():
+            provenance = json.loads((folder / PROVENANCE).read_text()) | provenance
+        if (folder / PADDING).exists():
+            _restore_padding(folder / PADDING, config, leaves)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{folder}: {PROVENANCE} or {PADDING} is damaged ({error}); the model does not need "
+            "them, remove them or export it again"
+        ) from None
     return unflatten(leaves), config, provenance
 
 

@@ -16,6 +16,7 @@ from esm1nv_jax.data.vocabulary import ESM1NV, ESM2, vocabulary
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model.encoder import EncoderConfig
 
+MOST_EMPTY = 1024  # rows of an embedding that no token has, as makers of models round sizes up
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocab.txt"
 
 
@@ -101,7 +102,7 @@ def read(folder: epath.Path, size: int, file: str | None, description: dict) -> 
             f"{path} cannot be read: a vocab.txt has one token a line, a tokenizer.json a table of "
             "tokens by id"
         ) from None
-    if len(tokens) > size:
+    if not len(tokens) <= size <= len(tokens) + MOST_EMPTY:
         raise UserError(f"{path} has {len(tokens)} tokens, config.json says vocab_size={size}")
     # Rows without a token take part in the softmax over there, so they do here.
     return " ".join([*tokens, *(f"<row_{i}>" for i in range(len(tokens), size))])

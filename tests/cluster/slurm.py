@@ -113,7 +113,7 @@ class Slurm:
         shown = self.call("scontrol", "show", "job", job)
         return next(word[9:] for word in shown.split() if word.startswith("JobState="))
 
-    def until(self, job: str, ready, seconds: float = 300) -> None:
+    def until(self, job: str, ready, seconds: float = 900) -> None:
         self._until(lambda: ready(self.state(job)), f"state of job {job} as wanted", seconds)
 
 

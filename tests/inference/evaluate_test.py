@@ -1,5 +1,6 @@
 """Evaluation against plain loops over proteins, and against itself in another order."""
 
+import dataclasses
 import json
 import math
 import random
@@ -12,6 +13,7 @@ from Bio.Align import substitution_matrices
 from esm1nv_jax import arguments, cli
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.dataset import MemorySource, open_split
+from esm1nv_jax.data.vocabulary import ESM1NV
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference import masks
 from esm1nv_jax.inference.evaluate import figures, read_groups, to_json
@@ -196,6 +198,17 @@ def test_the_standard_error_is_the_spread_of_repeated_samples():
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.08)
 
 
+def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say():
+    config = dataclasses.replace(CONFIG, vocabulary=ESM1NV.removesuffix(" O"))
+    model = Model(config, encoder.init(config, 0), {})
+    source = MemorySource([("a", b"MKO" * 20), ("b", b"OOOO"), ("c", b"ACDEFGHIKL")])
+    found = figures(model, source, pseudo=True)
+    whole = figures(Model(CONFIG, encoder.init(CONFIG, 0), {}), source)["overall"]
+    assert found["overall"]["perplexity"] < 40 and "O" not in found["by_residue"]
+    assert 0 < found["overall"]["positions"] < whole["positions"]
+    assert [s["residues"] for s in found["pseudo_perplexity"]["sequences"]] == [40, 0, 10]
+
+
 def test_pseudo_perplexity_hides_one_residue_at_a_time(model):
     sequences = [b"MKTAYIAKQR", b"GAVXLW", b"M" * 140]
     found = pseudo_perplexity(model, sequences, max_residues=128)
@@ -263,7 +276,7 @@ def test_the_command_writes_figures_and_a_page(saved, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--fasta", "EMPTY"], "no usable sequence"),
+        (["--fasta", "EMPTY"], "holds no protein"),
         (["--fasta", "ABSENT"], "cannot read"),
         (["--fasta", "UNKNOWN"], "unknown letters"),
         ([], "one of them"),

@@ -289,6 +289,7 @@ def test_wrong_tensors_are_named(kind, edit, told, copy):
         ("esm", {"num_attention_heads": 5}, "heads=5 does not divide"),
         ("esm", {"pad_token_id": 1}, "pad_token_id is 1.*has id 3"),
         ("esm", {"mask_token_id": 9}, "mask_token_id is 9.*has id 4"),
+        ("esm", {"vocab_size": 10**9}, "30 tokens, config.json says vocab_size=1000000000"),
         ("esm", {"vocab_size": 29}, "30 tokens, config.json says vocab_size=29"),
     ],
 )
@@ -334,6 +335,31 @@ def test_wrong_folders_are_named(copy, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         convert.from_hf(str(tmp_path / "nothing"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_damaged_companions_of_an_export_are_named(exported):
+    for name in ("provenance.json", "vocabulary_padding.safetensors"):
+        whole = (exported / name).read_bytes()
+        (exported / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="is damaged"):
+            folder.read(str(exported))
+        (exported / name).write_bytes(whole)
+    folder.read(str(exported))
+
+
+def test_rows_without_a_token_take_part_in_the_softmax(copy):
+    """Makers round vocab_size up; the probabilities there count those rows."""
+    path = copy("esm")
+
+    def widen(tensors):
+        for name in ("esm.embeddings.word_embeddings.weight", "lm_head.bias"):
+            tensors[name] = torch.cat([tensors[name], torch.ones(2, *tensors[name].shape[1:])])
+
+    change(path, widen)
+    witness.rewrite(path, vocab_size=32)
+    weights = folder.read(str(path))
+    assert weights.model.vocabulary.endswith("O <row_30> <row_31>")
+    np.testing.assert_array_equal(weights.params["head_bias"][29:33] == 1, [0, 1, 1, 0])
 
 
 def test_known_vocabularies_need_no_file(copy):

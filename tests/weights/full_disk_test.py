@@ -26,11 +26,16 @@ def save(saver, step):
     saver.wait()
 
 
-def test_a_full_disk(small_disk):
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_full_disk(small_disk, monkeypatch, seen):
+    """Seen before a byte is written; and, as under a quota, only in the midst of it."""
+    if not seen:
+        monkeypatch.setattr(checkpoint.Checkpoints, "_look_for_room", lambda *_: None)
     saver = checkpoint.Checkpoints(small_disk, keep=100)
     with pytest.raises(checkpoint.SaveError, match="No space left on device") as told:
         for step in range(1, 9):
             save(saver, step)
+    assert ("needed" in str(told.value)) == seen
     assert "\n" not in str(told.value) and f"checkpoint {step} could not" in str(told.value)
     assert checkpoint.steps(small_disk) == list(range(1, step))
     for whole in range(1, step):
