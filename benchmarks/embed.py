@@ -66,6 +66,7 @@ def rival(sequences: list[bytes], bf16: bool):
         intermediate_size=3072, max_position_embeddings=1028, position_embedding_type="absolute",
         emb_layer_norm_before=False, token_dropout=False, pad_token_id=1, mask_token_id=32,
     )  # fmt: skip
+    torch.manual_seed(0)  # the same weights in fp32 and bf16
     model = EsmModel(config, add_pooling_layer=False).eval()
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     batches, batch = [], []
