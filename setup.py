@@ -22,7 +22,7 @@ EXTRAS = {
     "interchange-test": ["torch>=2.6", "transformers>=5", "antiberty==0.1.3"],
     "cuda12": ["jax[cuda12]"],
     # Compilers for chips that are absent: of jax's own version, without any CUDA library.
-    "plan": ["jax-cuda12-plugin", "libtpu"],
+    "plan": ["jax[cuda12-local]", "jax[tpu]"],
     "tpu": ["jax[tpu]"],
 }
 

@@ -20,8 +20,8 @@ from esm1nv_jax.planning import chips
 
 SPARE = 0.10  # of a device's memory that should stay free
 ADVICE = (
-    "try --config.compute.remat=dots, then block, or --config.batch.microbatches=2, "
-    "or fewer --config.batch.sequences_per_device"
+    "try --config.batch.microbatches=2, then 4, or fewer --config.batch.sequences_per_device, "
+    "or --config.compute.remat=block"
 )
 LEFT_OUT = (
     "An estimate of this compiled program, not a measurement. Left out: XLA's autotuning (a live "

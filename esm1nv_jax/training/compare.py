@@ -142,7 +142,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Page:
-    made = Page(f"{len(runs)} runs side by side")
+    made = Page("Runs side by side")
     plot, axis = figure(height=4.2)
     colour_of: dict[tuple, str] = {}
     for run in runs:
