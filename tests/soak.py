@@ -25,7 +25,7 @@ from esm1nv_jax.weights import checkpoint
 from tests.cluster.runs import Run, losses, parameters, same_bits
 
 MOMENTS = ("start-up", "restore", "save", "any")
-STEPS_A_KILL, EVERY = 400, 20  # more than a run does until it is killed
+STEPS_A_KILL, EVERY = 200, 20  # more updates than a run makes until it is killed
 
 
 def soak(folder: Path, kills: int, processes: int, seed: int) -> dict[str, int]:

@@ -56,6 +56,15 @@ class Slurm:
         self.env = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": PATH}
 
     def __enter__(self) -> "Slurm":
+        self.daemons = []
+        try:
+            self._start_all()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _start_all(self) -> None:
         for name in ("state", "spool"):
             (self.folder / name).mkdir()
         self.folder.chmod(0o755)
@@ -68,14 +77,12 @@ class Slurm:
         (self.folder / "slurm.conf").write_text(text.lstrip())
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid",
                  "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
-        self.daemons = []
         self._start("munged", "--foreground", "--force",
                     *(f"--{option}={self.folder}/{file}" for option, file in files.items()))
         self._until(lambda: (self.folder / "munge.socket").exists(), "munge's socket")
         self._start("slurmctld", "-D")
         self._start("slurmd", "-D")
         self._until(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T", check=False), "a node")
-        return self
 
     def __exit__(self, *_) -> None:
         self.call("scancel", "--full", "--signal=KILL", "-u", "root", check=False)
