@@ -458,6 +458,7 @@ def test_clusters_are_not_divided(tmp_path, workers):
         (b"A1\tC1\nA2\tC1\nA1\tC2\n", "two clusters"),
         (gzip.compress(b"A1\tC1\n" * 999)[:-20], "too early"),
     ],
+    ids=["unknown ids", "one column", "empty", "two clusters", "cut short"],
 )
 def test_a_wrong_table_of_clusters(tmp_path, table, words):
     (tmp_path / "a").write_bytes(fasta(made_up(50)))
