@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.model import between, encoder
+from esm1nv_jax.model.config import REMATS
 from esm1nv_jax.model.dropout import DropoutKey
 
 
@@ -66,7 +67,7 @@ def test_activations_in_bfloat16_are_as_near_as_their_rounding():
         return jax.tree.leaves(jax.jit(jax.grad(total))(params))
 
     exact = gradient()
-    for remat in encoder.REMATS:
+    for remat in REMATS:
         for found, right in zip(
             gradient(activations="bfloat16", remat=remat), exact, strict=True
         ):
