@@ -6,7 +6,7 @@
 flags="--xla_gpu_enable_latency_hiding_scheduler=true"
 # Gradients (176 MB in fp32) travel in buckets of up to 32 MiB: few, but none as late as the whole.
 flags="$flags --xla_gpu_all_reduce_combine_threshold_bytes=33554432"
-export XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }$flags"
+export XLA_FLAGS="$flags${XLA_FLAGS:+ $XLA_FLAGS}"  # of two settings the later one holds: the caller's
 unset flags
 
 # JAX takes 75 % of the memory otherwise; the rest is for CUDA, cuDNN and NCCL.

@@ -55,10 +55,12 @@ def main(argv: list[str]) -> None:
         "esm1nv compare runs/card-0 runs/card-1 runs/shipped-0 --out compare.html",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
-    parser.add_argument("--out", metavar="FILE.html", help="write a page with the plot")
+    parser.add_argument("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
     options = parser.parse_args(argv)
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise UserError(f"{options.out} cannot be written: make its folder first")
+    if options.out and Path(options.out).suffix not in (".html", ".png"):
+        raise UserError(f"--out {options.out} must end in .html or .png")
     runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
     differences, table = differing(runs), over_seeds(runs)
     if differences:
@@ -73,8 +75,11 @@ def main(argv: list[str]) -> None:
         shown.add_row(*cells(row))
     console.print(shown)
     if options.out:
-        Path(options.out).write_text(page(runs, differences, table).text())
-        console.print(f"page  {options.out}", markup=False)
+        if options.out.endswith(".png"):
+            curves(runs).savefig(options.out, dpi=110)
+        else:
+            Path(options.out).write_text(page(runs, differences, table).text())
+        console.print(f"wrote  {options.out}", markup=False)
 
 
 def read(paths: list[str]) -> list[Run]:
@@ -141,8 +146,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [", ".join(row["runs"]), seeds, f"{row['step']:,}", f"{row['mean']:.3f}", spread]
 
 
-def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Page:
-    made = Page("Runs side by side")
+def curves(runs: list[Run]):
+    """The plot: validation perplexity of every run against updates."""
     plot, axis = figure(height=4.2)
     colour_of: dict[tuple, str] = {}
     for run in runs:
@@ -153,7 +158,15 @@ def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Pa
                   label=run.name, ms=3, lw=1.2)  # fmt: skip
     axis.set(xlabel="update", ylabel="validation perplexity, <mask> only")
     axis.legend(frameon=False, fontsize=8)
-    made.plot(plot, "validation perplexity of every run against updates")
+    learned = [x[FIGURE] for run in runs for x in run.validation if x["step"] > 0]
+    if learned:  # the untrained model, at about 30, would flatten all that follows
+        axis.set_ylim(min(learned) - 0.2, max(learned) + 0.2)
+    return plot
+
+
+def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Page:
+    made = Page("Runs side by side")
+    made.plot(curves(runs), "validation perplexity of every run against updates")
     made.note("One colour a recipe; dashed lines are further seeds of it.")
     made.heading("Over seeds")
     made.table(HEAD, [cells(row) for row in table])

