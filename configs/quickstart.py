@@ -11,7 +11,7 @@ from esm1nv_jax.configuration import arguments, parent
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
-    args = arguments(arg, ("hf",), steps=400, seed=0)
+    args = arguments(arg, ("hf",), steps=520, seed=0)
     hf = ",hf" if args["hf"] else ""
     config = parent(__file__, "pretrain_small.py", f"batch=16,steps={args['steps']}{hf}")
     config.seed = args["seed"]
