@@ -79,10 +79,10 @@ def show_end(config, settings, stream, source, held_out, run_folder) -> None:
     model_row(f"this model, update {validated[-1]['step']:,}", validated[-1], "bold")
     console.print(table)
     reached = validated[-1]["perplexity_mask"]
-    if reached < floor["composition"]:
-        verdict = "below the composition of each protein: it learns from the order of residues"
+    if reached < 0.99 * floor["composition"]:  # less is within the noise of a small sample
+        verdict = "below the composition of each protein: it learns"
     elif reached < floor["unigram"]:
-        verdict = "below the unigram floor, not below composition: a smoke test, no more"
+        verdict = "below the unigram floor, not clearly below composition: a smoke test"
     else:
         verdict = "not below the unigram floor yet: train longer"
     console.print(f"On <mask> positions this model is {verdict}.")
