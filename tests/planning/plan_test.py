@@ -44,9 +44,10 @@ def test_card_on_176_a100s():
     total = sum(c["bytes"] for c in found["collectives"])
     parameters = found["memory"]["parameters"]
     assert parameters <= total <= parameters + 1024
-    # Not one T x T tensor of a layer would fit into what is kept for the backward.
-    rows, T = found["rows"], found["row_length"]
-    assert found["memory"]["activations"] < rows * 12 * T * T * 2
+    # 48 KB a token are kept for the backward of two layers (measured). One T x T tensor a layer,
+    # 12 heads in bf16, would add 55.
+    tokens = found["rows"] * found["row_length"]
+    assert found["memory"]["activations"] < 75_000 * tokens
     assert found["fits"]
     assert 0.2 < found["mfu"] < 0.85
 
@@ -139,7 +140,8 @@ def test_mistakes_are_answered_in_one_line(arguments, said):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 2
-    (line,) = ended.stderr.strip().splitlines()
+    noise = ("WARNING: All log messages", "I0000")  # of the CUDA plugin, where it is installed
+    (line,) = [x for x in ended.stderr.strip().splitlines() if not x.startswith(noise)]
     assert line.startswith("error:") and said in line
 
 
