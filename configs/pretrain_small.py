@@ -6,7 +6,8 @@
 DIR is a data set made by `esm1nv prepare`. To try the real shape on a laptop:
 
     python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=4,steps=20 \\
-        --config.data.path=sample --workdir=runs/try
+        --config.data.path=sample --config.compute.dtype=float32 \\
+        --config.evaluation.batches=2 --workdir=runs/try
 
 Readings, at most one of each line:
   card, shipped   what the model card says (the default), or the configuration published from 2022
