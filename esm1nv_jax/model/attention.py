@@ -190,9 +190,8 @@ def _scale(shape, rate, row_keys_B):
 def _cpu(qkv_BTCNH, segment_ids_BT, dtype):
     """One head of one row at a time, so that its T x T scores stay in the cache of a core.
 
-    On two cores 2 to 3 times the speed of `_xla` for rows of 256 and 512, whose scores of all rows
-    and heads go through memory; 1.5 times for 1,024. Not for rows spread over devices: the loop
-    would run over all of them on each.
+    For inference: training is slower with it than with `_xla`. Not for rows spread over devices:
+    the loop would run over all of them on each.
     """
     B, T, _, N, H = qkv_BTCNH.shape
     q_XTH, k_XTH, v_XTH = (  # X: rows and heads
