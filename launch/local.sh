@@ -27,7 +27,8 @@ fi
 source "$(dirname "$0")/xla_flags.sh"
 GRACE=40 # seconds for the others to leave by themselves, once one has died
 
-say() { echo "local.sh: $*" >&2; }
+exec 3>&2
+say() { echo "local.sh: $*" >&3; }
 ended() { # status -> words
   if [ "$1" -gt 128 ]; then echo "was killed by SIG$(kill -l $(($1 - 128)))"; else echo "left with status $1"; fi
 }
@@ -47,28 +48,31 @@ start() {
 }
 
 finish() { # waits for all; the status of the run is in $result
-  local killer="" which status left=("${pids[@]}")
+  # Each is asked for by name: bash's `wait -n` forgets, now and then, one that ended meanwhile.
+  local deadline="" status i left=("${pids[@]}")
   result=0
   while [ ${#left[@]} -gt 0 ]; do
-    which=""
-    wait -n -p which "${left[@]}"
-    status=$?
-    [ -z "${which:-}" ] && continue # a signal to this script woke it
-    for i in "${!left[@]}"; do [ "${left[$i]}" = "$which" ] && unset "left[$i]"; done
-    [ "$status" -eq 0 ] && continue
-    [ "$status" -ne 75 ] && say "process ${number[$which]} (pid $which) $(ended "$status")"
-    if [ "$result" -eq 0 ] || [ "$result" -eq 75 ]; then result=$status; fi
-    if [ -z "$killer" ] && [ ${#left[@]} -gt 0 ]; then
-      (sleep "$GRACE"; kill -KILL "${left[@]}") >/dev/null 2>&1 &
-      killer=$!
+    sleep 0.2
+    for i in "${!left[@]}"; do
+      kill -0 "${left[$i]}" 2>/dev/null && continue
+      wait "${left[$i]}" 2>/dev/null
+      status=$?
+      [ "$status" -ne 0 ] && [ "$status" -ne 75 ] \
+        && say "process ${number[${left[$i]}]} (pid ${left[$i]}) $(ended "$status")"
+      unset "left[$i]"
+      [ "$status" -eq 0 ] && continue
+      if [ "$result" -eq 0 ] || [ "$result" -eq 75 ]; then result=$status; fi
+      [ -z "$deadline" ] && deadline=$((SECONDS + GRACE))
+    done
+    if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ ${#left[@]} -gt 0 ]; then
+      kill -KILL "${left[@]}" 2>/dev/null
     fi
   done
-  [ -n "$killer" ] && kill "$killer" 2>/dev/null
 }
 
 for ((attempt = 0; ; attempt++)); do
   start "$@"
-  finish
+  finish 2>/dev/null # bash's own words on those that were killed
   case "$result" in 0|2|75|130) exit "$result" ;; esac
   if [ -n "$asked" ] || [ "$attempt" -ge "$restarts" ]; then exit "$result"; fi
   say "starting again ($((attempt + 1)) of $restarts)"

@@ -98,7 +98,7 @@ def log(run_folder: epath.Path, team: Team, watchdog: Watchdog) -> Iterator[Text
             yield file
         finally:
             watchdog.log_to(sys.stderr)
-            console.file = sys.stderr
+            console.file = None  # sys.stderr, whatever it is by then
 
 
 def note(file: TextIO, number: int, figures: dict[str, float], text: str = "") -> None:

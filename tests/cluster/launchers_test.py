@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -98,10 +99,14 @@ def updates(workdir):
 
 
 def begin_now(slurm, job, log, restarts):
-    """Slurm waits two minutes before it starts a requeued job; a test does not."""
+    """Slurm waits two minutes before it starts a requeued job; a test a few seconds.
+
+    With none at all, slurmd may still hold the credential of the job's last start for revoked.
+    """
     slurm.until(job, lambda state: state == "PENDING" and log.exists())
+    time.sleep(4)
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-    slurm.until(job, lambda state: log.read_text().count("workdir  ") > restarts)
+    slurm.until(job, lambda state: log.read_text().count("workdir  ") > restarts, log=log)
 
 
 def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):

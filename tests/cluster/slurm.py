@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 CONFIG = """
 ClusterName=test
@@ -120,8 +121,17 @@ class Slurm:
         shown = self.call("scontrol", "show", "job", job)
         return next(word[9:] for word in shown.split() if word.startswith("JobState="))
 
-    def until(self, job: str, ready, seconds: float = 900) -> None:
-        self._until(lambda: ready(self.state(job)), f"state of job {job} as wanted", seconds)
+    def until(self, job: str, ready, seconds: float = 900, log: Path | None = None) -> None:
+        """Waits for a state of the job; `log` is shown should the job come to an end first."""
+
+        def wanted() -> bool:
+            state = self.state(job)
+            if ready(state):
+                return True
+            assert log is None or state in ALIVE, (state, log.read_text()[-3000:])
+            return False
+
+        self._until(wanted, f"state of job {job} as wanted", seconds)
 
 
 def free_port() -> int:
