@@ -24,8 +24,8 @@ from esm1nv_jax.training.cluster_watchdog import END, Watchdog, told
 from esm1nv_jax.weights.checkpoint import SaveError
 
 LOST_AFTER = 18  # seconds without a sign of life, then a process counts as lost
-# Seconds; then JAX itself aborts, should the watchdog fail to act. It counts from a heartbeat sent up
-# to half of this before a peer fell silent, so half must be well above LOST_AFTER.
+# Seconds; then JAX itself aborts, should the watchdog fail to act. It counts from a heartbeat that
+# was sent up to half of this before a peer fell silent: half must be well above LOST_AFTER.
 HEARTBEAT = 60
 FEW = 6  # names shown in a message
 PLAIN = (TimeoutError, SaveError)  # faults of the surroundings, whose message says it all
