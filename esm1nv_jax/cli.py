@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from esm1nv_jax import __version__, arguments
+from esm1nv_jax import __version__, arguments, process
 from esm1nv_jax.errors import UserError
 
 # verb: (module with a `main(argv)`, what it does)
@@ -23,6 +23,8 @@ VERBS = {
     "doctor": ("esm1nv_jax.weights.doctor", "check the checkpoints of a run, byte for byte"),
     "convert": ("esm1nv_jax.weights.convert", "to and from Hugging Face transformers"),
 }
+
+COMPUTING = ("embed", "score", "evaluate", "probe")  # and train, which does the same by itself
 
 
 def help_text() -> str:
@@ -51,6 +53,8 @@ def dispatch(argv: list[str]) -> int | None:
     verb, *rest = argv
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)} (esm1nv --help)")
+    if verb in COMPUTING:
+        process.set_up()
     return importlib.import_module(VERBS[verb][0]).main(rest)
 
 

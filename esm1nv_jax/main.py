@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from esm1nv_jax import arguments
+from esm1nv_jax import arguments, process
 
 
 def main(argv: list[str]) -> int:
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> int:
     )
     options, overrides = parser.parse_known_args(argv)
 
+    process.set_up()
     from esm1nv_jax import configuration
     from esm1nv_jax.training.train import train
 

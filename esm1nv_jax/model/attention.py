@@ -15,7 +15,7 @@ import numpy as np
 
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as dropout_lib
-from esm1nv_jax.model.products import precision
+from esm1nv_jax.model.products import operand, precision
 
 BACKENDS = ("cudnn", "pallas", "splash", "xla", "cpu")  # in order of preference
 AUTO = "auto"  # the first that is fit, once the device is known
@@ -171,8 +171,8 @@ _mix.defvjp(_mix_forward, _mix_backward)
 def _einsum(pattern: str, a, b, dtype):
     return jnp.einsum(
         pattern,
-        a.astype(dtype),
-        b.astype(dtype),
+        operand(a, dtype),
+        operand(b, dtype),
         preferred_element_type=jnp.float32,
         precision=precision(dtype),
     )
@@ -205,11 +205,11 @@ def _cpu(qkv_BTCNH, segment_ids_BT, dtype):
         q_TH, k_TH, v_TH, x = head
         segment_T = segment_ids_BT[x // N]
         scores_TS = product(
-            (q_TH * H**-0.5).astype(dtype), k_TH.astype(dtype), (((1,), (1,)), ((), ()))
+            operand(q_TH * H**-0.5, dtype), operand(k_TH, dtype), (((1,), (1,)), ((), ()))
         )
         scores_TS = jnp.where(segment_T[:, None] == segment_T, scores_TS, _NEVER)
         odds_TS = jnp.exp(scores_TS - jnp.max(scores_TS, axis=-1, keepdims=True))
-        mixed_TH = product(odds_TS.astype(dtype), v_TH.astype(dtype), (((1,), (0,)), ((), ())))
+        mixed_TH = product(operand(odds_TS, dtype), operand(v_TH, dtype), (((1,), (0,)), ((), ())))
         mixed_TH /= jnp.sum(odds_TS, axis=-1, keepdims=True)
         return jnp.where((segment_T > 0)[:, None], mixed_TH, 0)
 

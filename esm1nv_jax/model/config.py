@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from esm1nv_jax.data.vocabulary import ESM1NV, vocabulary
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model.attention import AUTO, BACKENDS
+from esm1nv_jax.model.products import ROUNDED
 
 ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -88,7 +89,14 @@ class Compute:
     dtype: str = "float32"  # of the operands of matrix products
     activations: str = "float32"  # in which results are kept between products; the residual is fp32
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
+    native: bool = True  # whether the device multiplies `dtype`; else rounded operands, as fp32
     attention: str = AUTO  # a backend that `attention.choose` found fit; auto is xla here
+
+    @property
+    def operands(self):
+        """What `products.product` takes for a dtype."""
+        emulated = self.dtype == "bfloat16" and not self.native
+        return ROUNDED if emulated else DTYPES[self.dtype]
 
     def __post_init__(self):
         for name, allowed in (

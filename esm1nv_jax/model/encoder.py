@@ -50,7 +50,7 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(outputs))
 
     def __call__(self, x, compute: Compute):
-        y = product(x, self.kernel[...], DTYPES[compute.dtype]) + self.bias[...]
+        y = product(x, self.kernel[...], compute.operands) + self.bias[...]
         return y if compute.activations == "float32" else stored(y, DTYPES[compute.activations])
 
 
@@ -86,7 +86,7 @@ class Block(nnx.Module):
             qkv_BTCNH = foreign.rotate(qkv_BTCNH, turn)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         mixed_BTNH = attention(
-            qkv_BTCNH, segment_ids_BT, DTYPES[compute.dtype], rate, row_keys_B, compute.attention
+            qkv_BTCNH, segment_ids_BT, compute.operands, rate, row_keys_B, compute.attention
         )
         return self.attention_output(mixed_BTNH.reshape(B, T, D), compute)
 
@@ -169,7 +169,7 @@ class Encoder(nnx.Module):
         x_BMD = self.head_dense(x_BMD, compute)
         x_BMD = _activate(self.config.head_activation, x_BMD, compute)
         x_BMD = self.head_norm(x_BMD, compute)
-        logits_BMV = product(x_BMD, self.token_embedding[...], DTYPES[compute.dtype], True)
+        logits_BMV = product(x_BMD, self.token_embedding[...], compute.operands, True)
         logits_BMV = logits_BMV + self.head_bias[...]
         return jnp.where(self.tokens.predicted(), logits_BMV, NEVER)
 

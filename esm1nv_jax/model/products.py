@@ -8,21 +8,47 @@ across devices in bf16 whatever the config says.
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
+# In the place of a dtype: operands rounded to bf16 but multiplied as fp32, which has the same
+# products. A CPU without instructions for bf16 is faster so.
+ROUNDED = "bfloat16 by float32"
+
+
+@functools.cache
+def multiplies_bf16(platform: str) -> bool:
+    """Whether a device of this platform has instructions for products of bf16."""
+    if platform != "cpu":
+        return True
+    try:
+        said = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    return any(word in said.split() for word in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def operand(x, dtype):
+    """x as a product takes it: of `dtype`, or rounded where that is ROUNDED."""
+    if dtype == ROUNDED:
+        rounded = x.dtype == jnp.bfloat16
+        return x.astype(jnp.float32) if rounded else jax.lax.reduce_precision(x, 8, 7)
+    return x.astype(dtype)
+
 
 def precision(dtype) -> jax.lax.Precision:
     """fp32 means fp32: without HIGHEST an A100 would use TF32 and a TPU bf16."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    exact = dtype in (ROUNDED, jnp.float32)
+    return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
 def _dot(a, b, a_axes: tuple[int, ...], b_axes: tuple[int, ...], dtype):
     """Sums over `a_axes` of a and `b_axes` of b; the axes that stay follow in order."""
     return jax.lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
+        operand(a, dtype),
+        operand(b, dtype),
         ((a_axes, b_axes), ((), ())),
         precision=precision(dtype),
         preferred_element_type=jnp.float32,
@@ -41,7 +67,7 @@ def product(x, w, dtype, transposed: bool = False):
 
 def _forward(x, w, dtype, transposed):
     # The backward needs x only as an operand: keep the rounded copy, not the fp32 one.
-    kept = x.astype(dtype)
+    kept = operand(x, dtype)
     y = _dot(kept, w, (x.ndim - 1,), (1 if transposed else 0,), dtype)
     return y, (kept, w, jnp.zeros((0,), x.dtype))
 
@@ -50,8 +76,11 @@ def _backward(dtype, transposed, residuals, g):
     x, w, like_x = residuals
     leading = tuple(range(x.ndim - 1))
     dx = _dot(g, w, (g.ndim - 1,), (0 if transposed else 1,), dtype)
-    first, second = (g, x) if transposed else (x, g)
-    dw = _dot(first, second, leading, leading, dtype)
+    # XLA's CPU backend writes the first operand transposed, at a price: the narrower is cheaper.
+    # Not in bf16, where it cannot transpose the result.
+    swapped = transposed or (dtype != jnp.bfloat16 and x.shape[-1] > g.shape[-1])
+    dw = _dot(g, x, leading, leading, dtype) if swapped else _dot(x, g, leading, leading, dtype)
+    dw = dw.T if swapped != transposed else dw
     return dx.astype(like_x.dtype), dw.astype(w.dtype)
 
 

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from esm1nv_jax.data.pipeline import StreamConfig, rows_for
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.model import attention
+from esm1nv_jax.model import attention, products
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training.optimizer import OptimizerConfig
@@ -81,7 +81,12 @@ def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConf
     chosen = attention.choose(compute.attention, case)
     # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
     kept = "float32" if device.platform == "cpu" else compute.dtype
-    compute = dataclasses.replace(compute, attention=chosen, activations=kept)
+    compute = dataclasses.replace(
+        compute,
+        attention=chosen,
+        activations=kept,
+        native=products.multiplies_bf16(device.platform),
+    )
     return dataclasses.replace(step, compute=compute)
 
 

@@ -1,0 +1,100 @@
+"""PyTorch's side of the benchmarks: `transformers`' ESM in the shape of one of our configs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import EsmConfig, EsmForMaskedLM
+
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.model.config import EncoderConfig
+
+PAD, MASK, VOCABULARY = 1, 32, 33  # its own ids; its speed does not depend on which letter is which
+
+
+def config_of(model: EncoderConfig) -> EsmConfig:
+    return EsmConfig(
+        vocab_size=VOCABULARY, pad_token_id=PAD, mask_token_id=MASK,
+        hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
+        intermediate_size=model.ffn, max_position_embeddings=model.positions + 2,
+        hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.attention_dropout,
+        layer_norm_eps=model.norm_epsilon, position_embedding_type="absolute",
+        emb_layer_norm_before=False, token_dropout=False, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+def padded(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, longest] with `<s>`, `</s>` and padding, and the attention mask."""
+    longest = max(map(len, sequences)) + 2
+    tokens = torch.full((len(sequences), longest), PAD)
+    for row, ids in enumerate(sequences):
+        tokens[row, 0], tokens[row, len(ids) + 1] = 0, 2
+        tokens[row, 1 : len(ids) + 1] = torch.from_numpy(ids.astype(np.int64))
+    return tokens, (tokens != PAD).long()
+
+
+class Trainer:
+    """One update after another on padded batches, as a user of `transformers` trains on a CPU.
+
+    15 % of the residues are predicted, 80/10/10, anew each time, as the usual collator does; logits
+    at all positions; gradients clipped; fused AdamW without decay on biases and norms.
+    """
+
+    def __init__(self, model: EncoderConfig, optimizer, bf16: bool, seed: int = 0):
+        torch.manual_seed(seed)
+        self.model = EsmForMaskedLM(config_of(model))
+        self.bf16, self.clip = bf16, optimizer.clip_norm
+        decayed = [p for p in self.model.parameters() if p.ndim > 1]
+        others = [p for p in self.model.parameters() if p.ndim <= 1]
+        self.adamw = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+            lr=optimizer.peak_lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay, fused=True,
+        )  # fmt: skip
+
+    def update(self, sequences: list[np.ndarray]) -> float:
+        tokens, attention_mask = padded(sequences)
+        inputs, labels = corrupted(tokens)
+        self.model.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.model(inputs, attention_mask=attention_mask, labels=labels).loss
+        self.adamw.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.adamw.step()
+        return float(loss)
+
+
+def corrupted(tokens: torch.Tensor, rate: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of masked-language modelling."""
+    selected = (torch.rand(tokens.shape) < rate) & (tokens >= tokenizer.FIRST_RESIDUE)
+    kind = torch.rand(tokens.shape)
+    letters = torch.randint(
+        tokenizer.FIRST_RESIDUE, tokenizer.FIRST_RESIDUE + tokenizer.STANDARD, tokens.shape
+    )
+    inputs = torch.where(selected & (kind < 0.8), torch.full_like(tokens, MASK), tokens)
+    inputs = torch.where(selected & (kind >= 0.8) & (kind < 0.9), letters, inputs)
+    return inputs, torch.where(selected, tokens, torch.full_like(tokens, -100))
+
+
+def random_batches(ids: list[np.ndarray], size: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Batches in random order, without end."""
+    draw = np.random.default_rng(seed)
+    while True:
+        order = draw.permutation(len(ids))
+        for start in range(0, len(order) - size + 1, size):
+            yield [ids[i] for i in order[start : start + size]]
+
+
+def grouped_batches(ids: list[np.ndarray], size: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Random batches of sequences of like length: sorted within pools of 50 batches."""
+    draw = np.random.default_rng(seed)
+    while True:
+        order = draw.permutation(len(ids))
+        for start in range(0, len(order) - size + 1, 50 * size):
+            pool = sorted(order[start : start + 50 * size], key=lambda i: -len(ids[i]))
+            batches = [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
+            for i in draw.permutation(len(batches)):
+                yield [ids[j] for j in batches[i]]

@@ -1,0 +1,201 @@
+"""Training speed on this machine: ours as a run does it, and `transformers`, in alternation.
+
+    python benchmarks/train.py --fasta proteins.fasta.gz [--model full|small] [--json OUT.json]
+    python benchmarks/train.py --fasta proteins.fasta.gz --rival none --profile
+
+Real sequences cut at 510 residues, the same architecture (erf GELU), dropout, clipping and AdamW.
+Ours: packed rows of 512 tokens from a folder that `esm1nv prepare` made, the input stream and all.
+The rival: SDPA, fused AdamW, (a) batches in random order, padded to their longest, (b) batches of
+like length; as many residues an update as ours. Each computes with bf16 operands and in fp32.
+Residues are counted, never padding or specials. Rounds alternate, so that a busy machine is busy
+for all: trust the ratios. Needs the extra `bench`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from esm1nv_jax import arguments, configuration, process
+from esm1nv_jax.arguments import Parser
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.dataset import open_split
+from esm1nv_jax.data.pipeline import Place
+from esm1nv_jax.data.prefetch import Prefetch
+from esm1nv_jax.data.prepare import Preparation, prepare
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.training import sharding, step, train
+from esm1nv_jax.training.settings import fitted, step_config, stream_config
+
+CUT = 510
+MODELS = {"full": dict(), "small": dict(layers=5, width=256, heads=4, ffn=1024)}
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def config_of(model: str, dtype: str, rows: int):
+    """`pretrain_small` with rows of 512 tokens."""
+    config = configuration.load(CONFIGS / "pretrain_small.py", f"hf,max_length={CUT},batch={rows}")
+    with config.unlocked():
+        config.model.update(**MODELS[model])
+        config.compute.dtype = dtype
+        config.optimizer.warmup = 10
+    return config
+
+
+class Ours:
+    """The loop of `train.run` without its log: batches ahead, metrics one update late."""
+
+    def __init__(self, config, folder: str):
+        mesh = sharding.make_mesh(jax.local_devices())
+        self.settings = fitted(step_config(config), config, mesh.devices.flat[0])
+        source = open_split(folder, "train")
+        stream = stream_config(config, config.batch.rows)
+        self.state, _, _ = jax.jit(step.create_state, static_argnums=0)(self.settings), None, None
+        began = time.perf_counter()
+        self.step, _ = train.compiled(self.settings, mesh, self.state, stream)
+        self.compiled_in = time.perf_counter() - began
+        self.batches = Prefetch(train.placed_batches(source, stream, mesh, Place()))
+        self.host_seconds = 0.0
+
+    def run(self, updates: int) -> int:
+        """Residues of so many updates."""
+        residues, pending = 0, None
+        for _ in range(updates):
+            batch, arrays, _ = next(self.batches)
+            residues += int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
+            self.state, values = self.step(self.state, arrays)
+            if pending is not None:
+                jax.device_get(pending)
+            pending = values
+        jax.device_get(pending)
+        jax.block_until_ready(self.state)
+        return residues
+
+
+def rival(config, bf16: bool, ids: list[np.ndarray], size: int, grouped: bool) -> Callable:
+    import rivals
+
+    settings = step_config(config)
+    trainer = rivals.Trainer(settings.model, settings.optimizer, bf16)
+    make = rivals.grouped_batches if grouped else rivals.random_batches
+    batches = make(ids, size, seed=0)
+
+    def run(updates: int) -> int:
+        residues = 0
+        for _ in range(updates):
+            batch = next(batches)
+            residues += sum(map(len, batch))
+            trainer.update(batch)
+        return residues
+
+    return run
+
+
+def profile(ours: Ours, updates: int) -> list[tuple[str, float]]:
+    """The ten costliest operations: (name in the program and where it comes from, share)."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            ours.run(updates)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    spent: Counter[str] = Counter()
+    for plane in data.planes:
+        for line in plane.lines:
+            for event in line.events:
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    spent[stats["hlo_op"]] += event.duration_ns
+    total = sum(spent.values())
+    origin = origins(ours.step.as_text())
+    return [
+        (f"{name} {origin.get(name, '')}", ns / total) for name, ns in spent.most_common(10)
+    ]
+
+
+def origins(program: str) -> dict[str, str]:
+    """Operation to the line of Python that it was made from, of a compiled program's text."""
+    import re
+
+    found = {}
+    for name, rest in re.findall(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*)$", program, re.MULTILINE):
+        shape = rest.split("{")[0].split(" ")[0]
+        where = re.search(r'op_name="([^"]*)"', rest)
+        found[name] = f"{shape} {where[1][-90:] if where else ''}"
+    return found
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("(benchmark)", "Training speed.", "python benchmarks/train.py --fasta F")
+    parser.add_argument("--fasta", required=True)
+    parser.add_argument("--rival", choices=("transformers", "none"), default="transformers")
+    parser.add_argument("--model", choices=sorted(MODELS), default="full")
+    parser.add_argument("--rows", type=int, default=8, help="of 512 tokens, in an update")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=3, help="of each program in a round")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--profile", action="store_true", help="the ten costliest operations")
+    parser.add_argument("--json", help="write the figures here, too")
+    args = parser.parse_args(argv)
+    dtypes = args.dtypes.split(",")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = f"{scratch}/data"
+        prepare(Preparation((args.fasta,), folder, 100, 100, workers=2))
+        source = open_split(folder, "train")
+        texts = [source[i]["sequence"][:CUT] for i in range(min(len(source), 4000))]
+        ids = [tokenizer.residue_ids(text) for text in texts]
+        size = round(args.rows * 512 / (2 + statistics.mean(map(len, ids))))
+        programs: dict[str, Callable] = {}
+        for dtype in dtypes:
+            config, short = config_of(args.model, dtype, args.rows), dtype.replace("loat", "")
+            ours = Ours(config, folder)
+            print(f"ours {short}: compiled in {ours.compiled_in:.1f} s, "
+                  f"attention by {ours.settings.compute.attention}")  # fmt: skip
+            programs[f"ours {short}"] = ours.run
+            if args.profile:
+                ours.run(2)
+                for name, share in profile(ours, args.updates):
+                    print(f"  {100 * share:5.1f} %  {name}")
+            if args.rival == "none":
+                continue
+            try:
+                for name, grouped in (("(a)", False), ("(b)", True)):
+                    programs[f"transformers {name} {short}"] = rival(
+                        config, dtype == "bfloat16", ids, size, grouped
+                    )
+            except ImportError as error:
+                raise UserError(f"{error}; pip install torch transformers") from None
+        rates: dict[str, list[float]] = {name: [] for name in programs}
+        for round_ in range(args.rounds + 1):  # the first warms up
+            for name, run in programs.items():
+                began = time.perf_counter()
+                residues = run(args.updates if round_ else 1)
+                if round_:
+                    rates[name].append(residues / (time.perf_counter() - began))
+    found = {name: statistics.median(rate) for name, rate in rates.items()}
+    print(f"\n{args.model} model, residues/s, median of {args.rounds} rounds (least to most)")
+    for name, rate in found.items():
+        low, high = min(rates[name]), max(rates[name])
+        print(f"{name:<24} {rate:8,.0f}   ({low:,.0f} to {high:,.0f})")
+    for dtype in (d.replace("loat", "") for d in dtypes):
+        for kind in ("(a)", "(b)"):
+            theirs = found.get(f"transformers {kind} {dtype}")
+            if theirs:
+                print(f"ours to {kind}, {dtype}: {found[f'ours {dtype}'] / theirs:.2f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"model": args.model, "rates": rates}, indent=1))
+
+
+if __name__ == "__main__":
+    import sys
+
+    process.keep_freed_memory()  # as esm1nv_jax.main does
+    sys.exit(arguments.run(main, sys.argv[1:]))
