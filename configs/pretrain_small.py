@@ -147,4 +147,5 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "stall_timeout": 600,  # seconds; longer than an update, an evaluation, a save
     }
     config.log = {"every": 50}
+    config.profile = ""  # trace these updates, such as 20-24, into WORKDIR/profile
     return config.lock()

@@ -12,6 +12,7 @@ from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import attention, products
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
 from esm1nv_jax.model.masking import recipe
+from esm1nv_jax.training import profiling
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
 
@@ -19,7 +20,7 @@ REDUCE_DTYPES = ("float32", "bfloat16")
 
 # Fields that may change between the starts of one run: none of them changes what is learned.
 MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
-              "cluster.", "skip_nonfinite", "compute.remat", "compute.attention",
+              "cluster.", "skip_nonfinite", "profile", "compute.remat", "compute.attention",
               "batch.microbatches", "data.path")  # fmt: skip
 
 
@@ -50,6 +51,7 @@ def step_config(config: ConfigDict) -> StepConfig:
     ):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    profiling.updates(config.profile)  # raises UserError
     return StepConfig(
         seed=config.seed,
         model=model,

@@ -14,7 +14,7 @@ from esm1nv_jax.data.dataset import Source, open_split
 from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.training import cluster, hosts, metrics, sharding, step, summary, workdir
+from esm1nv_jax.training import cluster, hosts, metrics, profiling, sharding, step, summary, workdir
 from esm1nv_jax.training.cluster_watchdog import Watchdog
 from esm1nv_jax.training.leaving import Leaving
 from esm1nv_jax.training.saving import Saving
@@ -76,6 +76,7 @@ def run(
         writer = metrics.Writer(run_folder, done, team.process == 0)
         window = metrics.Window(settings.model, mesh.devices.flat)
         clock = hosts.HostClock(team, mesh.local_devices[0])
+        traced = profiling.updates("" if team.process else config.profile)
 
         def validate() -> dict[str, float]:
             """Figures on held-out sequences: the same ones, masked alike, every time."""
@@ -116,6 +117,7 @@ def run(
             Leaving(team.processes) as leaving,
             Prefetch(placed_batches(source, stream, mesh, place)) as batches,
             bar("training", config.steps, "updates", team.process == 0, start=done) as task,
+            profiling.Profile(*traced, run_folder / "profile") as profile,
             jax.transfer_guard("disallow"),
         ):
             if done == 0:
@@ -125,6 +127,7 @@ def run(
             pending, last = None, done >= config.steps
             while not last:
                 watchdog.beat(f"waiting for the batch of update {done + 1}")
+                profile.before(done + 1, state)
                 batch, arrays, place = next(batches)
                 watchdog.beat(f"at update {done + 1}")
                 state, values = update(state, arrays)

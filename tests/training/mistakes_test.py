@@ -33,6 +33,8 @@ NOT_CONFIG = "def get_config(arg=''):\n    return {}\n"
         (["--config.platform=gpu"], "found 0 such devices"),
         (["--config.platform=cray"], "auto, cpu, gpu, tpu"),
         (["--config.init_from=/nowhere"], "/nowhere does not exist"),
+        (["--config.profile=often"], "--config.profile=20-24"),
+        (["--config.profile=5-3"], "names no updates"),
         (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
     ],
 )

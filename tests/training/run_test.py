@@ -3,6 +3,7 @@
 import json
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -133,3 +134,14 @@ def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
         examples = set(np.unique(batch["example_ids"])) - {-1}
     saved = json.loads((run / "nonfinite" / "1" / "examples_0.json").read_text())
     assert examples == set(saved)
+
+
+def test_a_profile_of_some_updates(tmp_path, straight):
+    run = tmp_path / "run"
+    done = processes.run(f"--workdir={run}", "--config.profile=3-4")
+    assert done.returncode == 0 and "profile    of updates 3 to 4" in done.stderr
+    (path,) = (run / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    events = (dict(e.stats) for plane in planes for line in plane.lines for e in line.events)
+    assert len({e["run_id"] for e in events if e.get("hlo_module") == "jit_train_step"}) == 2
+    assert_same(params(run, 12), params(straight[0], 12))

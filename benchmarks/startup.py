@@ -1,0 +1,84 @@
+"""From typing the quickstart to its first update, and where the time goes.
+
+    python benchmarks/startup.py [--config configs/quickstart.py] [--json OUT.json]
+
+Starts a process with an empty cache of compiled programs, and another that finds the first one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def start(path: str) -> dict[str, float]:
+    """Seconds of each phase of a run's start, through the functions that `train.run` calls."""
+    began = float(os.environ["BEGAN"])
+    phases = {}
+
+    def phase(name: str) -> None:
+        nonlocal began
+        phases[name], began = time.time() - began, time.time()
+
+    from esm1nv_jax import process
+
+    process.set_up()
+    import jax
+
+    from esm1nv_jax import configuration
+    from esm1nv_jax.data.pipeline import Place
+    from esm1nv_jax.training import sharding, step, train
+    from esm1nv_jax.training.settings import fitted, global_rows, step_config, stream_config
+
+    phase("Python and imports")
+    config = configuration.load(path)
+    mesh = sharding.make_mesh(sharding.devices_of(config.platform))
+    settings = fitted(step_config(config), config, mesh.devices.flat[0])
+    source, _ = train.open_data(config)
+    stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
+    phase("config, devices, data")
+    layout = sharding.sharding(mesh, "state")
+    create = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
+    state = jax.block_until_ready(create(settings))
+    phase("first parameters")
+    update, _ = train.compiled(settings, mesh, state, stream)
+    phase("compilation")
+    _, arrays, _ = next(train.placed_batches(source, stream, mesh, Place()))
+    jax.block_until_ready(update(state, arrays))
+    phase("first batch and update")
+    return phases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/quickstart.py")
+    parser.add_argument("--json")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(start(options.config)))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("first start", "second start"):
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", "--config", options.config],
+                env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "BEGAN": str(time.time())},
+                stdout=subprocess.PIPE, text=True, check=True,
+            )  # fmt: skip
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+    for phase in found["first start"]:
+        print(f"{phase:<24}" + "".join(f"{found[name][phase]:8.1f} s" for name in found))
+    print(f"{'in all':<24}" + "".join(f"{sum(found[name].values()):8.1f} s" for name in found))
+    if options.json:
+        Path(options.json).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
