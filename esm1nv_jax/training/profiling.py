@@ -38,6 +38,7 @@ class Profile:
     def before(self, number: int, state) -> None:
         """Call it before update `number`; `state` is what the last update returned."""
         if number == self.first:
+            jax.block_until_ready(state)  # or its last moments would be in the trace
             jax.profiler.start_trace(self.folder)
             self.tracing = True
         elif self.tracing and number == self.last + 1:
