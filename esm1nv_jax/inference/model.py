@@ -29,6 +29,7 @@ from esm1nv_jax.model import encoder
 from esm1nv_jax.model.attention import AUTO
 from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
 from esm1nv_jax.model.masking import recipe
+from esm1nv_jax.model.products import multiplies_bf16
 from esm1nv_jax.weights import folder
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -99,7 +100,9 @@ class Model:
         )
         cpu = devices[0].platform == "cpu"
         compute = dataclasses.replace(
-            self.compute, attention="cpu" if cpu and len(devices) == 1 else AUTO
+            self.compute,
+            attention="cpu" if cpu and len(devices) == 1 else AUTO,
+            native=multiplies_bf16(devices[0].platform),
         )
         params = _rounded(self.params) if self.precision == "bf16" else self.params
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))

@@ -4,6 +4,7 @@ because every update waits for the slowest."""
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from esm1nv_jax.console import console
+from esm1nv_jax.training import workdir
 from esm1nv_jax.training.cluster import Team
 from esm1nv_jax.training.cluster_watchdog import Watchdog
 
@@ -80,6 +82,15 @@ class HostClock:
                 for name, value in figures.items()}  # fmt: skip
 
 
+class Log(io.TextIOWrapper):
+    """A file that cannot end the run: lines for which the disk has no room are lost."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+
 @contextlib.contextmanager
 def log(run_folder: epath.Path, team: Team, watchdog: Watchdog) -> Iterator[TextIO]:
     """The log of this host, `logs/HOST.log`, to which all its processes append.
@@ -89,7 +100,7 @@ def log(run_folder: epath.Path, team: Team, watchdog: Watchdog) -> Iterator[Text
     """
     folder = run_folder / "logs"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{team.host}.log").open("a") as file:
+    with Log(workdir.appending(folder / f"{team.host}.log"), write_through=True) as file:
         note(file, 0, {}, f"process {team.process} of {team.processes} starts, pid {os.getpid()}")
         watchdog.log_to(file)
         if team.process:

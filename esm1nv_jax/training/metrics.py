@@ -1,13 +1,10 @@
-"""Figures of a run: from sums to perplexities, to metrics.jsonl and TensorBoard."""
+"""Figures of a run: from sums over batches to perplexities and rates."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
-
-from etils import epath
 
 from esm1nv_jax.model.encoder import EncoderConfig
 
@@ -94,51 +91,6 @@ class Window:
             found["mfu"] = flops / seconds / (self.peak * len(self.devices))
         self.start()
         return found
-
-
-class Writer:
-    """Appends figures to metrics.jsonl and to TensorBoard events; only the first process writes.
-
-    Lines after `step`, left by a run that died after its last checkpoint, are dropped first, so
-    that each figure stands once.
-    """
-
-    def __init__(self, folder: epath.Path, step: int, enabled: bool):
-        self.enabled = enabled
-        if not enabled:
-            return
-        from tensorboardX import SummaryWriter
-
-        self.path = folder / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.lines = [line for line in lines if _step(line) <= step]
-        if len(self.lines) < len(lines):
-            self.path.write_text("".join(f"{line}\n" for line in self.lines))
-        self.file = self.path.open("a")
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line: `kind` is 'train' or 'validation'."""
-        if not self.enabled:
-            return
-        line = {"step": step, "kind": kind, "time": round(time.time(), 3)}
-        self.file.write(json.dumps(line | values) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.events.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        if self.enabled:
-            self.file.close()
-            self.events.close()
-
-
-def _step(line: str) -> float:
-    """The step of a line; infinite for one cut short by a crash, so that it is dropped."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _exp(nats: float) -> float:

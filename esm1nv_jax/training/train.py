@@ -14,7 +14,17 @@ from esm1nv_jax.data.dataset import Source, open_split
 from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.training import cluster, hosts, metrics, profiling, sharding, step, summary, workdir
+from esm1nv_jax.training import (
+    cluster,
+    curves,
+    hosts,
+    metrics,
+    profiling,
+    sharding,
+    step,
+    summary,
+    workdir,
+)
 from esm1nv_jax.training.cluster_watchdog import Watchdog
 from esm1nv_jax.training.leaving import Leaving
 from esm1nv_jax.training.saving import Saving
@@ -73,7 +83,7 @@ def run(
             summary.show_start(config, settings, stream, source, mesh, run_folder, done,
                                watchdog.hosts, before, layout)  # fmt: skip
 
-        writer = metrics.Writer(run_folder, done, team.process == 0)
+        writer = curves.Writer(run_folder, done, team.process == 0)
         window = metrics.Window(settings.model, mesh.devices.flat)
         clock = hosts.HostClock(team, mesh.local_devices[0])
         traced = profiling.updates("" if team.process else config.profile)

@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import time
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -100,6 +100,11 @@ def _locked(folder: epath.Path):
         lock.write(f"process {os.getpid()} on {socket.gethostname()}{of} since {now}")
         lock.flush()
         yield
+
+
+def appending(path: epath.Path) -> IO[bytes]:
+    """The file, to be appended to; without a buffer, where its disk is one of this host."""
+    return path.open("ab") if _remote(path) else open(path, "ab", buffering=0)
 
 
 def _remote(folder: epath.Path) -> bool:

@@ -106,7 +106,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         if "://" in str(self.folder):
             return
-        needed = 1.1 * sum(x.nbytes for x in jax.tree.leaves(trees))
+        leaves = jax.tree.leaves(trees)
+        needed = 1.1 * sum(x.nbytes for x in leaves) + 4096 * len(leaves)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
