@@ -26,7 +26,6 @@ from esm1nv_jax.inference.encode import Placed, Want, encode
 from esm1nv_jax.inference.mutants import parse_all
 from esm1nv_jax.inference.rows import Shapes
 from esm1nv_jax.model import encoder
-from esm1nv_jax.model.attention import AUTO
 from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.model.products import multiplies_bf16
@@ -99,11 +98,8 @@ class Model:
             (len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices
         )
         cpu = devices[0].platform == "cpu"
-        compute = dataclasses.replace(
-            self.compute,
-            attention="cpu" if cpu and len(devices) == 1 else AUTO,
-            native=multiplies_bf16(devices[0].platform),
-        )
+        native = multiplies_bf16(devices[0].platform)
+        compute = dataclasses.replace(self.compute, native=native)
         params = _rounded(self.params) if self.precision == "bf16" else self.params
         spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,7 +91,25 @@ def packed(tokens: np.ndarray, shapes: Shapes) -> Iterator[Packed]:
     by_length: dict[int, list[list[int]]] = {}
     for length, row in zip(lengths, rows, strict=True):
         by_length.setdefault(length, []).append(row)
+    _fill_batches(by_length, tokens, shapes)
     yield from _batches(by_length, shapes)
+
+
+def _fill_batches(by_length: dict[int, list[list[int]]], tokens: np.ndarray, shapes: Shapes):
+    """Moves rows that would leave a batch half empty into longer rows, several into one."""
+    in_use = sorted(by_length)
+    for length, longer in itertools.pairwise(in_use):
+        rows = by_length[length]
+        left = rows[len(rows) - len(rows) % shapes.rows(length) :]
+        del rows[len(rows) - len(left) :]
+        room = 0
+        for row in left:
+            size = int(tokens[row].sum())
+            if size > room:
+                by_length[longer].append([])
+                room = longer
+            by_length[longer][-1].extend(row)
+            room -= size
 
 
 def _batches(by_length: dict[int, list[list[int]]], shapes: Shapes) -> Iterator[Packed]:

@@ -17,7 +17,7 @@ from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as dropout_lib
 from esm1nv_jax.model.products import operand, precision
 
-BACKENDS = ("cudnn", "pallas", "splash", "xla", "cpu")  # in order of preference
+BACKENDS = ("cudnn", "pallas", "splash", "xla")  # in order of preference
 AUTO = "auto"  # the first that is fit, once the device is known
 FUSED_ATTENTION = "attention"  # names what a kernel's backward needs, for remat policies
 
@@ -41,10 +41,6 @@ def unfit(backend: str, case: Case) -> str:
     """Why `backend` cannot compute `case`; empty if it can."""
     if backend == "xla":
         return ""
-    if backend == "cpu":
-        if case.platform != "cpu":
-            return f"it is written for the caches of a cpu, not for {case.platform}"
-        return f"it has no dropout, model.attention_dropout is {case.rate}" if case.rate else ""
     platform = "tpu" if backend == "splash" else "gpu"
     if case.platform != platform:
         return f"it runs on {platform}, not on {case.platform}"
@@ -101,13 +97,11 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
       backend: one that is fit, as `choose` says; `auto` means xla, which always is.
 
     Returns:
-      [B, T, N, H], fp32 (xla, cpu) or `dtype` (the others); 0 in padding.
+      [B, T, N, H], fp32 (xla) or `dtype` (the others); 0 in padding.
     """
     rate = rate if row_keys_B is not None else 0.0
     if backend in (AUTO, "xla"):
         return _xla(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B)
-    if backend == "cpu" and not rate:
-        return _cpu(qkv_BTCNH, segment_ids_BT, dtype)
     qkv_BTCNH = qkv_BTCNH.astype(dtype)
     if backend == "pallas":
         from esm1nv_jax.model.flash import flash_attention
@@ -185,36 +179,6 @@ def _scale(shape, rate, row_keys_B):
     _, N, T, _ = shape
     kept_BNTS = dropout_lib.keep(row_keys_B[:, None, None, None], _element_NTS(N, T), rate)
     return kept_BNTS * np.float32(1 / (1 - rate))
-
-
-def _cpu(qkv_BTCNH, segment_ids_BT, dtype):
-    """One head of one row at a time, so that its T x T scores stay in the cache of a core.
-
-    For inference: training is slower with it than with `_xla`. Not for rows spread over devices:
-    the loop would run over all of them on each.
-    """
-    B, T, _, N, H = qkv_BTCNH.shape
-    q_XTH, k_XTH, v_XTH = (  # X: rows and heads
-        jnp.moveaxis(qkv_BTCNH[:, :, c], 2, 1).reshape(B * N, T, H) for c in range(3)
-    )
-    product = functools.partial(
-        jax.lax.dot_general, preferred_element_type=jnp.float32, precision=precision(dtype)
-    )
-
-    def one(head):
-        q_TH, k_TH, v_TH, x = head
-        segment_T = segment_ids_BT[x // N]
-        scores_TS = product(
-            operand(q_TH * H**-0.5, dtype), operand(k_TH, dtype), (((1,), (1,)), ((), ()))
-        )
-        scores_TS = jnp.where(segment_T[:, None] == segment_T, scores_TS, _NEVER)
-        odds_TS = jnp.exp(scores_TS - jnp.max(scores_TS, axis=-1, keepdims=True))
-        mixed_TH = product(operand(odds_TS, dtype), operand(v_TH, dtype), (((1,), (0,)), ((), ())))
-        mixed_TH /= jnp.sum(odds_TS, axis=-1, keepdims=True)
-        return jnp.where((segment_T > 0)[:, None], mixed_TH, 0)
-
-    mixed_XTH = jax.lax.map(one, (q_XTH, k_XTH, v_XTH, jnp.arange(B * N)))
-    return jnp.moveaxis(mixed_XTH.reshape(B, N, T, H), 1, 2)
 
 
 def _element_NTS(N: int, T: int):

@@ -30,6 +30,14 @@ def test_every_item_stands_in_one_row_that_holds_it(sizes):
                 assert len(row) <= SHAPES.slots(batch.length)
 
 
+@given(SIZES)
+def test_packed_only_the_last_batch_of_the_longest_rows_is_not_full(sizes):
+    batches = list(packed(sizes, SHAPES))
+    longest = max(batch.length for batch in batches)
+    for batch in batches[:-1]:
+        assert len(batch.rows) == SHAPES.rows(batch.length) or batch.length == longest
+
+
 @given(SIZES, st.integers(0, 2**32 - 1))
 def test_alone_an_item_has_the_row_of_its_own_length(sizes, seed):
     chosen = np.random.default_rng(seed).permutation(len(sizes))[: len(sizes) // 2 + 1]
