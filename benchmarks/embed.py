@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 
-from esm1nv_jax import arguments
+from esm1nv_jax import arguments, process
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.errors import UserError
 
@@ -56,16 +56,14 @@ def ours(sequences: list[bytes], precision: str, deterministic: bool = False):
 
 def rival(sequences: list[bytes], bf16: bool):
     """The same with `transformers`."""
+    import rivals
     import torch
-    from transformers import EsmConfig, EsmModel
+    from transformers import EsmModel
 
     from esm1nv_jax.data import tokenizer
+    from esm1nv_jax.model.config import EncoderConfig
 
-    config = EsmConfig(
-        vocab_size=33, hidden_size=768, num_hidden_layers=6, num_attention_heads=12,
-        intermediate_size=3072, max_position_embeddings=1028, position_embedding_type="absolute",
-        emb_layer_norm_before=False, token_dropout=False, pad_token_id=1, mask_token_id=32,
-    )  # fmt: skip
+    config = rivals.config_of(EncoderConfig())
     torch.manual_seed(0)  # the same weights in fp32 and bf16
     model = EsmModel(config, add_pooling_layer=False).eval()
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
@@ -82,15 +80,8 @@ def rival(sequences: list[bytes], bf16: bool):
         means = np.zeros((len(sequences), config.hidden_size), np.float32)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             for batch in batches:
-                longest = max(len(sequences[i]) for i in batch) + 2
-                tokens = torch.full((len(batch), longest), 1)
-                for row, i in enumerate(batch):
-                    n = len(sequences[i])
-                    # Our ids, of the same range as the rival's: its speed does not depend on them.
-                    ids = tokenizer.residue_ids(sequences[i]).astype(np.int64)
-                    tokens[row, 1 : n + 1] = torch.from_numpy(ids)
-                    tokens[row, 0], tokens[row, n + 1] = 0, 2
-                mask = (tokens != 1).long()
+                ids = [tokenizer.residue_ids(sequences[i]) for i in batch]
+                tokens, mask = rivals.padded(ids)
                 hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
                 for row, i in enumerate(batch):
                     means[i] = hidden[row, 1 : len(sequences[i]) + 1].mean(0).numpy()
@@ -158,4 +149,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
+    process.keep_freed_memory()  # as `esm1nv embed` does
     sys.exit(arguments.run(main, sys.argv[1:]))

@@ -32,9 +32,10 @@ def start(path: str) -> dict[str, float]:
     import jax
 
     from esm1nv_jax import configuration
+    from esm1nv_jax.data.config import stream_config
     from esm1nv_jax.data.pipeline import Place
     from esm1nv_jax.training import sharding, step, train
-    from esm1nv_jax.training.settings import fitted, global_rows, step_config, stream_config
+    from esm1nv_jax.training.settings import fitted, global_rows, step_config
 
     phase("Python and imports")
     config = configuration.load(path)

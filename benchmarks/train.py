@@ -2,6 +2,7 @@
 
     python benchmarks/train.py --fasta proteins.fasta.gz [--model full|small] [--json OUT.json]
     python benchmarks/train.py --fasta proteins.fasta.gz --rival none --profile
+    python benchmarks/train.py --fasta proteins.fasta.gz --model small --rows 2 --accuracy 200
 
 Real sequences cut at 510 residues, the same architecture (erf GELU), dropout, clipping and AdamW.
 Ours: packed rows of 512 tokens from a folder that `esm1nv prepare` made, the input stream and all.
@@ -27,13 +28,14 @@ import numpy as np
 from esm1nv_jax import arguments, configuration, process
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.config import stream_config
 from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.pipeline import Place
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.training import sharding, step, train
-from esm1nv_jax.training.settings import fitted, step_config, stream_config
+from esm1nv_jax.training.settings import fitted, step_config
 
 CUT = 510
 MODELS = {"full": dict(), "small": dict(layers=5, width=256, heads=4, ffn=1024)}
@@ -58,12 +60,11 @@ class Ours:
         self.settings = fitted(step_config(config), config, mesh.devices.flat[0])
         source = open_split(folder, "train")
         stream = stream_config(config, config.batch.rows)
-        self.state, _, _ = jax.jit(step.create_state, static_argnums=0)(self.settings), None, None
+        self.state = jax.jit(step.create_state, static_argnums=0)(self.settings)
         began = time.perf_counter()
         self.step, _ = train.compiled(self.settings, mesh, self.state, stream)
         self.compiled_in = time.perf_counter() - began
         self.batches = Prefetch(train.placed_batches(source, stream, mesh, Place()))
-        self.host_seconds = 0.0
 
     def run(self, updates: int) -> int:
         """Residues of so many updates."""
@@ -78,6 +79,34 @@ class Ours:
         jax.device_get(pending)
         jax.block_until_ready(self.state)
         return residues
+
+
+def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
+    """Prints how far bf16 strays from fp32, on the same batches from the same start."""
+    losses, gradients = {}, {}
+    for dtype in ("bfloat16", "float32"):
+        ours = Ours(config_of(model, dtype, rows), folder)
+        _, arrays, _ = next(ours.batches)
+
+        def loss(params, batch, settings=ours.settings):
+            return step.batch_sums(settings, params, batch, None)["loss"]
+
+        found = jax.tree.leaves(jax.jit(jax.grad(loss))(ours.state.params, arrays))
+        gradients[dtype] = np.concatenate([np.ravel(x) for x in found]).astype(np.float64)
+        seen = []
+        for _ in range(updates):
+            ours.state, values = ours.step(ours.state, arrays)
+            seen.append(float(values["loss"] / values["selected"]))
+            _, arrays, _ = next(ours.batches)
+        losses[dtype] = np.array(seen)
+        ours.batches.close()
+    bf16, fp32 = losses.values()
+    a, b = gradients.values()
+    apart = np.abs(bf16 - fp32) / fp32
+    print(f"{model} model, {updates} updates of the same batches: losses in bf16 and fp32 differ "
+          f"by {apart.mean():.1e} on average, {apart.max():.1e} at most; mean of the last 20: "
+          f"{bf16[-20:].mean():.4f} and {fp32[-20:].mean():.4f}; cosine of the first gradients "
+          f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.6f}")  # fmt: skip
 
 
 def rival(config, bf16: bool, ids: list[np.ndarray], size: int, grouped: bool) -> Callable:
@@ -142,6 +171,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--updates", type=int, default=3, help="of each program in a round")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--profile", action="store_true", help="the ten costliest operations")
+    parser.add_argument("--accuracy", type=int, metavar="UPDATES", help="of bf16, instead of speed")
     parser.add_argument("--json", help="write the figures here, too")
     args = parser.parse_args(argv)
     dtypes = args.dtypes.split(",")
@@ -149,6 +179,9 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = f"{scratch}/data"
         prepare(Preparation((args.fasta,), folder, 100, 100, workers=2))
+        if args.accuracy:
+            accuracy(folder, args.model, args.rows, args.accuracy)
+            return
         source = open_split(folder, "train")
         texts = [source[i]["sequence"][:CUT] for i in range(min(len(source), 4000))]
         ids = [tokenizer.residue_ids(text) for text in texts]

@@ -77,6 +77,7 @@ STEPS = """
 import json, sys, jax
 from esm1nv_jax import configuration
 from esm1nv_jax.data.dataset import open_split
+from esm1nv_jax.data.config import stream_config
 from esm1nv_jax.data.pipeline import Place, train_batches
 from esm1nv_jax.training import settings, sharding, step, train
 config = configuration.load("configs/pretrain_small.py")
@@ -84,7 +85,7 @@ device = jax.devices()[0]
 source = open_split("sample", "train")
 mesh = sharding.make_mesh([device])
 settled = settings.fitted(settings.step_config(config), config, device)
-stream = settings.stream_config(config, settings.global_rows(config, source.lengths, 1))
+stream = stream_config(config, settings.global_rows(config, source.lengths, 1))
 update, _ = step.compiled(settled, mesh)
 layout = sharding.sharding(mesh, "state")
 state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settled)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
 from esm1nv_jax.errors import UserError
 
 SPECIALS = 2  # <s> and </s> around every sequence, cropped or not
@@ -56,3 +58,18 @@ class StreamConfig:
             raise UserError(f"crop must be 'prefix' or 'random', found {self.crop!r}")
         if self.sample not in ("all", "one_per_group"):
             raise UserError(f"sample must be 'all' or 'one_per_group', found {self.sample!r}")
+
+
+def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
+    """The stream that the config of a run asks for, of `rows` rows a batch."""
+    data = config.data
+    return StreamConfig(
+        seed=config.seed,
+        rows=rows,
+        row_length=data.row_length,
+        max_residues=data.max_residues,
+        crop=data.crop,
+        packed=data.packed,
+        sample=data.sample,
+        block=data.block,
+    )

@@ -16,6 +16,7 @@ from rich.text import Text
 from esm1nv_jax import configuration
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.data import manifest, tokenizer
+from esm1nv_jax.data.config import stream_config
 from esm1nv_jax.data.dataset import SAMPLE, SPLITS, Source, open_split
 from esm1nv_jax.data.pipeline import Batch, StreamConfig, rows_for, train_batches
 from esm1nv_jax.errors import UserError
@@ -107,8 +108,7 @@ def configured(given: str, overrides: list[str]) -> ConfigDict:
 
 def stream_of(config: ConfigDict, source: Source) -> StreamConfig:
     """The stream of a run on one device."""
-    names = ("row_length", "max_residues", "crop", "packed", "sample", "block")
-    stream = StreamConfig(seed=config.seed, rows=1, **{name: config.data[name] for name in names})
+    stream = stream_config(config, rows=1)
     batch = config.batch
     rows = batch.rows or rows_for(source.lengths, batch.sequences_per_device, stream)
     return dataclasses.replace(stream, rows=rows)

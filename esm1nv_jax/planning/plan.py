@@ -70,6 +70,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     """
     import jax
 
+    from esm1nv_jax.data.config import stream_config
     from esm1nv_jax.data.dataset import SAMPLE, open_split
     from esm1nv_jax.data.pipeline import Place, train_batches
     from esm1nv_jax.model.flash import Blocks
@@ -83,7 +84,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     settled = settings.fitted(settings.step_config(config), config, devices[0])
     source = open_split(config.data.path or SAMPLE, "train")
     rows = settings.global_rows(config, source.lengths, len(devices))
-    stream = settings.stream_config(config, rows)
+    stream = stream_config(config, rows)
     batch, _ = next(train_batches(source, stream, Place(), slice(0, rows // len(devices))))
     load = load_of(batch, settled.masking.rate, Blocks())
 

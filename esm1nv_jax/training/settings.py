@@ -7,7 +7,8 @@ import dataclasses
 import jax
 from ml_collections import ConfigDict
 
-from esm1nv_jax.data.pipeline import StreamConfig, rows_for
+from esm1nv_jax.data.config import stream_config
+from esm1nv_jax.data.pipeline import rows_for
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import attention, products
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
@@ -107,17 +108,3 @@ def global_rows(config: ConfigDict, lengths, devices: int) -> int:
             f"microbatches; take {rows + -rows % (devices * batch.microbatches)}"
         )
     return rows
-
-
-def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
-    data = config.data
-    return StreamConfig(
-        seed=config.seed,
-        rows=rows,
-        row_length=data.row_length,
-        max_residues=data.max_residues,
-        crop=data.crop,
-        packed=data.packed,
-        sample=data.sample,
-        block=data.block,
-    )

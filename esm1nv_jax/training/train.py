@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from esm1nv_jax import __version__, configuration
 from esm1nv_jax.console import bar, console
+from esm1nv_jax.data.config import stream_config
 from esm1nv_jax.data.dataset import Source, open_split
 from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
@@ -28,7 +29,7 @@ from esm1nv_jax.training import (
 from esm1nv_jax.training.cluster_watchdog import Watchdog
 from esm1nv_jax.training.leaving import Leaving
 from esm1nv_jax.training.saving import Saving
-from esm1nv_jax.training.settings import fitted, global_rows, step_config, stream_config
+from esm1nv_jax.training.settings import fitted, global_rows, step_config
 from esm1nv_jax.weights import checkpoint, folder
 
 

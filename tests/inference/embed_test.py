@@ -310,3 +310,30 @@ def test_a_damaged_part_is_found(model_path, tmp_path, small_parts):
     part.write_bytes(content)
     with pytest.raises(UserError, match=r"part-000001\.npz is damaged"):
         merge(str(tmp_path / "out.npz"))
+
+
+PEAK = """
+import resource, sys
+from esm1nv_jax.inference import embed
+embed.PART_BYTES, embed.PART_RESIDUES, embed.PART_BATCHES = 1 << 22, 1 << 14, 0
+checkpoint, fasta, out = sys.argv[1:]
+embed.embed(embed.Request(checkpoint, fasta, out, include=("per_residue", "mean")))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("ending", ["parquet", "h5", "npz"])
+def test_memory_does_not_grow_with_the_file(model_path, tmp_path, ending):
+    """Six times the proteins, 100 MB more to write: the peak of the process hardly moves."""
+    peaks, sizes = [], []
+    for times in (1, 6):
+        proteins = make_proteins(5_000 * times, longest=60)
+        named = [(f"{name}x{i}", sequence) for i, (name, sequence) in enumerate(proteins)]
+        fasta = write_fasta(tmp_path / f"{times}.fasta", named)
+        out = tmp_path / f"{times}.{ending}"
+        done = subprocess.run([sys.executable, "-c", PEAK, model_path, fasta, str(out)],
+                              capture_output=True, text=True, check=True)  # fmt: skip
+        peaks.append(int(done.stdout.split()[-1]))
+        sizes.append(out.stat().st_size)
+    assert sizes[1] - sizes[0] > 90e6
+    assert peaks[1] - peaks[0] < 25e6, (peaks, sizes)
