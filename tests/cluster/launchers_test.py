@@ -141,7 +141,6 @@ def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
     assert place["epoch"] == 0
 
 
-@pytest.mark.slow
 def test_slurm_time_limit(slurm, tmp_path):
     """The signal comes before the limit, the run saves, and the job goes back into the queue."""
     workdir = tmp_path / "run"
