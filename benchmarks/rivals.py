@@ -9,16 +9,16 @@ import torch
 from transformers import EsmConfig, EsmForMaskedLM
 
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD
 from esm1nv_jax.model.config import EncoderConfig
-
-PAD, MASK, VOCABULARY = 1, 32, 33  # its own ids; its speed does not depend on which letter is which
 
 
 def config_of(model: EncoderConfig) -> EsmConfig:
+    """The same architecture, with our token ids, as `esm1nv convert` writes it."""
     return EsmConfig(
-        vocab_size=VOCABULARY, pad_token_id=PAD, mask_token_id=MASK,
+        vocab_size=tokenizer.VOCABULARY, pad_token_id=PAD, mask_token_id=MASK,
         hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        intermediate_size=model.ffn, max_position_embeddings=model.positions + 2,
+        intermediate_size=model.ffn, max_position_embeddings=model.positions + PAD + 1,
         hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.attention_dropout,
         layer_norm_eps=model.norm_epsilon, position_embedding_type="absolute",
         emb_layer_norm_before=False, token_dropout=False, attn_implementation="sdpa",
@@ -30,7 +30,7 @@ def padded(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(map(len, sequences)) + 2
     tokens = torch.full((len(sequences), longest), PAD)
     for row, ids in enumerate(sequences):
-        tokens[row, 0], tokens[row, len(ids) + 1] = 0, 2
+        tokens[row, 0], tokens[row, len(ids) + 1] = BOS, EOS
         tokens[row, 1 : len(ids) + 1] = torch.from_numpy(ids.astype(np.int64))
     return tokens, (tokens != PAD).long()
 
@@ -42,9 +42,12 @@ class Trainer:
     at all positions; gradients clipped; fused AdamW without decay on biases and norms.
     """
 
-    def __init__(self, model: EncoderConfig, optimizer, bf16: bool, seed: int = 0):
-        torch.manual_seed(seed)
-        self.model = EsmForMaskedLM(config_of(model))
+    def __init__(self, model: EncoderConfig, optimizer, bf16: bool, start: str = ""):
+        torch.manual_seed(0)
+        if start:  # a folder of its own kind
+            self.model = EsmForMaskedLM.from_pretrained(start, attn_implementation="sdpa")
+        else:
+            self.model = EsmForMaskedLM(config_of(model))
         self.bf16, self.clip = bf16, optimizer.clip_norm
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -54,7 +57,11 @@ class Trainer:
             weight_decay=optimizer.weight_decay, fused=True,
         )  # fmt: skip
 
-    def update(self, sequences: list[np.ndarray]) -> float:
+    def update(self, sequences: list[np.ndarray], rate: float | None = None) -> float:
+        """One update, at this learning rate if one is given; returns the loss."""
+        if rate is not None:
+            for group in self.adamw.param_groups:
+                group["lr"] = rate
         tokens, attention_mask = padded(sequences)
         inputs, labels = corrupted(tokens)
         self.model.train()
@@ -64,7 +71,7 @@ class Trainer:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.adamw.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 def corrupted(tokens: torch.Tensor, rate: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:

@@ -229,6 +229,8 @@ def read_params(workdir: str | epath.Path, step: int) -> dict:
         ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
     ) as reader:
         item = epath.Path(workdir) / FOLDER / str(step) / "params"
+        if "://" not in str(item):
+            item = item.absolute()  # Orbax finds no metadata under a relative path
         shapes = reader.metadata(item).item_metadata
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(shapes))
         return reader.restore(item, args=ocp.args.StandardRestore(target))

@@ -49,6 +49,13 @@ def test_what_is_saved_comes_back_bit_for_bit_where_it_is_wanted(tmp_path):
     assert checkpoint.read_config(tmp_path, 3) == {"config": {"seed": 1}}
 
 
+def test_a_run_may_be_named_by_a_relative_path(tmp_path, monkeypatch):
+    save(tmp_path / "run", 3)
+    monkeypatch.chdir(tmp_path)
+    read = checkpoint.read_params("run", 3)
+    np.testing.assert_array_equal(read["blocks"]["0"]["kernel"], PARAMS["blocks"]["0"]["kernel"])
+
+
 def test_a_save_may_be_followed_by_donation(tmp_path):
     """What is written is a copy made before `save` returns, not a view of the device's buffer."""
     x = jax.numpy.arange(1 << 18, dtype="float32")
