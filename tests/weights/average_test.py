@@ -153,7 +153,7 @@ def test_memory_does_not_grow_with_the_number_of_members(tmp_path):
         average(select([run], last=last))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[2] < 1.1 * peaks[1]
+    assert peaks[2] < 1.5 * peaks[1]  # all twelve in memory would be 3.5
     assert peaks[1] > 8 * encoder.parameter_count(config)  # the sums themselves were seen
 
 
