@@ -47,8 +47,8 @@ def keep_freed_memory() -> None:
     """Keeps freed memory in the process, where no accelerator is.
 
     XLA's CPU backend frees the gigabyte that an update works in and asks for it again. By default
-    each of its pages goes back to the kernel and comes again, cleared, by a page fault: a fifth of
-    the time of a small model. Elsewhere than in glibc it does nothing.
+    each of its pages goes back to the kernel and comes again, cleared, by a page fault. Elsewhere
+    than in glibc it does nothing.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or any(map(glob, _ACCELERATORS)):

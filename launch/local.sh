@@ -54,8 +54,8 @@ finish() { # waits for all; the status of the run is in $result
   while [ ${#left[@]} -gt 0 ]; do
     sleep 0.2
     for i in "${!left[@]}"; do
-      kill -0 "${left[$i]}" 2>/dev/null && continue
-      wait "${left[$i]}" 2>/dev/null
+      kill -0 "${left[$i]}" && continue
+      wait "${left[$i]}"
       status=$?
       [ "$status" -ne 0 ] && [ "$status" -ne 75 ] \
         && say "process ${number[${left[$i]}]} (pid ${left[$i]}) $(ended "$status")"
@@ -65,14 +65,14 @@ finish() { # waits for all; the status of the run is in $result
       [ -z "$deadline" ] && deadline=$((SECONDS + GRACE))
     done
     if [ -n "$deadline" ] && [ "$SECONDS" -ge "$deadline" ] && [ ${#left[@]} -gt 0 ]; then
-      kill -KILL "${left[@]}" 2>/dev/null
+      kill -KILL "${left[@]}"
     fi
   done
 }
 
 for ((attempt = 0; ; attempt++)); do
   start "$@"
-  finish 2>/dev/null # bash's own words on those that were killed
+  finish 2>/dev/null # bash's own words on those that ended or were killed
   case "$result" in 0|2|75|130) exit "$result" ;; esac
   if [ -n "$asked" ] || [ "$attempt" -ge "$restarts" ]; then exit "$result"; fi
   say "starting again ($((attempt + 1)) of $restarts)"

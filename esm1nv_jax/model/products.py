@@ -79,7 +79,8 @@ def _backward(dtype, transposed, residuals, g):
     # XLA's CPU backend writes the first operand transposed, at a price: the narrower is cheaper.
     # Not in bf16, where it cannot transpose the result.
     swapped = transposed or (dtype != jnp.bfloat16 and x.shape[-1] > g.shape[-1])
-    dw = _dot(g, x, leading, leading, dtype) if swapped else _dot(x, g, leading, leading, dtype)
+    first, second = (g, x) if swapped else (x, g)
+    dw = _dot(first, second, leading, leading, dtype)
     dw = dw.T if swapped != transposed else dw
     return dx.astype(like_x.dtype), dw.astype(w.dtype)
 

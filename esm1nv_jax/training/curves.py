@@ -32,7 +32,7 @@ class Writer:
         self.file = workdir.appending(self.path)
         self.waiting, self.told = b"", False
         self.events, self.events_folder = None, folder / "tensorboard"
-        self._event(step + 1, session_log={"status": 1})  # hides what a run that died left there
+        self._tell(step + 1, {"session_log": {"status": 1}})  # hides what a run that died left
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line: `kind` is 'train', 'validation' or 'hosts'."""
@@ -43,8 +43,8 @@ class Writer:
         line = {"step": step, "kind": kind, "time": round(time.time(), 3)}
         self.waiting += json.dumps(line | values).encode() + b"\n"
         self._append()
-        for name, value in values.items():
-            self._event(step, summary=scalar(f"{kind}/{name}", value))
+        named = values.items()
+        self._tell(step, *({"summary": scalar(f"{kind}/{name}", x)} for name, x in named))
 
     def close(self) -> None:
         if self.enabled:
@@ -64,8 +64,8 @@ class Writer:
                               "memory until there is room")  # fmt: skip
             self.told = True
 
-    def _event(self, step: int, **content) -> None:
-        """Where one cannot be written it is lost, and the next begins a file of its own."""
+    def _tell(self, step: int, *contents: dict) -> None:
+        """Events; where they cannot be written they are lost, and the next begin another file."""
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event
 
@@ -73,7 +73,8 @@ class Writer:
             if self.events is None:
                 self.events_folder.mkdir(parents=True, exist_ok=True)
                 self.events = EventsWriter(str(self.events_folder / "events"))
-            self.events.write_event(Event(wall_time=time.time(), step=step, **content))
+            for content in contents:
+                self.events.write_event(Event(wall_time=time.time(), step=step, **content))
             self.events.flush()
         except OSError:
             self.events = None

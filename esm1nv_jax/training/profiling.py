@@ -29,11 +29,11 @@ def updates(wanted: str) -> tuple[int, int]:
 
 
 class Profile:
-    """While open, traces updates `first` to `last` into `folder`; none where they are 0."""
+    """While open, traces the updates that `wanted` names into `folder`."""
 
-    def __init__(self, first: int, last: int, folder: epath.Path):
-        self.first, self.last, self.folder = first, last, folder
-        self.tracing = False
+    def __init__(self, wanted: str, folder: epath.Path):
+        self.first, self.last = updates(wanted)
+        self.folder, self.tracing = folder, False
 
     def before(self, number: int, state) -> None:
         """Call it before update `number`; `state` is what the last update returned."""

@@ -15,19 +15,11 @@ from esm1nv_jax.data.dataset import Source, open_split
 from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.errors import UserError
-from esm1nv_jax.training import (
-    cluster,
-    curves,
-    hosts,
-    metrics,
-    profiling,
-    sharding,
-    step,
-    summary,
-    workdir,
-)
+from esm1nv_jax.training import cluster, hosts, metrics, sharding, step, summary, workdir
 from esm1nv_jax.training.cluster_watchdog import Watchdog
+from esm1nv_jax.training.curves import Writer
 from esm1nv_jax.training.leaving import Leaving
+from esm1nv_jax.training.profiling import Profile
 from esm1nv_jax.training.saving import Saving
 from esm1nv_jax.training.settings import fitted, global_rows, step_config
 from esm1nv_jax.weights import checkpoint, folder
@@ -84,10 +76,9 @@ def run(
             summary.show_start(config, settings, stream, source, mesh, run_folder, done,
                                watchdog.hosts, before, layout)  # fmt: skip
 
-        writer = curves.Writer(run_folder, done, team.process == 0)
+        writer = Writer(run_folder, done, team.process == 0)
         window = metrics.Window(settings.model, mesh.devices.flat)
         clock = hosts.HostClock(team, mesh.local_devices[0])
-        traced = profiling.updates("" if team.process else config.profile)
 
         def validate() -> dict[str, float]:
             """Figures on held-out sequences: the same ones, masked alike, every time."""
@@ -128,7 +119,7 @@ def run(
             Leaving(team.processes) as leaving,
             Prefetch(placed_batches(source, stream, mesh, place)) as batches,
             bar("training", config.steps, "updates", team.process == 0, start=done) as task,
-            profiling.Profile(*traced, run_folder / "profile") as profile,
+            Profile("" if team.process else config.profile, run_folder / "profile") as profile,
             jax.transfer_guard("disallow"),
         ):
             if done == 0:

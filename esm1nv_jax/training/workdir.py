@@ -19,7 +19,7 @@ from esm1nv_jax.console import console
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.training.cluster import Team
 from esm1nv_jax.training.settings import MAY_CHANGE
-from esm1nv_jax.weights import checksums
+from esm1nv_jax.weights import checkpoint, checksums
 
 CONFIG, LOCK, NONCE = "config.json", "run.lock", ".nonce"
 NONCE_SECONDS = 30.0  # a network file system may show a new file so much later
@@ -34,7 +34,7 @@ def hold(workdir: str, team: Team):
     once they have read there what process 0 has just written.
     """
     folder = epath.Path(workdir)
-    if not _remote(folder):
+    if not checkpoint.remote(folder):
         folder = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
     with contextlib.ExitStack() as stack:
         if team.process == 0:
@@ -72,7 +72,7 @@ def shared_by_all(folder: epath.Path, team: Team) -> None:
 def _locked(folder: epath.Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = None if _remote(folder) else open(folder / LOCK, "a+")  # noqa: SIM115, see below
+        lock = None if checkpoint.remote(folder) else open(folder / LOCK, "a+")  # noqa: SIM115, see below
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -104,11 +104,7 @@ def _locked(folder: epath.Path):
 
 def appending(path: epath.Path) -> IO[bytes]:
     """The file, to be appended to; without a buffer, where its disk is one of this host."""
-    return path.open("ab") if _remote(path) else open(path, "ab", buffering=0)
-
-
-def _remote(folder: epath.Path) -> bool:
-    return "://" in str(folder)
+    return path.open("ab") if checkpoint.remote(path) else open(path, "ab", buffering=0)
 
 
 def settle(folder: epath.Path, config: ConfigDict) -> None:

@@ -104,7 +104,7 @@ class Checkpoints:
     def _look_for_room(self, *trees) -> None:
         """Raises OSError before Orbax begins: half way it would print a page for every array."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if "://" in str(self.folder):
+        if remote(self.folder):
             return
         leaves = jax.tree.leaves(trees)
         needed = 1.1 * sum(x.nbytes for x in leaves) + 4096 * len(leaves)
@@ -212,6 +212,11 @@ def verify(
     return checksums.wrong(epath.Path(workdir) / folder / str(step), item)
 
 
+def remote(path: epath.Path) -> bool:
+    """Whether a path lies in an object store."""
+    return "://" in str(path)
+
+
 def abstract(tree, sharding):
     """Shapes and dtypes of `tree`, to be restored with `sharding`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
@@ -229,7 +234,7 @@ def read_params(workdir: str | epath.Path, step: int) -> dict:
         ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
     ) as reader:
         item = epath.Path(workdir) / FOLDER / str(step) / "params"
-        if "://" not in str(item):
+        if not remote(item):
             item = item.absolute()  # Orbax finds no metadata under a relative path
         shapes = reader.metadata(item).item_metadata
         target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(shapes))
