@@ -140,6 +140,30 @@ def test_archives(tmp_path, kind, members):
             b"".join(Archive(path))
 
 
+@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
+def test_what_follows_a_member_is_read_or_an_error(tmp_path, kind):
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind]
+    first, second = b">a\nMK\n" * 1000, b">b\nMV\n" * 1000
+    damaged = bytes([pack(second)[0] ^ 0x55]) + pack(second)[1:]
+    path = tmp_path / "x"
+    path.write_bytes(pack(first) + bytes(8) + pack(second) + bytes(8))  # padded, as tapes are
+    assert b"".join(Archive(path)) == first + second
+    for wrong in (damaged, second):
+        path.write_bytes(pack(first) + wrong)
+        blocks = iter(Archive(path))
+        assert next(blocks) == first
+        with pytest.raises(BrokenArchive, match="damaged"):
+            next(blocks)
+
+
+def test_frames_without_content(tmp_path):
+    """`pzstd` puts one before each other frame."""
+    empty = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"size"
+    path = tmp_path / "x"
+    path.write_bytes((empty + zstandard.compress(b">a\nMK\n")) * 2)
+    assert b"".join(Archive(path)) == b">a\nMK\n" * 2
+
+
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
