@@ -31,24 +31,27 @@ def find(ids: np.ndarray, contents: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.sort(again[same]), np.sort(again[~same])
 
 
-def report(sources: tuple[Path, ...], digest: np.uint64) -> UserError:
+def report(sources: tuple[Path, ...], names: tuple[str, ...], digest: np.uint64) -> UserError:
     """Where an id with this digest stands in the input: it is read again to find the lines."""
-    found: list[tuple[str, str]] = []
+    first = None
 
     def passed(line: int, kind: str, fault: str) -> None:
         pass
 
-    for path in sources:
+    for path, source in zip(sources, names, strict=True):
         for line, text in fasta.chunks(Archive(path), passed, Counter()):
-            headers = [record.partition(b"\n")[0].split(None, 1) for record in text.split(b"\n>")]
-            names = [head[0].removeprefix(b">") if head else b"" for head in headers]
-            for i in np.flatnonzero(clusters.digests(names) == digest).tolist():
-                before = b"\n>".join(text.split(b"\n>")[:i])
-                here = line + before.count(b"\n") + (i > 0)
-                found.append((f"{path}, line {here}", names[i].decode("latin-1")))
-            if len(found) > 1:
-                return UserError(
-                    f"{found[1][0]}: id {found[1][1]!a} stood before, with another sequence"
-                    f" ({found[0][0]}); mend it, or keep the first with --on_error=skip"
-                )
+            records = text[1:].split(b"\n>")
+            heads = [record.partition(b"\n")[0].split(None, 1) for record in records]
+            ids = [head[0] if head else b"" for head in heads]
+            for i in np.flatnonzero(clusters.digests(ids) == digest).tolist():
+                before = sum(record.count(b"\n") + 1 for record in records[:i])
+                here = f"{source}, line {line + before}"
+                sequence = fasta.tidy(records[i].partition(b"\n")[2])[0]
+                if first is None:
+                    first = here, sequence
+                elif sequence != first[1]:
+                    return UserError(
+                        f"{here}: id {ids[i].decode('latin-1')!a} stood before, with another"
+                        f" sequence ({first[0]}); mend it, or keep the first with --on_error=skip"
+                    )
     raise RuntimeError("an id was found twice and then not again: did the input change?")

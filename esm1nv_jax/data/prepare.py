@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import glob
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -70,10 +72,11 @@ def prepare(wanted: Preparation) -> dict:
     """Makes the data set and returns its manifest. Raises UserError, and then leaves nothing."""
     began = time.monotonic()
     with _folder_in_the_making(Path(wanted.out)) as (folder, lock):
-        sources = tuple(_source(name, folder) for name in wanted.fasta)
+        sources = tuple(_source(name, i, folder) for i, name in enumerate(wanted.fasta))
         size = sum(path.stat().st_size for path in sources)
         job = scan.Job(
             sources=sources,
+            names=tuple("standard input" if name == "-" else name for name in wanted.fasta),
             folder=folder,
             workers=wanted.workers,
             unit_bytes=int(min(max(size * _TEXT_PER_BYTE / _UNITS, _SMALLEST), _LARGEST)),
@@ -117,7 +120,7 @@ class _Chosen:
         ids, contents = scanned.take("ids"), scanned.take("contents")
         same, other = duplicates.find(ids, contents)
         if other.size and not job.skip:
-            raise duplicates.report(job.sources, ids[other[0]])
+            raise duplicates.report(job.sources, job.names, ids[other[0]])
         del ids, contents
         self.skipped = Counter({duplicates.SAME: same.size, duplicates.OTHER: other.size})
         self.keys, self.lengths = scanned.take("keys"), scanned.take("lengths")
@@ -190,10 +193,16 @@ def _folder_in_the_making(out: Path) -> Iterator[tuple[Path, int]]:
     """(a folder that becomes `out` if all goes well, a descriptor that holds it as ours)."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; choose another --out, or remove it")
+    if out.is_mount() or (out.exists() and out.samefile(".")):
+        raise UserError(
+            f"{out} cannot be replaced, being a mounted disk or the current folder; name a new"
+            f" folder in it: --out {out / 'NAME'}"
+        )
+    out = out.resolve()  # a link to a folder would not be replaced by a rename
     prefix = f".{out.name}.unfinished-"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for old in out.parent.glob(f"{prefix}*"):
+        for old in out.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_unless_alive(old)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         folder.chmod(0o755)
@@ -223,13 +232,15 @@ def _remove_unless_alive(old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _source(name: str, folder: Path) -> Path:
+def _source(name: str, number: int, folder: Path) -> Path:
     """The file of that name; what can be read once only is first copied into the folder."""
     if name != "-" and Path(name).is_file():
         return Path(name)
     if name != "-" and (not Path(name).exists() or Path(name).is_dir()):
         raise UserError(f"no file {name}; --fasta takes files, or - for standard input")
-    path = folder / f"{_COPY}{Path(name).name}"
+    if name == "-" and sys.stdin is None:
+        raise UserError("standard input is closed; --fasta - reads what is piped into it")
+    path = folder / f"{_COPY}{number}"
     try:
         with (
             open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe,

@@ -36,11 +36,13 @@ _SHOWN = 20  # faults that the manifest names one by one
 class Job:
     """What every worker is told.
 
-    `held_below`: sequences with smaller keys may be held out, and go to shards of their own. Only
-    when all is read is it known which of them are; the others are never written twice.
+    `names`: what the person calls the sources. `held_below`: sequences with smaller keys may be
+    held out, and go to shards of their own. Only when all is read is it known which of them are;
+    the others are never written twice.
     """
 
     sources: tuple[Path, ...]
+    names: tuple[str, ...]
     folder: Path
     workers: int
     unit_bytes: int
@@ -145,7 +147,7 @@ class _Worker:
         try:
             for source, path in enumerate(self.job.sources):
                 self.source, self.line = source, 1
-                archive = Archive(path, checksum=self.worker == 0)
+                archive = Archive(path, self.worker == 0, self.job.names[source])
                 chunks = fasta.chunks(archive, self._file_fault, self.of_files.mended)
                 for line, text in chunks:
                     self.line = line
@@ -174,7 +176,7 @@ class _Worker:
         self._fault(self.unit, line, kind, fault)
 
     def _fault(self, unit: Unit, line: int, kind: str, fault: str) -> None:
-        where = f"{self.job.sources[self.source]}, line {line}: {fault}"
+        where = f"{self.job.names[self.source]}, line {line}: {fault}"
         self.line = line
         if not self.job.skip:
             raise UserError(f"{where}; mend it, or pass over such faults with --on_error=skip")

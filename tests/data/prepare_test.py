@@ -338,15 +338,62 @@ def test_of_several_faults_the_first_is_told(tmp_path, proteins):
         prepare.prepare(wanted)
 
 
-def test_a_pipe_is_read_once(tmp_path):
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    writer = threading.Thread(target=fifo.write_bytes, args=(fasta(made_up(100)),))
-    writer.start()
-    content = prepare.prepare(Preparation((str(fifo),), str(tmp_path / "set"), 5, 5, workers=2))
-    writer.join()
-    assert sum(split["examples"] for split in content["splits"].values()) == 100
+def test_pipes_are_read_once_even_of_one_name(tmp_path):
+    fifos = [tmp_path / folder / "fifo" for folder in "ab"]
+    writers = []
+    for i, fifo in enumerate(fifos):
+        fifo.parent.mkdir()
+        os.mkfifo(fifo)
+        proteins = [(b"%d" % i + name, d, s) for name, d, s in made_up(100, seed=i)]
+        writers.append(threading.Thread(target=fifo.write_bytes, args=(fasta(proteins),)))
+        writers[-1].start()
+    wanted = Preparation(tuple(map(str, fifos)), str(tmp_path / "set"), 5, 5, workers=2)
+    content = prepare.prepare(wanted)
+    for writer in writers:
+        writer.join()
+    assert sum(split["examples"] for split in content["splits"].values()) == 200
+    assert not content["skipped"]
     assert not list((tmp_path / "set").glob("copy*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b">a\nMK\n>b\n", "standard input, line 3: no sequence for 'b'"),
+        (b">a\nMK\n>a\nMK\n>a\nMV\n", "standard input, line 5: id 'a' stood before"),
+        (b">x\nMK\n>>c\nMK\n>>c\nMV\n", "line 5: id '>c' stood before"),
+        (b"BZh9", "standard input is bzip2"),
+        (None, "standard input is closed"),
+    ],
+)
+def test_mistakes_in_standard_input_are_told_by_that_name(tmp_path, text, words):
+    command = f"{sys.executable} -m esm1nv_jax prepare --fasta - --out {tmp_path / 'set'}"
+    command += " --validation 0 --test 0" + (" <&-" if text is None else "")
+    done = subprocess.run(command, shell=True, input=text, capture_output=True)
+    assert done.returncode == EXIT_USER
+    assert one_error(done.stderr.decode()) and words in done.stderr.decode()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_may_be_a_link_but_not_the_current_one(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(fasta(made_up(20)))
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "set").symlink_to("large disk")
+    prepare.prepare(Preparation((str(path),), str(tmp_path / "set"), 1, 1))
+    manifest.verify(tmp_path / "large disk")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="current folder; name a new folder in it: --out NAME"):
+        prepare.prepare(Preparation((str(path),), ".", 1, 1))
+
+
+def test_leftovers_are_found_whatever_the_name(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(fasta(made_up(20)))
+    (tmp_path / ".set[1].unfinished-killed").mkdir()
+    prepare.prepare(Preparation((str(path),), str(tmp_path / "set[1]"), 1, 1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "set[1]"]
 
 
 def test_what_can_be_mended_is_counted(tmp_path):
