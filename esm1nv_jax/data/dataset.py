@@ -67,7 +67,10 @@ class ShardSource:
     def __init__(self, folder: Path, split: str):
         entry = manifest.read(folder)["splits"][split]
         if not entry["examples"]:
-            raise UserError(f"{folder} was prepared without a sequence in {split}")
+            raise UserError(
+                f"{folder} was prepared without a sequence in {split}; prepare it again with"
+                f" --{split} 500, for instance"
+            )
         self.fingerprint = entry["fingerprint"]
         self._paths = [folder / shard["file"] for shard in entry["shards"]]
         counts = [shard["examples"] for shard in entry["shards"]]

@@ -23,7 +23,7 @@ from esm1nv_jax.errors import UserError
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue")
 _BAR = 40  # characters
-_MASK_RATE = 0.15
+_MASK_RATE = 0.15  # where no config says another
 
 
 def overview(data: str, source: Source, split: str) -> Table:
@@ -57,23 +57,23 @@ def skipped(data: str) -> Table | None:
     return table
 
 
-def masked(batch: Batch, row: int) -> np.ndarray:
+def masked(batch: Batch, row: int, rate: float) -> np.ndarray:
     """Tokens of a row that would be masked: of each segment the smallest hashes. bool [T]."""
     segment, bits = batch["segment_ids"][row], batch["mask_bits"][row].astype(np.int64)
     residue = (segment > 0) & (batch["tokens"][row] >= tokenizer.FIRST_RESIDUE)
     chosen = np.zeros(len(segment), bool)
     for i in range(1, segment.max(initial=0) + 1):
         here = np.flatnonzero(residue & (segment == i))
-        n = max(1, round(_MASK_RATE * len(here)))
+        n = max(1, round(rate * len(here)))
         chosen[here[np.argsort(bits[here], kind="stable")[:n]]] = True
     return chosen
 
 
-def drawn(batch: Batch, row: int) -> Text:
+def drawn(batch: Batch, row: int, rate: float = _MASK_RATE) -> Text:
     """A row as letters: a colour a segment, masked residues reversed, padding as dots."""
     letters = {tokenizer.BOS: "‹", tokenizer.EOS: "›", tokenizer.PAD: "·", tokenizer.UNK: "?"}
     text = Text()
-    hidden = masked(batch, row)
+    hidden = masked(batch, row, rate)
     tokens, segments = batch["tokens"][row].tolist(), batch["segment_ids"][row].tolist()
     for token, segment, mask in zip(tokens, segments, hidden, strict=True):
         style = _COLOURS[segment % len(_COLOURS)] if segment else "dim"
@@ -132,13 +132,14 @@ def main(argv: list[str]) -> None:
         if not data:
             raise UserError("the config names no data; write esm1nv inspect DIR --config=...")
         source = open_split(data, given.split)
-        stream = stream_of(config, source)
+        stream, rate = stream_of(config, source), config.masking.rate
     else:
         if overrides:
             raise UserError(f"option {overrides[0]!r} is unknown (see esm1nv inspect --help)")
         data = given.data or SAMPLE
         source = open_split(data, given.split)
         stream = StreamConfig(seed=0, rows=64, row_length=512, max_residues=510)
+        rate = _MASK_RATE
     out = Console(highlight=False)
     out.print(overview(data, source, given.split), "")
     if data != SAMPLE and (table := skipped(data)):
@@ -147,6 +148,6 @@ def main(argv: list[str]) -> None:
     for row in range(min(given.show, stream.rows)):
         ids = [i for i, _ in itertools.groupby(batch["example_ids"][row].tolist()) if i >= 0]
         out.print(f"row {row}: {', '.join(source.ids(ids))}", soft_wrap=True)
-        out.print(drawn(batch, row), "")
-    out.print(f"in reverse: one choice of {100 * _MASK_RATE:.0f} % to be predicted", "")
+        out.print(drawn(batch, row, rate), "")
+    out.print(f"in reverse: one choice of {100 * rate:g} % to be predicted", "")
     out.print(speed(source, stream))

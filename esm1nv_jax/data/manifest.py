@@ -72,6 +72,11 @@ def read(folder: Path) -> dict:
     """The manifest of a data set. Raises UserError where the folder holds none."""
     try:
         manifest = json.loads((folder / FILE).read_text())
+    except NotADirectoryError:
+        raise UserError(
+            f"{folder} is a file, not a data set; if it is FASTA, make one of it:"
+            f" esm1nv prepare --fasta {folder} --out DIR"
+        ) from None
     except FileNotFoundError:
         raise UserError(
             f"{folder} is not a data set (it has no {FILE});"
@@ -79,9 +84,10 @@ def read(folder: Path) -> dict:
         ) from None
     except (OSError, ValueError) as failure:
         raise UserError(f"cannot read {folder / FILE}: {failure}; prepare it again") from failure
-    if manifest.get("format") != FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
         raise UserError(
-            f"{folder} has format {manifest.get('format')}, this program reads {FORMAT};"
+            f"{folder / FILE} has format {found}, this program reads {FORMAT};"
             " prepare it again"
         )
     return manifest

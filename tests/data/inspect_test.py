@@ -11,6 +11,7 @@ from esm1nv_jax.data import inspect, tokenizer
 from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.pipeline import StreamConfig, train_batches
 from esm1nv_jax.errors import EXIT_USER
+from esm1nv_jax.model import masking
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -23,13 +24,25 @@ def test_a_row_is_drawn_letter_by_letter():
     ids = [i for i in dict.fromkeys(batch["example_ids"][0].tolist()) if i >= 0]
     whole = "".join(f"‹{s[:510].decode()}›" for s in source.sequences(ids))
     assert text.plain.rstrip("·") == whole
-    hidden = inspect.masked(batch, 0)
+    hidden = inspect.masked(batch, 0, 0.15)
     reverse = sum(span.end - span.start for span in text.spans if "reverse" in str(span.style))
     assert reverse == hidden.sum()
     for segment in range(1, batch["segment_ids"][0].max() + 1):
         here = batch["segment_ids"][0] == segment
         assert hidden[here].sum() == max(1, round(0.15 * (here.sum() - 2)))
     assert (batch["tokens"][0][hidden] >= tokenizer.FIRST_RESIDUE).all()
+
+
+@pytest.mark.parametrize("name", masking.RECIPES)
+def test_what_is_shown_masked_is_what_a_run_masks(name):
+    config = StreamConfig(seed=0, rows=4, row_length=512, max_residues=510)
+    batch, _ = next(train_batches(open_split("sample", "train"), config))
+    recipe = masking.recipe(name)
+    parts = (batch[part] for part in ("tokens", "segment_ids", "mask_bits"))
+    masked = masking.mask(recipe, *parts)
+    for row in range(4):
+        index = masked.index_BM[row][masked.selected_BM[row]]
+        assert np.flatnonzero(inspect.masked(batch, row, recipe.rate)).tolist() == index.tolist()
 
 
 def test_the_sample_is_shown(capsys):
@@ -43,7 +56,8 @@ def test_the_sample_is_shown(capsys):
 def test_a_config_says_how_rows_are_cut(capsys):
     argv = ["inspect", f"--config={CONFIGS / 'pretrain_small.py'}:shipped"]
     assert arguments.run(dispatch, [*argv, "--config.data.path=sample", "--show=0"]) == 0
-    assert "of 512 tokens a batch" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of 512 tokens a batch" in shown and "one choice of 10 %" in shown
     assert arguments.run(dispatch, argv) == EXIT_USER
     assert "names no data" in capsys.readouterr().err
 

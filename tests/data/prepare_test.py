@@ -231,6 +231,21 @@ def test_no_data_set(tmp_path, name):
         open_split(str(tmp_path / name), "train")
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", "", "not JSON"])
+def test_a_manifest_that_is_none(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="prepare it again"):
+        open_split(str(tmp_path), "train")
+
+
+def test_a_split_without_sequences(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(fasta(made_up(20)))
+    prepare.prepare(Preparation((str(path),), str(tmp_path / "set"), validation=0, test=5))
+    with pytest.raises(UserError, match="prepare it again with --validation"):
+        open_split(str(tmp_path / "set"), "validation")
+
+
 def test_records_are_what_protobuf_writes():
     for name, sequence, description in [
         (b"a", b"M", b""), (b"UniRef50_A", b"MK" * 100, b"x" * 200), (b"\xe9", b"K" * 70_000, b"d"),
