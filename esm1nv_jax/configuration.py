@@ -136,7 +136,7 @@ def _what(error: Exception) -> str:
 
 
 def _where(path: Path, error: Exception) -> str:
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.lineno:
         return f"{error.filename}, line {error.lineno}"
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)

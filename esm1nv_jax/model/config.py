@@ -72,6 +72,8 @@ class EncoderConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
+        if self.norm_epsilon <= 0:
+            raise UserError(f"model.norm_epsilon={self.norm_epsilon} must be above 0")
         if self.position_kind == "rotary" and self.width // self.heads % 2:
             raise UserError(
                 f"model.position_kind='rotary' turns pairs: a head of {self.width // self.heads} "

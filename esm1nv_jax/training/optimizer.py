@@ -45,8 +45,11 @@ class OptimizerConfig:
                 f"optimizer.min_lr={self.min_lr} is not between 0 and optimizer.peak_lr="
                 f"{self.peak_lr}"
             )
-        if self.clip_norm <= 0:
-            raise UserError(f"optimizer.clip_norm={self.clip_norm} must be above 0")
+        for name in ("clip_norm", "epsilon"):  # no epsilon: 0 / 0 where a gradient is 0
+            if getattr(self, name) <= 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer.weight_decay={self.weight_decay} must be at least 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from esm1nv_jax import configuration
 from esm1nv_jax.data.config import stream_config
 from esm1nv_jax.data.pipeline import rows_for
 from esm1nv_jax.errors import UserError
@@ -24,9 +27,37 @@ MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "l
               "cluster.", "skip_nonfinite", "profile", "compute.remat", "compute.attention",
               "batch.microbatches", "data.path")  # fmt: skip
 
+AT_LEAST = {
+    "steps": 1,
+    "batch.rows": 0,
+    "batch.sequences_per_device": 1,
+    "batch.microbatches": 1,
+    "evaluation.every": 1,
+    "evaluation.batches": 0,
+    "checkpoint.every": 1,
+    "checkpoint.minutes": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
+    "skip_nonfinite": 0,
+    "cluster.start_timeout": 1,
+    "cluster.stall_timeout": 1,
+    "log.every": 1,
+}
+
 
 def step_config(config: ConfigDict) -> StepConfig:
-    model = EncoderConfig(**config.model)
+    values = configuration.flat(config)
+    for name, least in AT_LEAST.items():
+        if name not in values:
+            raise UserError(
+                f"config has no field config.{name}; build it on configs/pretrain_small.py by "
+                "esm1nv_jax.configuration.parent, which has them all"
+            )
+        if values[name] < least:
+            raise UserError(f"{name}={values[name]} must be at least {least}")
+    if not 0 <= config.seed < 1 << 63:
+        raise UserError(f"seed={config.seed} must lie in 0..2**63 - 1")
+    model = _made(EncoderConfig, config.model, "model")
     if config.data.max_residues + 2 > model.positions:
         raise UserError(
             f"data.max_residues={config.data.max_residues} needs {config.data.max_residues + 2} "
@@ -40,30 +71,29 @@ def step_config(config: ConfigDict) -> StepConfig:
             f"compute.reduce_dtype={reduce_dtype!r} is unknown; there are "
             f"{', '.join(REDUCE_DTYPES)}"
         )
-    for name, value in (
-        ("steps", config.steps),
-        ("batch.microbatches", config.batch.microbatches),
-        ("evaluation.every", config.evaluation.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("log.every", config.log.every),
-        ("cluster.start_timeout", config.cluster.start_timeout),
-        ("cluster.stall_timeout", config.cluster.stall_timeout),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
     profiling.updates(config.profile)  # raises UserError
     return StepConfig(
         seed=config.seed,
         model=model,
-        compute=Compute(**compute),
+        compute=_made(Compute, compute, "compute"),
         masking=recipe(config.masking.recipe, config.masking.rate),
-        optimizer=OptimizerConfig(**config.optimizer),
+        optimizer=_made(OptimizerConfig, config.optimizer, "optimizer"),
         microbatches=config.batch.microbatches,
         reduce_dtype=reduce_dtype,
         deterministic=deterministic,
         nonfinite_allowed=config.skip_nonfinite,
     )
+
+
+def _made(kind: type, group: Mapping[str, Any], name: str):
+    """A frozen value of a group of the config, of whose fields it has to know every one."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for field in group:
+        if field not in known:
+            raise UserError(
+                f"config has no field config.{name}.{field}; config.{name} has {', '.join(known)}"
+            )
+    return kind(**group)
 
 
 def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConfig:

@@ -10,6 +10,17 @@ from tests.training import processes
 SYNTAX = "def get_config(:\n"
 RAISES = "def get_config(arg=''):\n    x = 1\n    return {}['layers']\n"
 NOT_CONFIG = "def get_config(arg=''):\n    return {}\n"
+NULL = "\0"
+FROM_NOTHING = """from ml_collections import config_dict
+def get_config(arg=""):
+    return config_dict.ConfigDict({"seed": 0})
+"""
+FIELD_TOO_MANY = f"""from esm1nv_jax.configuration import parent
+def get_config(arg=""):
+    config = parent("/", "{processes.TINY}").unlock()
+    config.model.depth = 3
+    return config
+"""
 
 
 @pytest.mark.parametrize(
@@ -36,6 +47,14 @@ NOT_CONFIG = "def get_config(arg=''):\n    return {}\n"
         (["--config.profile=often"], "--config.profile=20-24"),
         (["--config.profile=5-3"], "names no updates"),
         (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
+        (["--config.optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be above 0"),
+        (["--config.model.norm_epsilon=0"], "model.norm_epsilon=0.0 must be above 0"),
+        (["--config.batch.sequences_per_device=0"], "must be at least 1"),
+        (["--config.evaluation.batches=-1"], "evaluation.batches=-1 must be at least 0"),
+        (["--config.checkpoint.minutes=-1"], "checkpoint.minutes=-1 must be at least 0"),
+        (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1 must be at least 0"),
+        ([f"--config.seed={1 << 63}"], "must lie in 0..2**63 - 1"),
+        ([f"--config.data.path={__file__}"], "is a file, not a data set"),
     ],
 )
 def test_of_options(tmp_path, options, words):
@@ -46,7 +65,14 @@ def test_of_options(tmp_path, options, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(SYNTAX, "line 1: SyntaxError"), (RAISES, "line 3: KeyError"), (NOT_CONFIG, "ConfigDict")],
+    [
+        (SYNTAX, "line 1: SyntaxError"),
+        (NULL, "mine.py: SyntaxError"),
+        (RAISES, "line 3: KeyError"),
+        (NOT_CONFIG, "ConfigDict"),
+        (FROM_NOTHING, "no field config.steps; build it on configs/pretrain_small.py"),
+        (FIELD_TOO_MANY, "no field config.model.depth; config.model has layers, width"),
+    ],
 )
 def test_of_a_config_file(tmp_path, text, words):
     path = tmp_path / "mine.py"

@@ -118,6 +118,8 @@ def test_biases_and_norms_do_not_decay():
         {"min_lr": 1.0},
         {"clip_norm": 0.0},
         {"beta2": 1.0},
+        {"epsilon": 0.0},
+        {"weight_decay": -0.1},
     ],
 )
 def test_impossible_optimisers_are_refused(wrong):
