@@ -59,16 +59,17 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
         raise UserError(f"{folder} has no {CONFIG}; give a folder of save_pretrained") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is not a JSON object ({error})") from None
-    if model_type not in keys.FAMILIES:
+    if not isinstance(model_type, str) or model_type not in keys.FAMILIES:
         raise UserError(
             f"{folder / CONFIG}: model_type is {model_type!r}; {', '.join(keys.FAMILIES)} can be "
             "converted (EsmForMaskedLM, BertForMaskedLM)"
         )
     family = keys.FAMILIES[model_type]
     found = tensors.read(folder)
-    config = _config(family, _Fields(description, str(folder / CONFIG)), folder, vocabulary_file)
+    fields = _Fields(description, str(folder / CONFIG))
+    config = _config(family, fields, folder, vocabulary_file)
     if config.position_kind == "rotary" and not any(n.endswith(keys.FREQUENCY) for n in found):
-        base = description.get("rope_theta") or foreign.ROTARY_BASE
+        base = fields.get("rope_theta", float, foreign.ROTARY_BASE)
         found[keys.FREQUENCY] = foreign.frequencies(config.width // config.heads, base)
     leaves, left_out = keys.to_ours(family, config, found, str(folder))
     provenance: dict[str, Any] = {

@@ -151,6 +151,11 @@ def to_ours(
                 f"{where}: tensor {name} has shape {tensors[name].shape}, config.json means "
                 f"{expected[name].shape}"
             )
+        if tensors[name].dtype != np.float32:
+            raise UserError(
+                f"{where}: tensor {name} is of dtype {tensors[name].dtype}; a parameter must be of "
+                "floats (is the model quantized?)"
+            )
     lost = [name for name in left_out if not name.endswith("position_ids") and tensors[name].any()]
     return special | _joined(family, config, tensors), lost
 

@@ -251,6 +251,10 @@ def _put(name, *shape):
     return lambda tensors: tensors.update({name: torch.ones(*shape)})
 
 
+def _whole(name):
+    return lambda tensors: tensors.update({name: tensors[name].to(torch.int32)})
+
+
 @pytest.mark.parametrize(
     ("kind", "edit", "told"),
     [
@@ -261,6 +265,7 @@ def _put(name, *shape):
         ("esm", _put("lm_head.dense.weight", 48, 47), r"\(48, 47\), config.json means \(48, 48\)"),
         ("esm", _put("esm.embeddings.word_embeddings.weight", 29, 48), r"\(29, 48\).*\(30, 48\)"),
         ("esm", _put("lm_head.decoder.weight", 30, 48), "decoder.weight differs from"),
+        ("esm", _whole("lm_head.dense.weight"), "lm_head.dense.weight is of dtype int32"),
         ("esm2", _put("esm.rotary_embeddings.inv_freq", 6), "12 angles|6 angles"),
         ("bert", _pop("bert.embeddings.token_type_embeddings.weight"), "token_type.*missing"),
         ("bert", _put("bert.embeddings.token_type_embeddings.weight", 2, 47), r"of shape \(2, 47"),
@@ -279,6 +284,7 @@ def test_wrong_tensors_are_named(kind, edit, told, copy):
     ("kind", "fields", "told"),
     [
         ("esm", {"model_type": "roberta"}, "model_type is 'roberta'; esm, bert"),
+        ("esm", {"model_type": ["esm"]}, r"model_type is \['esm'\]"),
         ("bert", {"position_embedding_type": "relative_key"}, "relative_key.*'absolute'"),
         ("esm", {"position_embedding_type": "relative_key_query"}, "relative_key_query"),
         ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
