@@ -21,7 +21,12 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     )
     config.compute.dtype = "float32"
     config.optimizer.update(
-        peak_lr=4e-3, min_lr=2e-4, warmup=40, constant=0, horizon=args["steps"], beta2=0.99
+        peak_lr=4e-3,
+        min_lr=2e-4,
+        warmup=min(40, args["steps"] // 10),
+        constant=0,
+        horizon=args["steps"],
+        beta2=0.99,
     )
     config.evaluation.update(every=100, batches=0)
     config.checkpoint.update(every=100, keep=3)

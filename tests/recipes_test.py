@@ -101,6 +101,12 @@ def test_a_wrong_argument_is_one_line(arg, said):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(520, 40), (20, 2), (1, 0)])
+def test_a_quickstart_may_be_short(steps, warmup):
+    config = configuration.load(ROOT / "configs/quickstart.py", f"steps={steps}")
+    assert step_config(config).optimizer.warmup == warmup
+
+
 ABLATIONS = {
     "masking_rate": {"masking.rate"},
     "post_norm": {"model.norm"},

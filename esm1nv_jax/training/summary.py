@@ -73,7 +73,7 @@ def show_end(config, settings, stream, source, held_out, run_folder) -> None:
         table.add_row(name, *both, style=style)
 
     if validated[0]["step"] == 0:
-        model_row("untrained model", validated[0])
+        model_row("before this run" if config.init_from else "untrained model", validated[0])
     table.add_row("unigram: residue frequencies", "", f"{floor['unigram']:.2f}")
     table.add_row("composition of each protein", "", f"{floor['composition']:.2f}")
     model_row(f"this model, update {validated[-1]['step']:,}", validated[-1], "bold")
@@ -86,10 +86,11 @@ def show_end(config, settings, stream, source, held_out, run_folder) -> None:
     else:
         verdict = "not below the unigram floor yet: train longer"
     console.print(f"On <mask> positions this model is {verdict}.")
+    done = max(config.steps, validated[-1]["step"])
     console.print(
         f"\ncheckpoints  {run_folder / 'checkpoints'}\n"
         f"figures      {run_folder / 'metrics.jsonl'}, tensorboard --logdir {run_folder}\n"
-        f"go on        the same command with --config.steps={2 * config.steps}"
+        f"go on        the same command with --config.steps={2 * done}"
     )
 
 

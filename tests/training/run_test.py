@@ -99,6 +99,7 @@ def test_starting_from_another_model(tmp_path, straight):
     origin = f"--config.init_from={straight[0]}"
     process = processes.run(f"--workdir={run}", origin, "--config.steps=2", "--config.seed=5")
     assert process.returncode == 0, process.stderr
+    assert "before this run" in process.stderr and "untrained" not in process.stderr
     start = lines(run, "validation")[0]
     assert start["step"] == 0
     # Masks depend on the seed, weights do not: better than any untrained model.
