@@ -85,7 +85,7 @@ def scan(path: str, skip: bool = False) -> Proteins:
     all_ids, all_contents = np.concatenate(ids), np.concatenate(contents)
     same, other = duplicates.find(all_ids, all_contents)
     if other.size and not skip:
-        raise duplicates.report((source,), all_ids[other[0]])
+        raise duplicates.report((source,), (str(source),), all_ids[other[0]])
     skipped.update(Counter({duplicates.SAME: same.size, duplicates.OTHER: other.size}))
     kept = np.ones(len(all_ids), bool)
     kept[same] = kept[other] = False

@@ -258,6 +258,13 @@ def test_records_are_mended_counted_or_refused_as_in_preparation(model_path, tmp
     assert read_npz(out)["id"].tolist() == ["A", "B", "C", "E"]
 
 
+def test_an_id_with_two_sequences_is_told_with_both_lines(model_path, tmp_path):
+    path = tmp_path / "twice.fasta"
+    path.write_text(">a\nMKV\n>b\nMK\n>a\nMKV\n>a\nMV\n")
+    with pytest.raises(UserError, match=r"fasta, line 7: id 'a' stood before.*fasta, line 1"):
+        embed(Request(model_path, str(path), str(tmp_path / "out.parquet")))
+
+
 def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:3])
     binary, there = tmp_path / "binary.fasta", tmp_path / "there.npz"
