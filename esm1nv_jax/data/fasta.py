@@ -64,7 +64,8 @@ def chunks(
                 pieces = [block[cut:]]
                 held = len(pieces[0])
             elif held > _LONGEST:
-                raise UserError(f"line {line}: a record of more than {_LONGEST >> 30} GiB")
+                # Handled as a damaged place is: what came before is whole, what follows is not.
+                raise BrokenArchive(f"a record of more than {_LONGEST:,} bytes")
     except BrokenArchive as broken:
         text = b"".join(pieces)
         report(line + text.count(b"\n"), "broken archive", str(broken))

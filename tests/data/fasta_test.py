@@ -210,6 +210,14 @@ def test_a_giant_on_one_line():
     assert not reports
 
 
+def test_a_record_too_long_is_reported_and_those_before_it_kept(monkeypatch):
+    monkeypatch.setattr(fasta, "_LONGEST", 1000)
+    text = b">a\nMK\n>b\nMV\n>giant\n" + b"MKVLAW" * 1000
+    records, reports, _ = read([text[i : i + 50] for i in range(0, len(text), 50)], size=40)
+    assert [name for name, _, _ in records] == [b"a", b"b"]
+    assert reports == [(6, "a record of more than 1,000 bytes")]
+
+
 def test_the_sample():
     records = list(fasta.sample())
     assert len(records) == 10_000
