@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax import arguments, configuration
+from esm1nv_jax import arguments, configuration, output
 from esm1nv_jax.console import console
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.page import Page, figure
@@ -57,8 +57,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
     parser.add_argument("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
     options = parser.parse_args(argv)
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        raise UserError(f"{options.out} cannot be written: make its folder first")
+    output.check(options.out)
     if options.out and Path(options.out).suffix not in (".html", ".png"):
         raise UserError(f"--out {options.out} must end in .html or .png")
     runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
@@ -76,9 +75,10 @@ def main(argv: list[str]) -> None:
     console.print(shown)
     if options.out:
         if options.out.endswith(".png"):
-            curves(runs).savefig(options.out, dpi=110)
+            with output.writing(options.out):
+                curves(runs).savefig(options.out, dpi=110)
         else:
-            Path(options.out).write_text(page(runs, differences, table).text())
+            output.write(options.out, page(runs, differences, table).text())
         console.print(f"wrote  {options.out}", markup=False)
 
 

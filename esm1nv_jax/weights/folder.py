@@ -114,9 +114,11 @@ def _read_step(run: epath.Path, step: int) -> Weights:
     try:
         description = checkpoint.read_config(run, step)
         params = checkpoint.read_params(run, step)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {step} of {run} cannot be read: {error}") from None
-    model = encoder.EncoderConfig(**description["config"]["model"])
+        model = encoder.EncoderConfig(**description["config"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {step} of {run} cannot be read: {error} (esm1nv doctor {run} checks all)"
+        ) from None
     check(params, model, f"checkpoint {step} of {run}")
     provenance = {"run": str(run), "steps": [step]} | description
     return Weights(params, model, provenance)

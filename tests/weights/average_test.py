@@ -124,6 +124,30 @@ def test_a_flipped_byte_is_found_and_named(tmp_path):
         average(select([str(tmp_path)]))
 
 
+def test_a_member_without_its_place_is_named(tmp_path):
+    save(tmp_path, (1, 2))
+    (tmp_path / "checkpoints/2/place/metadata").unlink()
+    with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read .*leave it out"):
+        average(select([str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--last", "0"], "--last 0 names no checkpoint"),
+        (["--steps", ","], "not a list of updates"),
+        (["--report", "."], "it is a folder"),
+        (["--out", "/proc/none/model"], "cannot be written"),
+    ],
+)
+def test_a_mistake_of_the_command_is_one_line(runs, tmp_path, capsys, options, said):
+    argv = ["average", "--workdir", runs[0], "--out", str(tmp_path / "model"), *options]
+    assert arguments.run(cli.dispatch, argv) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_checkpoint_without_checksums_is_no_member(tmp_path):
     save(tmp_path, (1, 2))
     (tmp_path / "checkpoints/2" / checkpoint.CHECKSUMS).unlink()
