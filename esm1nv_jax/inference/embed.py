@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esm1nv_jax import output
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.errors import EXIT_SAVED, UserError
@@ -30,11 +31,11 @@ def embed(request: Request) -> str | None:
     Raises UserError with everything finished so far kept in `OUT.parts`.
     """
     spool = Spool(Path(request.out))
-    if not spool.out.parent.is_dir():
-        raise UserError(f"--out {spool.out}: there is no folder {spool.out.parent}")
+    output.check(request.out)
     if spool.out.exists() and not spool.folder.exists() and not request.overwrite:
         raise UserError(f"{spool.out} exists; add --overwrite, or choose another --out")
-    proteins = scan(request.fasta, request.on_error == "skip")
+    advice = "mend it, or pass over such faults with --on_error=skip"
+    proteins = scan(request.fasta, request.on_error == "skip", advice)
     console.print(f"{request.fasta}: {proteins}", markup=False)
     work = _Work(request, proteins)
     spool.begin(work.settings(), request.overwrite)
@@ -145,7 +146,7 @@ class _Work:
             "deterministic": request.deterministic,
             "tokens": list(_tokens()) if "logits" in request.include else None,
             "part_residues": self.part_residues,
-            "parts": sum(1 for _ in self._cut(iter(self.proteins.lengths.tolist()), int)),
+            "parts": sum(1 for _ in self._cut(map(int, self.proteins.lengths), int)),
         }
 
     def _cut(self, items: Iterator, size) -> Iterator[list]:
@@ -165,7 +166,7 @@ class _Work:
         wanted = {part for part in spool.missing() if part % of == mine}
         parts = self._cut(iter(self.proteins), lambda protein: len(protein[1]))
         total = done = 0
-        for part, lengths in enumerate(self._cut(iter(self.proteins.lengths.tolist()), int)):
+        for part, lengths in enumerate(self._cut(map(int, self.proteins.lengths), int)):
             total += sum(lengths) * (part % of == mine)
             done += sum(lengths) * (part % of == mine and part not in wanted)
         if done:
