@@ -12,13 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax import arguments, configuration, output
+from esm1nv_jax import arguments, configuration, figures, output
 from esm1nv_jax.console import console
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.page import Page, figure
 from esm1nv_jax.training.workdir import CONFIG
 
-METRICS = "metrics.jsonl"
 FIGURE = "perplexity_mask"  # the one figure in which recipes can be compared
 UNIMPORTANT = ("steps", "platform", "checkpoint.", "log.", "evaluation.", "data.path")
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
@@ -89,15 +88,15 @@ def read(paths: list[str]) -> list[Run]:
         folder = Path(path)
         try:
             config = configuration.flat(json.loads((folder / CONFIG).read_text()))
-            lines = [json.loads(x) for x in (folder / METRICS).read_text().splitlines() if x]
+            lines = figures.read(folder)
         except OSError as error:
             raise UserError(
                 f"{path} is not a run: {Path(error.filename).name} is not there; give the "
                 "--workdir of a training run"
             ) from None
         except ValueError as error:
-            raise UserError(f"{path}: {CONFIG} or {METRICS} cannot be read ({error})") from None
-        kinds = {k: [x for x in lines if x.get("kind") == k] for k in ("validation", "train")}
+            raise UserError(f"{path}: {CONFIG} cannot be read ({error})") from None
+        kinds = {k: [x for x in lines if x["kind"] == k] for k in ("validation", "train")}
         if not kinds["validation"]:
             raise UserError(f"{path} has no validation figure yet; let it run on, or leave it out")
         found.append(Run(name, config, kinds["validation"], kinds["train"]))
