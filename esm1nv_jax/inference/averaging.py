@@ -118,10 +118,10 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     mine, theirs = (r["figures"]["perplexity_mask"] for r in (rows[-1], best))
     if mine < theirs:
         return f"The average is better than every member ({mine:.3f}; the best, {theirs:.3f})."
-    return (
-        f"The average ({mine:.3f}) is not better than {best['name']} ({theirs:.3f}): while the "
-        "loss still falls fast, old members hold it back; average fewer, or train longer."
-    )
+    why = "old members hold it back while the loss falls fast; average fewer, or train longer"
+    if len({row["run"] for row in rows[:-1]}) > 1:
+        why = "runs that began from other weights have no common mean; average within each run"
+    return f"The average ({mine:.3f}) is not better than {best['name']} ({theirs:.3f}): {why}."
 
 
 def page(rows: list[dict[str, Any]], data: str) -> Page:

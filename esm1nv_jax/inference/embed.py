@@ -249,13 +249,13 @@ def main(argv: list[str]) -> int | None:
     add("--overwrite", action="store_true", help="replace --out and unfinished work")
     add("--on_error", default="stop", help="stop at a bad record, or skip and count it")
     args = parser.parse_args(_joined(argv))
+    _leave_on_sigterm()
     if args.merge:
         merge(args.out, args.overwrite)
         return
     for name in ("checkpoint", "fasta"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is missing")
-    _leave_on_sigterm()
     request = Request(
         args.checkpoint,
         args.fasta,
@@ -270,7 +270,12 @@ def main(argv: list[str]) -> int | None:
         args.overwrite,
         args.on_error,
     )
-    embed(request)
+    try:
+        embed(request)
+    except (SystemExit, KeyboardInterrupt):
+        if (parts := Spool(Path(args.out)).folder).is_dir():
+            console.print(f"stopped; finished parts are kept in {parts}; the same command goes on")
+        raise
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -191,6 +191,19 @@ def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path
         assert a["per_residue_1"][:].tobytes() == b["per_residue_1"][:].tobytes()
 
 
+def test_sigterm_says_what_is_kept(model_path, tmp_path):
+    fasta, out = write_fasta(tmp_path / "in.fasta", PROTEINS), tmp_path / "o.npz"
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out)]
+    job = start(argv, pause=60)
+    parts, deadline = tmp_path / "o.npz.parts", time.monotonic() + 120
+    while not list(parts.glob("part-*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    err = job.communicate()[1]
+    assert job.returncode == 75 and err.splitlines()[-1].startswith("stopped; "), err
+    assert str(parts) in err
+
+
 def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
     argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out",
