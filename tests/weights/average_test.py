@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -152,6 +153,20 @@ def test_a_checkpoint_without_checksums_is_no_member(tmp_path):
     save(tmp_path, (1, 2))
     (tmp_path / "checkpoints/2" / checkpoint.CHECKSUMS).unlink()
     assert [m.step for m in select([str(tmp_path)])] == [1]
+
+
+def test_a_checkpoint_is_found_by_its_run_its_step_and_as_the_best(tmp_path):
+    run = save(tmp_path, (1, 2))
+    shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "best/1")
+    paths = {"": 2, "checkpoints": 2, "checkpoints/1": 1, "best": 1, "best/1": 1}
+    for path, step in paths.items():
+        assert same(folder.read(f"{run}/{path}").params, checkpoint.read_params(run, step)), path
+    (tmp_path / "checkpoints/1" / checkpoint.CHECKSUMS).unlink()
+    with pytest.raises(UserError, match=r"checkpoint 1 of .* was never finished"):
+        folder.read(f"{run}/checkpoints/1")
+    (tmp_path / "best/1/params/_METADATA").unlink()
+    with pytest.raises(UserError, match=r"checkpoint 1 of .* cannot be read"):
+        folder.read(f"{run}/best")
 
 
 def test_another_architecture_is_named(runs, tmp_path):
