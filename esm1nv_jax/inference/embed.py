@@ -38,6 +38,8 @@ def embed(request: Request) -> str | None:
     proteins = scan(request.fasta, request.on_error == "skip", advice)
     console.print(f"{request.fasta}: {proteins}", markup=False)
     work = _Work(request, proteins)
+    if not request.overwrite:  # other devices would cut it otherwise
+        work.part_residues = spool.part_residues() or work.part_residues
     spool.begin(work.settings(), request.overwrite)
     mine, of = request.shard or (1, 1)
     with spool.hold(f"job-{mine}-of-{of}"):

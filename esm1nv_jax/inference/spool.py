@@ -82,6 +82,10 @@ class Spool:
         self.total = settings["parts"]
         return settings
 
+    def part_residues(self) -> int | None:
+        """How work that is there already is cut into parts."""
+        return (self._settings() or {}).get("part_residues")
+
     def _settings(self) -> dict[str, Any] | None:
         try:
             return json.loads((self.folder / SETTINGS).read_text())

@@ -325,16 +325,15 @@ def test_jobs_that_begin_together_share_one_folder(model_path, tmp_path, small_p
     """A job that found no folder meets that of another, with a part in it."""
     (tmp_path / "one").mkdir()
     alone = embed(request(model_path, tmp_path / "one"))
-    seen, settings = [], Spool._settings
+    seen, make = [], Spool._make
 
-    def late(self):
+    def late(self, settings):
         if not seen:
             seen.append(None)
             embed(request(model_path, tmp_path, shard=(1, 2)))
-            return None
-        return settings(self)
+        make(self, settings)
 
-    monkeypatch.setattr(Spool, "_settings", late)
+    monkeypatch.setattr(Spool, "_make", late)
     embed(request(model_path, tmp_path, shard=(2, 2)))
     assert merge(str(tmp_path / "out.npz")) == alone
 
@@ -344,6 +343,16 @@ def test_what_is_left_of_a_removed_folder_does_not_count(model_path, tmp_path):
     parts.mkdir()
     (parts / "part-000000.npz").write_bytes(b"old")
     embed(request(model_path, tmp_path))
+
+
+def test_work_begun_on_other_devices_goes_on_in_its_parts(
+    model_path, tmp_path, small_parts, monkeypatch
+):
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 800)  # as more devices would have it
+    assert embed(request(model_path, tmp_path)) == alone
 
 
 def test_the_same_model_elsewhere_goes_on(model_path, tmp_path, small_parts):
