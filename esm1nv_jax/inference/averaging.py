@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from esm1nv_jax import arguments
+from esm1nv_jax import arguments, output
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.data.dataset import MemorySource
 from esm1nv_jax.errors import UserError
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     add("--workdir", required=True, nargs="+", metavar="RUN", help="one run or several")
     add("--out", required=True, metavar="DIR", help="the model folder to write")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--last", type=int, default=0, metavar="N", help="the newest N of each run")
+    which.add_argument("--last", type=int, metavar="N", help="the newest N of each run (or all)")
     which.add_argument("--steps", default="", metavar="A,B", help="these updates of each run")
     add("--every", type=int, default=1, metavar="K", help="each Kth only, counted from the newest")
     add("--report", metavar="FILE.html", help="evaluate the average beside its members")
@@ -43,18 +43,22 @@ def main(argv: list[str]) -> None:
     out = epath.Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {options.out} is there already; remove it or choose another folder")
-    if options.report and not Path(options.report).absolute().parent.is_dir():
-        raise UserError(f"{options.report} cannot be written: make its folder first")
+    output.check(options.report)
+    if options.last == 0:
+        raise UserError("--last 0 names no checkpoint; give 1 or more, or leave it out for all")
     if options.steps and options.every != 1:
         raise UserError("--every chooses among --last or all; leave it out beside --steps")
-    members = average.select(options.workdir, options.last, _steps(options.steps), options.every)
+    steps = _steps(options.steps)
+    members = average.select(options.workdir, options.last or 0, steps, options.every)
     source = _source(options, members) if options.report else None
 
     with bar("averaging", len(members), "checkpoints") as task:
         weights = average.average(members, lambda member: task.advance(note=str(member.step)))
-    folder.write(options.out, weights)
+    with output.writing(options.out):
+        folder.write(options.out, weights)
+    steps = [member.step for member in members]
     console.print(
-        f"averaged {len(members)} checkpoints, updates {members[0].step} to {members[-1].step}, "
+        f"averaged {len(members)} checkpoints, updates {min(steps)} to {max(steps)}, "
         f"into {options.out}",
         markup=False,
     )
@@ -62,9 +66,10 @@ def main(argv: list[str]) -> None:
         proteins, name = source
         rows = beside_members(weights, members, proteins)
         provenance = weights.provenance | {"figures": {"data": name, **rows[-1]["figures"]}}
-        folder.write(options.out, dataclasses.replace(weights, provenance=provenance))
+        with output.writing(options.out):
+            folder.write(options.out, dataclasses.replace(weights, provenance=provenance))
         show(rows, name)
-        Path(options.report).write_text(page(rows, name).text())
+        output.write(options.report, page(rows, name).text())
         console.print(f"report   {options.report}", markup=False)
 
 
@@ -113,10 +118,10 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     mine, theirs = (r["figures"]["perplexity_mask"] for r in (rows[-1], best))
     if mine < theirs:
         return f"The average is better than every member ({mine:.3f}; the best, {theirs:.3f})."
-    return (
-        f"The average ({mine:.3f}) is not better than {best['name']} ({theirs:.3f}): while the "
-        "loss still falls fast, old members hold it back; average fewer, or train longer."
-    )
+    why = "old members hold it back while the loss falls fast; average fewer, or train longer"
+    if len({row["run"] for row in rows[:-1]}) > 1:
+        why = "runs that began from other weights have no common mean; average within each run"
+    return f"The average ({mine:.3f}) is not better than {best['name']} ({theirs:.3f}): {why}."
 
 
 def page(rows: list[dict[str, Any]], data: str) -> Page:
@@ -159,6 +164,6 @@ def _source(options, members: list[Member]) -> tuple[MemorySource, str]:
 
 def _steps(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(step) for step in text.split(",") if step.strip())
+        return tuple(int(step) for step in text.split(",")) if text else ()
     except ValueError:
         raise UserError(f"--steps {text} is not a list of updates such as 1000,2000") from None

@@ -91,17 +91,20 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
     for split, found in rows.items():
         if len(found) < 2:
             raise UserError(f"{path} has {len(found)} rows of split {split}; a probe needs some")
+        if name == "secondary_structure" and not any("1" in mask for _, _, mask in found):
+            raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
     digest = hashlib.sha256()
     for sequence, label, _ in rows["test"]:
         digest.update(b"%b %b\n" % (sequence, label.encode()))
     if limit is not None and limit < len(rows["train"]):
         n = len(rows["train"])
-        chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[: max(limit, 2)]
+        chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
         rows["train"] = [rows["train"][i] for i in sorted(chosen.tolist())]
-    classes: tuple[str, ...] = ()
-    if name != "regression":
-        labels = (row[1] for found in rows.values() for row in found)
-        classes = tuple(sorted(set("".join(labels) if name == TASKS[0] else labels)))
+    labels = (row[1] for found in rows.values() for row in found)
+    kinds = tuple(sorted(set("".join(labels) if name == TASKS[0] else labels)))
+    if len(kinds) < 2:
+        raise UserError(f"{path}: every label is {kinds[0]!r}; there is nothing to learn")
+    classes = kinds if name != "regression" else ()
     splits = {split: _split(found, name, classes) for split, found in rows.items()}
     return Task(name, classes, **splits, fingerprint=digest.hexdigest()[:16])
 
@@ -125,12 +128,19 @@ def _split(rows: list[tuple[bytes, str, str]], name: str, classes: tuple[str, ..
 
 def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
     try:
-        text = b"".join(Archive(Path(path))).decode()
+        text = b"".join(Archive(Path(path))).decode("utf-8-sig")
     except BrokenArchive as broken:
         raise UserError(f"{path}: {broken}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text; give a CSV file") from None
     table = csv.DictReader(io.StringIO(text))
+    try:
+        yield from _checked(path, table)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.reader.line_num}: {error}; is it CSV?") from None
+
+
+def _checked(path: str, table: csv.DictReader) -> Iterator[tuple[int, dict[str, str]]]:
     missing = [c for c in ("sequence", "label", "split") if c not in (table.fieldnames or ())]
     if missing:
         raise UserError(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esm1nv_jax import output
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.errors import EXIT_SAVED, UserError
@@ -30,13 +31,15 @@ def embed(request: Request) -> str | None:
     Raises UserError with everything finished so far kept in `OUT.parts`.
     """
     spool = Spool(Path(request.out))
-    if not spool.out.parent.is_dir():
-        raise UserError(f"--out {spool.out}: there is no folder {spool.out.parent}")
+    output.check(request.out)
     if spool.out.exists() and not spool.folder.exists() and not request.overwrite:
         raise UserError(f"{spool.out} exists; add --overwrite, or choose another --out")
-    proteins = scan(request.fasta, request.on_error == "skip")
+    advice = "mend it, or pass over such faults with --on_error=skip"
+    proteins = scan(request.fasta, request.on_error == "skip", advice)
     console.print(f"{request.fasta}: {proteins}", markup=False)
     work = _Work(request, proteins)
+    if not request.overwrite:  # other devices would cut it otherwise
+        work.part_residues = spool.part_residues() or work.part_residues
     spool.begin(work.settings(), request.overwrite)
     mine, of = request.shard or (1, 1)
     with spool.hold(f"job-{mine}-of-{of}"):
@@ -145,7 +148,7 @@ class _Work:
             "deterministic": request.deterministic,
             "tokens": list(_tokens()) if "logits" in request.include else None,
             "part_residues": self.part_residues,
-            "parts": sum(1 for _ in self._cut(iter(self.proteins.lengths.tolist()), int)),
+            "parts": sum(1 for _ in self._cut(map(int, self.proteins.lengths), int)),
         }
 
     def _cut(self, items: Iterator, size) -> Iterator[list]:
@@ -165,7 +168,7 @@ class _Work:
         wanted = {part for part in spool.missing() if part % of == mine}
         parts = self._cut(iter(self.proteins), lambda protein: len(protein[1]))
         total = done = 0
-        for part, lengths in enumerate(self._cut(iter(self.proteins.lengths.tolist()), int)):
+        for part, lengths in enumerate(self._cut(map(int, self.proteins.lengths), int)):
             total += sum(lengths) * (part % of == mine)
             done += sum(lengths) * (part % of == mine and part not in wanted)
         if done:
@@ -248,13 +251,13 @@ def main(argv: list[str]) -> int | None:
     add("--overwrite", action="store_true", help="replace --out and unfinished work")
     add("--on_error", default="stop", help="stop at a bad record, or skip and count it")
     args = parser.parse_args(_joined(argv))
+    _leave_on_sigterm()
     if args.merge:
         merge(args.out, args.overwrite)
         return
     for name in ("checkpoint", "fasta"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is missing")
-    _leave_on_sigterm()
     request = Request(
         args.checkpoint,
         args.fasta,
@@ -269,7 +272,12 @@ def main(argv: list[str]) -> int | None:
         args.overwrite,
         args.on_error,
     )
-    embed(request)
+    try:
+        embed(request)
+    except (SystemExit, KeyboardInterrupt):
+        if (parts := Spool(Path(args.out)).folder).is_dir():
+            console.print(f"stopped; finished parts are kept in {parts}; the same command goes on")
+        raise
 
 
 def _joined(argv: list[str]) -> list[str]:

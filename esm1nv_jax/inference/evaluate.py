@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax import __version__, arguments
+from esm1nv_jax import __version__, arguments, output
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.data.dataset import Source
 from esm1nv_jax.errors import UserError
@@ -45,9 +45,7 @@ def main(argv: list[str]) -> None:
     add("--json", metavar="FILE", help="write all figures")
     add("--report", metavar="FILE.html", help="write a page with plots")
     options = parser.parse_args(argv)
-    for path in filter(None, (options.json, options.report, options.masks_out)):
-        if not Path(path).absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written: its folder does not exist; make it first")
+    output.check(options.json, options.report, options.masks_out)
 
     records = None
     if options.masks is not None:
@@ -73,12 +71,12 @@ def main(argv: list[str]) -> None:
     found = {"checkpoint": options.checkpoint, "data": name} | found
     show(found)
     if options.json:
-        Path(options.json).write_text(to_json(found))
+        output.write(options.json, to_json(found))
         console.print(f"figures  {options.json}", markup=False)
     if options.report:
         from esm1nv_jax.inference import report
 
-        Path(options.report).write_text(report.page(found).text())
+        output.write(options.report, report.page(found).text())
         console.print(f"report   {options.report}", markup=False)
 
 
@@ -116,6 +114,7 @@ def figures(
     result = None
     with ExitStack() as stack:
         if masks_out:
+            stack.enter_context(output.writing(masks_out))
             file = stack.enter_context(open(masks_out, "w"))
             corrupted = masks.written(file, source, corrupted)
         task = stack.enter_context(bar("evaluating", len(source.lengths), "proteins", show))
@@ -192,10 +191,9 @@ def show(found: dict[str, Any]) -> None:
         table.add_row("pseudo-perplexity, by residue", weighted, "")
         table.add_row("pseudo-perplexity, median protein", f"{pseudo['median']:.2f}", "")
     console.print(table)
-    gain, error = whole["nats_gained_mask"], whole["nats_gained_mask_se"]
+    gain = plus_minus(whole["nats_gained_mask"], whole["nats_gained_mask_se"], 3)
     console.print(
-        f"Gain over composition at <mask>: {gain:.3f} ± {error:.3f} nats a residue "
-        "(standard errors by protein).",
+        f"Gain over composition at <mask>: {gain} nats a residue (standard errors by protein).",
         markup=False,
     )
     if found["cropped"]:

@@ -113,6 +113,9 @@ def scores(
         "wt-marginals": _wild_type,
         "pseudo-perplexity": _pseudo,
     }[mode]
+    if not additive:
+        for mutant in mutants:  # one that cannot be scored is told before the first is computed
+            _window(wild_type, mutant, mutant.indices, limit)
     residues = min(len(wild_type), limit)
     at_once = max((len(mutant.sites) for mutant in mutants), default=1)
     sites = {"masked-marginals": at_once, "wt-marginals": residues, "pseudo-perplexity": 1}[mode]

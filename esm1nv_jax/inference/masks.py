@@ -24,7 +24,8 @@ from esm1nv_jax.model import foreign, masking
 from esm1nv_jax.model.masking import Masked, MaskingConfig
 
 UNKNOWN = "?"
-_IDS = {token: i for i, token in enumerate(tokenizer.TOKENS)}
+# What may stand at a predicted position.
+_IDS = {t: i for i, t in enumerate(tokenizer.TOKENS) if i >= tokenizer.MASK}
 
 
 class Record(NamedTuple):
@@ -51,7 +52,17 @@ def drawn(
 def given(
     source: Source, stream: StreamConfig, records: list[Record]
 ) -> Iterator[tuple[Batch, Masked]]:
-    """Every protein once, masked as `records`, one for each example of `source`, say."""
+    """Every protein once, masked as `records`, one for each example of `source`, say.
+
+    Raises UserError where a mask lies beyond the residues that are read.
+    """
+    for example, record in enumerate(records):
+        if len(record.positions) and record.positions.max() >= stream.max_residues:
+            raise UserError(
+                f"{source.ids([example])[0]}: residue {record.positions.max() + 1} is masked, "
+                f"{stream.max_residues} are read; raise --max-residues if the model has positions "
+                f"for them, or write the masks with --max-residues {stream.max_residues}"
+            )
     for batch in evaluation_batches(source, stream):
         tokens, B = batch["tokens"], len(batch["tokens"])
         found = collections.defaultdict(list)
@@ -111,22 +122,35 @@ def read(path: str) -> tuple[MemorySource, list[Record]]:
         with open(path) as file:
             for text in file:
                 number += 1
-                line = json.loads(text)
-                sequence = tokenizer.clean(line["sequence"]).sequence
-                positions = np.array(line["positions"], np.int64)
-                inputs = np.array([_IDS[token] for token in line["inputs"]], np.int64)
-                if len(positions) != len(inputs):
-                    raise ValueError(f"{len(positions)} positions, {len(inputs)} inputs")
-                if len(positions) and not 0 <= positions.min() <= positions.max() < len(sequence):
-                    raise ValueError(f"positions lie in 0..{len(sequence) - 1}")
-                proteins.append((line["id"], sequence))
-                records.append(Record(positions, inputs))
+                name, sequence, record = _record(json.loads(text))
+                proteins.append((name, sequence))
+                records.append(record)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path}, line {number}: {error}; make a file of masks by esm1nv evaluate --masks-out"
         ) from None
     if not records:
         raise UserError(f"{path} holds no masks; make it by esm1nv evaluate --masks-out")
     return MemorySource(proteins), records
+
+
+def _record(line: object) -> tuple[str, bytes, Record]:
+    """(id, sequence, masks) of a line. Raises ValueError that says what is wrong with it."""
+    kinds = {"id": str, "sequence": str, "positions": list, "inputs": list}
+    for name, kind in kinds.items():
+        if not (isinstance(line, dict) and isinstance(line.get(name), kind)):
+            raise ValueError(f"no {name!r} that is a {kind.__name__}")
+    sequence = tokenizer.clean(line["sequence"]).sequence
+    positions, inputs = line["positions"], line["inputs"]
+    if len(positions) != len(inputs):
+        raise ValueError(f"{len(positions)} positions, {len(inputs)} inputs")
+    if not all(type(at) is int and 0 <= at < len(sequence) for at in positions):
+        raise ValueError(f"positions are integers in 0..{len(sequence) - 1}")
+    if len(set(positions)) < len(positions):
+        raise ValueError("a position stands there twice")
+    if unknown := [token for token in inputs if token not in list(_IDS)]:
+        raise ValueError(f"input {unknown[0]!r} is neither <mask> nor a residue letter")
+    found = Record(np.array(positions, np.int64), np.array([_IDS[t] for t in inputs], np.int64))
+    return line["id"], sequence, found

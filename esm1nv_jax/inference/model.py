@@ -124,7 +124,7 @@ class Model:
         Raises UserError for an empty sequence or an unknown layer.
         """
         check_layers((layer,), self.config)
-        ids = [_ids(sequence, i) for i, sequence in enumerate(sequences)]
+        ids = [_ids(sequence, i) for i, sequence in enumerate(_several(sequences))]
         if not ids:
             none = np.zeros((0, self.config.width), np.float32)
             return Embeddings([], none, none)
@@ -141,7 +141,7 @@ class Model:
 
         Columns are `esm1nv_jax.data.tokenizer.TOKENS`; `<mask>` may stand in a sequence.
         """
-        ids = [_ids(sequence, i) for i, sequence in enumerate(sequences)]
+        ids = [_ids(sequence, i) for i, sequence in enumerate(_several(sequences))]
         if not ids:
             return []
         found = encode(self.placed, ids, Want(("logits",), ()), self.longest)
@@ -207,7 +207,7 @@ class Model:
                 "predicts at visible residues means nothing; take masked-marginals (or force it)"
             )
         wild_type = tokenizer.clean(sequence).sequence.decode()
-        parsed = parse_all(mutants, wild_type, offset)
+        parsed = parse_all(_several(mutants), wild_type, offset)
         return fitness.scores(
             self.placed, wild_type, parsed, self.longest, mode, additive, tell
         )
@@ -265,6 +265,13 @@ def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:
                 f"layer {layer} is unknown; there are 0 (embeddings) to {config.layers} (the last "
                 "block) and -1 (after the final LayerNorm)"
             )
+
+
+def _several(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:
+    """Refuses one text, which would be taken for as many as it has letters."""
+    if isinstance(texts, str | bytes):
+        raise UserError(f"{texts[:20]!r} is one text; give a list, as in [text]")
+    return texts
 
 
 def _ids(sequence: str | bytes, index: int) -> np.ndarray:

@@ -130,6 +130,8 @@ def evaluate(
         order = {name: k for k, name in enumerate(names)}
         ids = source.ids(range(len(source.lengths)))
         group_of = np.array([order.get(groups.get(name, ""), -1) for name in ids])
+        if (group_of < 0).all():
+            raise UserError(f"--groups names none of the {len(ids)} proteins, such as {ids[0]}")
     unanswerable = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
     waiting: collections.deque = collections.deque()
 

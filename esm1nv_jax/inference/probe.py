@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 from scipy import stats
 
-from esm1nv_jax import __version__, arguments
+from esm1nv_jax import __version__, arguments, output
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.errors import UserError
@@ -59,17 +58,16 @@ def main(argv: list[str]) -> None:
     add("--limit", type=int, metavar="N", help="at most N proteins to train on, always the same")
     add("--json", metavar="FILE", help="write all figures")
     options = parser.parse_args(argv)
-    for name in ("seeds", "limit"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name} {value} must be 1 or more")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"{options.json} cannot be written: make its folder first")
+    for name, least in (("seeds", 1), ("limit", 2)):
+        if (value := getattr(options, name)) is not None and value < least:
+            raise UserError(f"--{name} {value} must be {least} or more")
+    output.check(options.json)
     task = downstream.read(options.csv, options.task, options.limit)
     found = probe(load(options.checkpoint), task, options.seeds, show=True)
     found = {"checkpoint": options.checkpoint, "csv": options.csv, "limit": options.limit} | found
     show(found)
     if options.json:
-        Path(options.json).write_text(to_json(found))
+        output.write(options.json, to_json(found))
         console.print(f"figures  {options.json}", markup=False)
 
 

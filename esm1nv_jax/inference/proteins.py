@@ -23,7 +23,7 @@ from esm1nv_jax.errors import UserError
 class Proteins:
     """The records to compute, in the order of the file.
 
-    `lengths`: residues of each, int64 [n]. `digest`: of ids and sequences. `left_out`: indices of
+    `lengths`: residues of each, uint32 [n]. `digest`: of ids and sequences. `left_out`: indices of
     records that repeat an earlier one. `skipped` and `mended` are counts by reason.
     """
 
@@ -56,10 +56,11 @@ class Proteins:
         return "; ".join(parts)
 
 
-def scan(path: str, skip: bool = False) -> Proteins:
+def scan(path: str, skip: bool = False, advice: str = "mend it") -> Proteins:
     """Reads the whole of a FASTA file, plain or compressed by gzip, zstd or xz.
 
-    Raises UserError at the first fault, naming its line; with `skip` faults are counted instead. A
+    Raises UserError at the first fault, naming its line, and the next thing to do as the caller
+    advises; with `skip` faults are counted instead. A
     record that repeats another is left out; an id that stands for two sequences is a fault.
     """
     source = Path(path)
@@ -71,35 +72,40 @@ def scan(path: str, skip: bool = False) -> Proteins:
 
     def report(line: int, kind: str, fault: str) -> None:
         if not skip:
-            raise UserError(
-                f"{source}, line {line}: {fault}; mend it, or pass over such faults with "
-                "--on_error=skip"
-            )
+            raise UserError(f"{source}, line {line}: {fault}; {advice}")
         skipped[kind] += 1
 
-    ids, contents, lengths = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)], []
+    # 20 bytes a record: a list of every length would take twice that.
+    columns = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.uint32)]
     for records in _chunks(source, report, mended):
-        ids.append(clusters.digests(records.ids))
-        contents.append(clusters.digests(records.sequences))
-        lengths.extend(map(len, records.sequences))
-    all_ids, all_contents = np.concatenate(ids), np.concatenate(contents)
-    same, other = duplicates.find(all_ids, all_contents)
+        columns[0].append(clusters.digests(records.ids))
+        columns[1].append(clusters.digests(records.sequences))
+        columns[2].append(np.fromiter(map(len, records.sequences), np.uint32))
+    ids, contents, lengths = map(_joined, columns)
+    same, other = duplicates.find(ids, contents)
     if other.size and not skip:
-        raise duplicates.report((source,), (str(source),), all_ids[other[0]])
+        raise duplicates.report((source,), (str(source),), ids[other[0]])
     skipped.update(Counter({duplicates.SAME: same.size, duplicates.OTHER: other.size}))
-    kept = np.ones(len(all_ids), bool)
+    kept = np.ones(len(ids), bool)
     kept[same] = kept[other] = False
     if not kept.any():
         raise UserError(f"{source} holds no protein; is it FASTA?")
-    digest = hashlib.sha256(all_ids[kept].tobytes() + all_contents[kept].tobytes())
+    digest = hashlib.sha256(ids[kept])
+    digest.update(contents[kept])
     return Proteins(
         source,
-        np.array(lengths, np.int64)[kept],
+        lengths[kept],
         digest.hexdigest(),
         frozenset(np.flatnonzero(~kept).tolist()),
         +skipped,
         mended,
     )
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    whole = np.concatenate(parts)
+    parts.clear()
+    return whole
 
 
 def _chunks(path: Path, report: fasta.Report, mended: Counter) -> Iterator[fasta.Records]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from esm1nv_jax import figures
 from esm1nv_jax.inference.substitution import ORDER, blosum62
 from esm1nv_jax.page import BLUE, GREY, ORANGE, Page, figure, plus_minus
-
-CURVES = "metrics.jsonl"
 
 
 def page(found: dict[str, Any]) -> Page:
@@ -70,11 +68,11 @@ def _summary(made: Page, found: dict[str, Any]) -> None:
 
 def _curves(made: Page, provenance: dict[str, Any]) -> None:
     """Learning curves, where the run that the weights come from still lies where it was."""
-    path = Path(str(provenance.get("run", ""))) / CURVES
-    if not provenance.get("run") or not path.is_file():
+    run = provenance.get("run")
+    if not run or not (Path(run) / figures.FILE).is_file():
         made.note("Learning curves are not shown: the run of these weights is not on this machine.")
         return
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = figures.read(run)
     made.heading("Learning curves")
     plot, axis = figure()
     for kind, colour, style in (("train", GREY, "-"), ("validation", BLUE, "o-")):

@@ -49,4 +49,4 @@ class Request:
                 raise UserError(f"--{name} names one twice: {getattr(self, name)}")
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             i, n = self.shard
-            raise UserError(f"--shard={i}/{n} is not one of 1/{n} to {n}/{n}")
+            raise UserError(f"--shard={i}/{n} is not i/n with i from 1 to n, such as 1/4")

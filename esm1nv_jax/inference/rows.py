@@ -102,14 +102,14 @@ def _fill_batches(by_length: dict[int, list[list[int]]], tokens: np.ndarray, sha
         rows = by_length[length]
         left = rows[len(rows) - len(rows) % shapes.rows(length) :]
         del rows[len(rows) - len(left) :]
-        room = 0
+        room = slots = 0
         for row in left:
             size = int(tokens[row].sum())
-            if size > room:
+            if size > room or len(row) > slots:
                 by_length[longer].append([])
-                room = longer
+                room, slots = longer, shapes.slots(longer)
             by_length[longer][-1].extend(row)
-            room -= size
+            room, slots = room - size, slots - len(row)
 
 
 def _batches(by_length: dict[int, list[list[int]]], shapes: Shapes) -> Iterator[Packed]:

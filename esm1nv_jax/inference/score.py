@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from esm1nv_jax import output
 from esm1nv_jax.arguments import Parser
 from esm1nv_jax.console import bar, console
 from esm1nv_jax.data.archive import Archive, BrokenArchive
@@ -44,10 +45,14 @@ def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def spearman(columns: list[str], rows: list[list[str]], scores: np.ndarray, target: str | None):
-    """(column, rank correlation, rows used) with what was measured; None where nothing was."""
-    from scipy.stats import spearmanr
+def measurements(
+    columns: list[str], rows: list[list[str]], target: str | None
+) -> tuple[str, np.ndarray] | None:
+    """(column, float64 [rows], NaN where there is no number) to rank the scores against; None where
+    nothing was measured.
 
+    Raises UserError where the column `target` is not there, or cannot be ranked.
+    """
     column = target or next((c for c in MEASURED if c in columns), None)
     if column is None:
         return None
@@ -63,10 +68,21 @@ def spearman(columns: list[str], rows: list[list[str]], scores: np.ndarray, targ
                 raise UserError(
                     f"row {i + 2}: {column} is {row[at]!r}, which is no number"
                 ) from None
-    used = np.isfinite(measured)
-    if used.sum() < 3:
+    numbers = measured[np.isfinite(measured)]
+    if len(numbers) < 3 or np.ptp(numbers) == 0:
+        if target:
+            raise UserError(f"--target={column} holds no three numbers that differ; leave it out")
         return None
-    return column, float(spearmanr(scores[used], measured[used]).statistic), int(used.sum())
+    return column, measured
+
+
+def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
+    """Rank correlation, and how many rows have a measurement. NaN where all scores are equal."""
+    from scipy.stats import spearmanr
+
+    used = np.isfinite(measured)
+    rho = spearmanr(scores[used], measured[used]).statistic if np.ptp(scores[used]) else np.nan
+    return float(rho), int(used.sum())
 
 
 def write(out: Path, columns: list[str], rows: list[list[str]], scores: np.ndarray) -> None:
@@ -122,8 +138,7 @@ def main(argv: list[str]) -> int | None:
     for path in (out, picture) if args.all_singles else (out,):
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; add --overwrite, or choose another --out")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    output.check(args.out)
     if args.additive and args.mode != MODES[0]:
         raise UserError(f"--additive is for --mode={MODES[0]}, found --mode={args.mode}")
     name, wild_type = protein(args.fasta)
@@ -137,6 +152,7 @@ def main(argv: list[str]) -> int | None:
         mutants_lib.parse_all(names, wild_type, args.offset, first_row=2)
         if SCORE in columns:
             raise UserError(f"{args.mutants} has a column {SCORE!r} already; rename it")
+    measured = measurements(columns, rows, args.target)
 
     from esm1nv_jax.inference.model import load
 
@@ -157,9 +173,9 @@ def main(argv: list[str]) -> int | None:
             heatmap.draw(picture, wild_type, names, scores, args.offset)
         told += f"; heat map {picture}"
     console.print(told, markup=False)
-    compared = spearman(columns, rows, scores, args.target)
-    if compared is not None:
-        print("spearman {1:.4f} with {0} over {2} mutants".format(*compared))
+    if measured is not None:
+        rho, used = spearman(scores, measured[1])
+        print(f"spearman {rho:.4f} with {measured[0]} over {used} mutants")
 
 
 def _score(model, wild_type: str, names: list[str], args) -> np.ndarray:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from esm1nv_jax.console import console
-from esm1nv_jax.data.dataset import SPLITS, MemorySource, Source, open_split
+from esm1nv_jax.data import manifest
+from esm1nv_jax.data.dataset import SAMPLE, SPLITS, MemorySource, Source, open_split
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference.proteins import scan
 
@@ -20,7 +23,11 @@ def open_source(data: str | None, path: str | None) -> tuple[Source, str]:
         raise UserError("give the proteins by --data DIR[:split] or by --fasta FILE, one of them")
     if path is not None:
         return read_fasta(path), path
-    folder, _, split = data.rpartition(":") if data.endswith(_ENDINGS) else (data, "", "validation")
+    folder, colon, split = data.rpartition(":")
+    if not data.endswith(_ENDINGS):
+        if colon and (folder == SAMPLE or Path(folder, manifest.FILE).exists()):
+            raise UserError(f"--data {data}: no split {split!r}; there are {', '.join(SPLITS)}")
+        folder, split = data, "validation"
     return open_split(folder, split), f"{folder}:{split}"
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from esm1nv_jax.errors import UserError
 
 SETTINGS = "settings.json"
+ORIGIN = ("checkpoint", "run", "steps")  # settings on which the contents do not depend
 ALWAYS = ("ids", "lengths", "checksums", "rows")  # in every part: [proteins]
 
 
@@ -41,24 +42,37 @@ class Spool:
         Raises UserError where OUT is there already, or where other settings began the work.
         """
         old = self._settings()
-        self.total = settings["parts"]
-        if old is None or (overwrite and old != settings):
+        if old is not None and overwrite and _changed(old, settings):
+            self.clear()
+            old = None
+        if old is None:
             if self.out.exists() and not overwrite:
                 raise UserError(f"{self.out} exists; add --overwrite, or choose another --out")
-            shutil.rmtree(self.folder, ignore_errors=True)
             with disk(self.out, self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _replace(self.folder / SETTINGS, json.dumps(settings, indent=1).encode())
-        elif old != settings:
-            changed = "; ".join(
-                f"{name}: {old.get(name)!r} there, {settings.get(name)!r} here"
-                for name in sorted(old.keys() | settings.keys())
-                if old.get(name) != settings.get(name)
-            )
+                self._make(settings)
+            old = self.resume()  # made by another job, where that was faster
+        if changed := _changed(old, settings):
             raise UserError(
-                f"{self.folder} holds unfinished work with other settings ({changed}); finish it "
-                "with those, or begin anew with --overwrite"
+                f"{self.folder} holds unfinished work with other settings ({'; '.join(changed)}); "
+                "finish it with those, or begin anew with --overwrite"
             )
+        self.total = settings["parts"]
+
+    def _make(self, settings: dict[str, Any]) -> None:
+        """The folder and the settings in it, at once: jobs of an array start in the same second."""
+        new = self.folder.with_name(f"{self.folder.name}.{os.getpid()}.tmp")
+        try:
+            new.mkdir()
+            (new / SETTINGS).write_text(json.dumps(settings, indent=1))
+            if self.folder.exists() and self._settings() is None:
+                self.clear()  # what was left while it was removed
+            try:
+                os.rename(new, self.folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
     def resume(self) -> dict[str, Any]:
         """The settings of work that is there already. Raises UserError where there is none."""
@@ -67,6 +81,10 @@ class Spool:
             raise UserError(f"{self.folder} holds no parts to merge; run with --shard i/n first")
         self.total = settings["parts"]
         return settings
+
+    def part_residues(self) -> int | None:
+        """How work that is there already is cut into parts."""
+        return (self._settings() or {}).get("part_residues")
 
     def _settings(self) -> dict[str, Any] | None:
         try:
@@ -160,10 +178,13 @@ def _content(value: np.ndarray) -> bytes:
     return np.ascontiguousarray(value).tobytes()
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """How settings differ, a phrase each, apart from where the model lies."""
+    return [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in ORIGIN
+    ]
 
 
 @contextlib.contextmanager

@@ -53,5 +53,5 @@ class Tally:
     def perplexity(self, k: int = 0) -> tuple[float, float]:
         """exp of the mean, with the error of the mean carried through."""
         mean, error = self.mean(k)
-        value = math.exp(mean) if mean < 700 else math.inf
+        value = math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
         return value, value * error

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from esm1nv_jax import arguments
+from esm1nv_jax import arguments, figures
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.planning import chips
 
@@ -215,13 +215,12 @@ def compared(config, field: str) -> list[tuple[str, Any]]:
 
 def measured(workdir: str) -> dict[str, float]:
     """Median figures of the training lines of a run: seconds_per_update, mfu where it is known."""
-    path = Path(workdir) / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"--against {workdir} holds no metrics.jsonl; name the folder of a run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    if not (Path(workdir) / figures.FILE).is_file():
+        raise UserError(f"--against {workdir} holds no {figures.FILE}; name the folder of a run")
+    lines = figures.read(workdir)
     lines = [line for line in lines if line["kind"] == "train"][1:]  # the first one compiled
     if not lines:
-        raise UserError(f"{path} has fewer than two lines of training; let the run go on")
+        raise UserError(f"{workdir} has fewer than two lines of training; let the run go on")
     names = ("seconds_per_update", "tokens_per_second", "mfu")
     return {
         name: statistics.median(line[name] for line in lines) for name in names if name in lines[0]

@@ -12,13 +12,12 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax import arguments, configuration
+from esm1nv_jax import arguments, configuration, figures, output
 from esm1nv_jax.console import console
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.page import Page, figure
 from esm1nv_jax.training.workdir import CONFIG
 
-METRICS = "metrics.jsonl"
 FIGURE = "perplexity_mask"  # the one figure in which recipes can be compared
 UNIMPORTANT = ("steps", "platform", "checkpoint.", "log.", "evaluation.", "data.path")
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
@@ -57,8 +56,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
     parser.add_argument("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
     options = parser.parse_args(argv)
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        raise UserError(f"{options.out} cannot be written: make its folder first")
+    output.check(options.out)
     if options.out and Path(options.out).suffix not in (".html", ".png"):
         raise UserError(f"--out {options.out} must end in .html or .png")
     runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
@@ -76,9 +74,10 @@ def main(argv: list[str]) -> None:
     console.print(shown)
     if options.out:
         if options.out.endswith(".png"):
-            curves(runs).savefig(options.out, dpi=110)
+            with output.writing(options.out):
+                curves(runs).savefig(options.out, dpi=110)
         else:
-            Path(options.out).write_text(page(runs, differences, table).text())
+            output.write(options.out, page(runs, differences, table).text())
         console.print(f"wrote  {options.out}", markup=False)
 
 
@@ -89,15 +88,15 @@ def read(paths: list[str]) -> list[Run]:
         folder = Path(path)
         try:
             config = configuration.flat(json.loads((folder / CONFIG).read_text()))
-            lines = [json.loads(x) for x in (folder / METRICS).read_text().splitlines() if x]
+            lines = figures.read(folder)
         except OSError as error:
             raise UserError(
                 f"{path} is not a run: {Path(error.filename).name} is not there; give the "
                 "--workdir of a training run"
             ) from None
         except ValueError as error:
-            raise UserError(f"{path}: {CONFIG} or {METRICS} cannot be read ({error})") from None
-        kinds = {k: [x for x in lines if x.get("kind") == k] for k in ("validation", "train")}
+            raise UserError(f"{path}: {CONFIG} cannot be read ({error})") from None
+        kinds = {k: [x for x in lines if x["kind"] == k] for k in ("validation", "train")}
         if not kinds["validation"]:
             raise UserError(f"{path} has no validation figure yet; let it run on, or leave it out")
         found.append(Run(name, config, kinds["validation"], kinds["train"]))

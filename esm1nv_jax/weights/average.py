@@ -59,7 +59,7 @@ def select(
             if len(found) < last:
                 raise UserError(
                     f"{run} has {len(found)} checkpoints"
-                    + (f" when every {every}th is taken" if every > 1 else "")
+                    + (f" when one in {every} is taken" if every > 1 else "")
                     + f", --last {last} were asked for; take --last {len(found)}, or train with "
                     f"--config.checkpoint.keep={last * every}"
                 )
@@ -147,7 +147,10 @@ def _provenance(members: list[Member]) -> dict:
         step = epath.Path(member.run) / checkpoint.FOLDER / str(member.step)
         digest = hashlib.sha256((step / checkpoint.CHECKSUMS).read_bytes()).hexdigest()
         rows.append({"run": member.run, "step": member.step, "sha256": digest})
-        data.add(json.loads((step / "place" / "metadata").read_text()).get("data", ""))
+        try:
+            data.add(json.loads((step / "place" / "metadata").read_text()).get("data", ""))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{member} cannot be read ({error}); leave it out") from None
     made_by = checkpoint.read_config(members[-1].run, members[-1].step)
     return {
         "run": members[-1].run,

@@ -227,13 +227,13 @@ def steps(workdir: str | epath.Path, folder: str = FOLDER) -> list[int]:
     return _steps(epath.Path(workdir) / folder)
 
 
-def read_params(workdir: str | epath.Path, step: int) -> dict:
+def read_params(workdir: str | epath.Path, step: int, folder: str = FOLDER) -> dict:
     """The parameters of one checkpoint, on the host, as NumPy arrays."""
     alone = _alone()
     with ocp.Checkpointer(
         ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
     ) as reader:
-        item = epath.Path(workdir) / FOLDER / str(step) / "params"
+        item = epath.Path(workdir) / folder / str(step) / "params"
         if not remote(item):
             item = item.absolute()  # Orbax finds no metadata under a relative path
         shapes = reader.metadata(item).item_metadata

@@ -29,8 +29,8 @@ class Weights:
 
 
 def read(path: str) -> Weights:
-    """Weights of a run (its newest checkpoint), one of its checkpoints, a model folder, or a
-    folder of `transformers`.
+    """Weights of a run (its newest checkpoint), one of its checkpoints, its `best`, a model folder,
+    or a folder of `transformers`.
 
     Raises UserError where there is none, saying what was looked for.
     """
@@ -39,11 +39,13 @@ def read(path: str) -> Weights:
         raise UserError(f"checkpoint {path} does not exist; give a run, a step or a model folder")
     if (folder / DESCRIPTION).exists():
         return _read_model(folder)
-    if folder.name.isdigit() and folder.parent.name == checkpoint.FOLDER:
-        return _read_step(folder.parent.parent, int(folder.name))
-    steps = checkpoint.steps(folder)
-    if steps:
-        return _read_step(folder, steps[-1])
+    kept = (checkpoint.FOLDER, checkpoint.BEST)
+    if folder.name.isdigit() and folder.parent.name in kept:
+        return _read_step(folder.parent.parent, int(folder.name), folder.parent.name)
+    if folder.name in kept and (steps := checkpoint.steps(folder.parent, folder.name)):
+        return _read_step(folder.parent, steps[-1], folder.name)
+    if steps := checkpoint.steps(folder):
+        return _read_step(folder, steps[-1], checkpoint.FOLDER)
 
     from esm1nv_jax.weights import huggingface  # it builds on this file
 
@@ -110,13 +112,19 @@ def _read_model(folder: epath.Path) -> Weights:
     return Weights(params, model, description.get("provenance", {}))
 
 
-def _read_step(run: epath.Path, step: int) -> Weights:
+def _read_step(run: epath.Path, step: int, kept: str) -> Weights:
+    if step not in checkpoint.steps(run, kept):
+        raise UserError(
+            f"checkpoint {step} of {run} was never finished; take another, or {run} for the newest"
+        )
     try:
-        description = checkpoint.read_config(run, step)
-        params = checkpoint.read_params(run, step)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"checkpoint {step} of {run} cannot be read: {error}") from None
-    model = encoder.EncoderConfig(**description["config"]["model"])
+        description = checkpoint.read_config(run, step, kept)
+        params = checkpoint.read_params(run, step, kept)
+        model = encoder.EncoderConfig(**description["config"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {step} of {run} cannot be read: {error} (esm1nv doctor {run} checks all)"
+        ) from None
     check(params, model, f"checkpoint {step} of {run}")
     provenance = {"run": str(run), "steps": [step]} | description
     return Weights(params, model, provenance)

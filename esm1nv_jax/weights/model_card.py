@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from esm1nv_jax import __version__
+from esm1nv_jax import __version__, figures
 from esm1nv_jax.model.encoder import parameter_count
 
 if TYPE_CHECKING:
@@ -68,13 +68,10 @@ def licence_of(folder: epath.Path) -> str | None:
 
 def figures_of(run: str, step: int) -> dict[str, Any] | None:
     """The newest validation figures of a run up to `step`, from its metrics.jsonl."""
-    path = epath.Path(run) / "metrics.jsonl"
-    if not path.exists():
-        return None
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = figures.read(run)
         found = [r for r in records if r["kind"] == "validation" and r["step"] <= step]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return None
     return found[-1] if found else None
 

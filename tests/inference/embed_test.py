@@ -5,10 +5,12 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import h5py
 import jax
@@ -20,6 +22,8 @@ from esm1nv_jax import arguments, cli
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.inference import embed as embed_lib
 from esm1nv_jax.inference.embed import Request, embed, merge
+from esm1nv_jax.inference.proteins import scan
+from esm1nv_jax.inference.spool import Spool
 from esm1nv_jax.weights import folder
 from tests.inference.models import make_proteins, write_fasta
 
@@ -187,6 +191,19 @@ def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path
         assert a["per_residue_1"][:].tobytes() == b["per_residue_1"][:].tobytes()
 
 
+def test_sigterm_says_what_is_kept(model_path, tmp_path):
+    fasta, out = write_fasta(tmp_path / "in.fasta", PROTEINS), tmp_path / "o.npz"
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out)]
+    job = start(argv, pause=60)
+    parts, deadline = tmp_path / "o.npz.parts", time.monotonic() + 120
+    while not list(parts.glob("part-*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    err = job.communicate()[1]
+    assert job.returncode == 75 and err.splitlines()[-1].startswith("stopped; "), err
+    assert str(parts) in err
+
+
 def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
     argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out",
@@ -270,6 +287,8 @@ def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
     binary, there = tmp_path / "binary.fasta", tmp_path / "there.npz"
     binary.write_bytes(bytes(range(256)) * 20)
     there.write_bytes(b"precious")
+    folder_there = tmp_path / "folder.npz"
+    folder_there.mkdir()
     good = {"checkpoint": model_path, "fasta": fasta, "out": str(tmp_path / "o.npz")}
     for change, expected in [
         ({"checkpoint": str(tmp_path / "none")}, "does not exist"),
@@ -280,6 +299,8 @@ def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
         ({"out": str(there)}, "exists; add --overwrite"),
         ({"out": str(tmp_path / "o.csv")}, ".parquet, .h5, .npz"),
         ({"out": str(tmp_path / "no" / "o.npz")}, "there is no folder"),
+        ({"out": str(folder_there)}, "it is a folder"),
+        ({"shard": "1/0"}, "i from 1 to n"),
         ({"layers": "-1,3"}, "layer 3 is unknown"),
         ({"layers": "last"}, "--layers=last"),
         ({"include": "mean,contacts"}, "--include=contacts"),
@@ -305,6 +326,57 @@ def test_other_settings_do_not_mix_with_unfinished_work(model_path, tmp_path, sm
     (tmp_path / "one").mkdir()
     alone = embed(request(model_path, tmp_path / "one"))
     assert embed(request(model_path, tmp_path)) == alone  # one job finishes what shards began
+
+
+def test_jobs_that_begin_together_share_one_folder(model_path, tmp_path, small_parts, monkeypatch):
+    """A job that found no folder meets that of another, with a part in it."""
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    seen, make = [], Spool._make
+
+    def late(self, settings):
+        if not seen:
+            seen.append(None)
+            embed(request(model_path, tmp_path, shard=(1, 2)))
+        make(self, settings)
+
+    monkeypatch.setattr(Spool, "_make", late)
+    embed(request(model_path, tmp_path, shard=(2, 2)))
+    assert merge(str(tmp_path / "out.npz")) == alone
+
+
+def test_what_is_left_of_a_removed_folder_does_not_count(model_path, tmp_path):
+    parts = tmp_path / "out.npz.parts"
+    parts.mkdir()
+    (parts / "part-000000.npz").write_bytes(b"old")
+    embed(request(model_path, tmp_path))
+
+
+def test_work_begun_on_other_devices_goes_on_in_its_parts(
+    model_path, tmp_path, small_parts, monkeypatch
+):
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 800)  # as more devices would have it
+    assert embed(request(model_path, tmp_path)) == alone
+
+
+def test_the_same_model_elsewhere_goes_on(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    moved = shutil.copytree(model_path, tmp_path / "moved")
+    assert embed(request(str(moved), tmp_path))
+
+
+def test_checking_a_file_holds_little_of_each_record(tmp_path):
+    peaks = []
+    for n in (20_000, 60_000):
+        fasta = write_fasta(tmp_path / "in.fasta", [(f"p{i}", "MKV" * 100) for i in range(n)])
+        tracemalloc.start()
+        scan(fasta)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 40 * 40_000
 
 
 def test_a_damaged_part_is_found(model_path, tmp_path, small_parts):

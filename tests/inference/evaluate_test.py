@@ -281,20 +281,55 @@ def test_the_command_writes_figures_and_a_page(saved, tmp_path):
         (["--fasta", "UNKNOWN"], "unknown letters"),
         ([], "one of them"),
         (["--fasta", "EMPTY", "--data", "sample"], "one of them"),
-        (["--data", "sample:train2"], "train2"),
+        (["--data", "sample:train2"], "no split 'train2'; there are train, validation, test"),
         (["--data", "sample", "--max-residues", "1000"], "130 positions"),
-        (["--data", "sample", "--json", "/no/such/folder/x.json"], "does not exist"),
+        (["--data", "sample", "--json", "/no/such/folder/x.json"], "there is no folder"),
+        (["--data", "sample", "--report", "FOLDER"], "it is a folder"),
+        (["--data", "sample", "--masks-out", "FOLDER"], "it is a folder"),
+        (["--fasta", "GOOD", "--groups", "GROUPS"], "names none of the 1 proteins, such as a"),
         (["--masks", "EMPTY"], "line 1"),
     ],
 )
 def test_a_mistake_is_one_line(saved, tmp_path, capsys, options, said):
     (tmp_path / "EMPTY").write_text("no header\n")
     (tmp_path / "UNKNOWN").write_text(">a\nJJJJ\n")
-    paths = {name: str(tmp_path / name) for name in ("EMPTY", "ABSENT", "UNKNOWN")}
+    (tmp_path / "GOOD").write_text(">a\nMKV\n")
+    (tmp_path / "GROUPS").write_text("b\tnear\n")
+    names = ("EMPTY", "ABSENT", "UNKNOWN", "GOOD", "GROUPS")
+    paths = {name: str(tmp_path / name) for name in names} | {"FOLDER": str(tmp_path)}
     argv = ["evaluate", "--checkpoint", str(saved), *(paths.get(o, o) for o in options)]
     assert arguments.run(cli.dispatch, argv) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last
+
+
+GOOD = {"id": "a", "sequence": "MKV" * 50, "positions": [1], "inputs": ["<mask>"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"id": 5}, "no 'id' that is a str"),
+        ({"sequence": 5}, "no 'sequence'"),
+        ({"positions": [[1]]}, "integers in 0..149"),
+        ({"positions": [1.5]}, "integers in 0..149"),
+        ({"positions": [150]}, "integers in 0..149"),
+        ({"positions": [1, 1], "inputs": ["A", "A"]}, "twice"),
+        ({"inputs": []}, "1 positions, 0 inputs"),
+        ({"inputs": ["<pad>"]}, "neither <mask> nor a residue letter"),
+        ({"positions": [140]}, "residue 141 is masked, 128 are read"),  # by the model
+    ],
+)
+def test_a_wrong_file_of_masks_is_one_line(saved, tmp_path, capsys, change, said):
+    (tmp_path / "masks").write_text(json.dumps(GOOD | change) + "\n")
+    argv = ["evaluate", "--checkpoint", str(saved), "--masks", str(tmp_path / "masks")]
+    assert arguments.run(cli.dispatch, argv) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+
+
+def test_a_figure_of_no_positions_is_not_a_number():
+    assert all(math.isnan(value) for value in Tally.empty(1).perplexity())
 
 
 def test_an_empty_run_is_one_line(tmp_path):

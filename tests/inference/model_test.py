@@ -103,6 +103,12 @@ def test_no_sequences_and_empty_ones(model):
         model.embed(["MK"], layer=3)
 
 
+def test_one_text_is_no_list(model):
+    for call in (model.embed, model.logits, lambda text: model.score_variants("MKV", text)):
+        with pytest.raises(UserError, match="'M1A' is one text; give a list"):
+            call("M1A")
+
+
 def test_fill_mask_gives_probabilities_of_the_masked_residue(model):
     sequence = "MK<mask>VLR<mask>A"
     ids = tokenizer.encode("MKLVLRLA")

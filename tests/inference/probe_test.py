@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,6 +211,7 @@ PLAIN, MASKED = ("sequence", "label", "split"), ("sequence", "label", "mask", "s
         ("localisation", PLAIN, ("", "x", "train"), "sequence is empty"),
         ("localisation", PLAIN, ("MK", "x", "dev"), "'dev'"),
         ("localisation", PLAIN, ("MK", "x", "train"), "1 rows of split train"),
+        ("localisation", PLAIN, ("M" * 200_000, "x", "train"), "is it CSV?"),
     ],
 )
 def test_a_wrong_table_is_one_line(tmp_path, task, columns, row, said):
@@ -217,3 +219,26 @@ def test_a_wrong_table_is_one_line(tmp_path, task, columns, row, said):
     with pytest.raises(UserError) as error:
         downstream.read(path, task)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "mask", "said"),
+    [
+        ("regression", "11", "11", "every label is '11'"),
+        ("localisation", "HC", "11", "every label is 'HC'"),
+        ("secondary_structure", "HH", "11", "every label is 'H'"),
+        ("secondary_structure", "HC", "00", "no residue of split train has mask 1"),
+    ],
+)
+def test_labels_that_teach_nothing_are_one_line(tmp_path, task, labels, mask, said):
+    rows = [("MK", labels, mask, split) for split in ("train", "valid", "test") * 2]
+    with pytest.raises(UserError, match=said):
+        downstream.read(write(tmp_path / "x.csv", rows, MASKED), task)
+
+
+def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path):
+    rows = [("MK", str(i), split) for i in (1, 2) for split in ("train", "valid", "test")]
+    path = write(tmp_path / "x.csv", rows, PLAIN)
+    text = Path(path).read_text()
+    Path(path).write_text(text, encoding="utf-8-sig")
+    assert len(downstream.read(path, "regression").train.sequences) == 2

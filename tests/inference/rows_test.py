@@ -30,6 +30,12 @@ def test_every_item_stands_in_one_row_that_holds_it(sizes):
                 assert len(row) <= SHAPES.slots(batch.length)
 
 
+def test_peptides_left_over_take_no_more_slots_than_a_longer_row_has():
+    sizes = np.array([3] * 500 + [120] * 80)
+    for batch in packed(sizes, Shapes.of(256, 2048, 1)):
+        assert max(map(len, batch.rows)) <= SHAPES.slots(batch.length)
+
+
 @given(SIZES)
 def test_packed_only_the_last_batch_of_the_longest_rows_is_not_full(sizes):
     batches = list(packed(sizes, SHAPES))

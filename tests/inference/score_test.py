@@ -179,7 +179,21 @@ def test_mistakes_of_the_command_are_one_line(model_path, tmp_path, capsys):
         (["--mutants", str(tmp_path / "good.csv"), "--all_singles"], "--mutants or --all_singles"),
         ([], "--mutants or --all_singles"),
         (["--all_singles", "--additive", "--mode", "wt-marginals"], "--additive is for"),
+        (["--all_singles", "--target", "x"], "--target=x is no column; there are mutant"),
+        (["--mutants", str(tmp_path / "good.csv"), "--target", "x"], "no three numbers"),
+        (["--all_singles", "--out", str(tmp_path), "--overwrite"], "it is a folder"),
     ]:
         assert score(model_path, tmp_path, *options) == 2
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert len(told) == 1 and expected in told[0], told
+        assert not (tmp_path / "s.csv").exists()  # told before the work
+
+
+def test_a_mutant_too_wide_for_a_window_is_told_before_any_is_computed(model):
+    wild = WILD * 20
+    name = [f"{a}{i}{'G' if a != 'G' else 'A'}" for i, a in enumerate(wild, 1)]
+    done = []
+    mutants = [*name[:100], f"{name[0]}:{name[-1]}"]  # more than are planned together
+    with pytest.raises(UserError, match=f"{len(wild)} residues apart"):
+        model.score_variants(wild, mutants, mode="pseudo-perplexity", tell=done.append)
+    assert not done

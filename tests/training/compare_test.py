@@ -70,3 +70,9 @@ def test_a_run_without_validation_is_one_line(tmp_path):
     run = write(tmp_path / "new", "", {})
     with pytest.raises(UserError, match="no validation figure yet"):
         read([run])
+
+
+def test_a_run_that_was_cut_short_while_it_wrote_is_compared_by_its_whole_lines(runs):
+    with open(f"{runs[0]}/metrics.jsonl", "a") as file:
+        file.write('{"step": 300, "kind": "valid')
+    assert max(x["step"] for x in read(runs[:1])[0].validation) == 200

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 
@@ -124,10 +125,48 @@ def test_a_flipped_byte_is_found_and_named(tmp_path):
         average(select([str(tmp_path)]))
 
 
+def test_a_member_without_its_place_is_named(tmp_path):
+    save(tmp_path, (1, 2))
+    (tmp_path / "checkpoints/2/place/metadata").unlink()
+    with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read .*leave it out"):
+        average(select([str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--last", "0"], "--last 0 names no checkpoint"),
+        (["--steps", ","], "not a list of updates"),
+        (["--report", "."], "it is a folder"),
+        (["--out", "/proc/none/model"], "cannot be written"),
+    ],
+)
+def test_a_mistake_of_the_command_is_one_line(runs, tmp_path, capsys, options, said):
+    argv = ["average", "--workdir", runs[0], "--out", str(tmp_path / "model"), *options]
+    assert arguments.run(cli.dispatch, argv) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and said in last
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_checkpoint_without_checksums_is_no_member(tmp_path):
     save(tmp_path, (1, 2))
     (tmp_path / "checkpoints/2" / checkpoint.CHECKSUMS).unlink()
     assert [m.step for m in select([str(tmp_path)])] == [1]
+
+
+def test_a_checkpoint_is_found_by_its_run_its_step_and_as_the_best(tmp_path):
+    run = save(tmp_path, (1, 2))
+    shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "best/1")
+    paths = {"": 2, "checkpoints": 2, "checkpoints/1": 1, "best": 1, "best/1": 1}
+    for path, step in paths.items():
+        assert same(folder.read(f"{run}/{path}").params, checkpoint.read_params(run, step)), path
+    (tmp_path / "checkpoints/1" / checkpoint.CHECKSUMS).unlink()
+    with pytest.raises(UserError, match=r"checkpoint 1 of .* was never finished"):
+        folder.read(f"{run}/checkpoints/1")
+    (tmp_path / "best/1/params/_METADATA").unlink()
+    with pytest.raises(UserError, match=r"checkpoint 1 of .* cannot be read"):
+        folder.read(f"{run}/best")
 
 
 def test_another_architecture_is_named(runs, tmp_path):
