@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 
 from etils import epath
@@ -46,13 +47,18 @@ class Writer:
         named = values.items()
         self._tell(step, *({"summary": scalar(f"{kind}/{name}", x)} for name, x in named))
 
-    def close(self) -> None:
-        if self.enabled:
-            self._append()
-            self.file.close()
-            if self.waiting:
-                lost = self.waiting.count(b"\n")
-                console.print(f"{lost} lines of {self.path} found no room and are lost")
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not self.enabled:
+            return
+        self._append()
+        self.file.close()
+        if self.waiting:
+            lost = self.waiting.count(b"\n")
+            console.print(f"{lost} lines of {self.path} found no room and are lost")
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # whole lines only
 
     def _append(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import jax
@@ -58,7 +59,11 @@ def run(
     fingerprints = f"{source.fingerprint} {held_out.fingerprint}"
     watchdog.hosts = cluster.agree(team, mesh.size, configuration.flat(config), fingerprints)
 
-    with workdir.hold(path, team) as run_folder, hosts.log(run_folder, team, watchdog) as log:
+    with (
+        workdir.hold(path, team) as run_folder,
+        hosts.log(run_folder, team, watchdog) as log,
+        contextlib.ExitStack() as at_the_end,
+    ):
         if team.process == 0:
             workdir.settle(run_folder, config)
         saving = Saving(run_folder, config.checkpoint)
@@ -76,7 +81,7 @@ def run(
             summary.show_start(config, settings, stream, source, mesh, run_folder, done,
                                watchdog.hosts, before, layout)  # fmt: skip
 
-        writer = Writer(run_folder, done, team.process == 0)
+        writer = at_the_end.enter_context(Writer(run_folder, done, team.process == 0))
         window = metrics.Window(settings.model, mesh.devices.flat)
         clock = hosts.HostClock(team, mesh.local_devices[0])
 
@@ -156,7 +161,6 @@ def run(
                             saving.save(*checkpoint_parts())
         watchdog.beat("waiting until the last checkpoint is on disk")
         saving.close()
-        writer.close()
         team.together("saved", config.cluster.stall_timeout)
         watchdog.rest()
         if leaving.leaving and done < config.steps:

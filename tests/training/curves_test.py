@@ -23,39 +23,55 @@ def steps(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
 
 
-def test_lines_wait_until_a_full_disk_has_room(small_disk, capsys):
-    writer = Writer(small_disk, 0, True)
-    writer.write(1, "train", {"loss": 3.0})
-    ballast = small_disk / "ballast"
-    with pytest.raises(OSError), open(ballast, "wb", buffering=0) as file:
+def fill(folder):
+    with pytest.raises(OSError), open(folder / "ballast", "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
-    for step in range(2, 200):
-        writer.write(step, "train", {"loss": 3.0})
-    assert (small_disk / "metrics.jsonl").read_text().count("\n") < 199
-    ballast.unlink()
-    writer.write(200, "train", {"loss": 3.0})
-    assert steps(small_disk) == list(range(1, 201))
-    writer.close()
+
+
+def test_lines_wait_until_a_full_disk_has_room(small_disk, capsys):
+    with Writer(small_disk, 0, True) as writer:
+        writer.write(1, "train", {"loss": 3.0})
+        fill(small_disk)
+        for step in range(2, 200):
+            writer.write(step, "train", {"loss": 3.0})
+        assert (small_disk / "metrics.jsonl").read_text().count("\n") < 199
+        (small_disk / "ballast").unlink()
+        writer.write(200, "train", {"loss": 3.0})
+        assert steps(small_disk) == list(range(1, 201))
     assert capsys.readouterr().err.count("figures wait in memory") == 1
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_end_of_a_run_leaves_whole_lines(small_disk, capsys, room):
+    """Also of one that failed: its last figures follow if there is room, else none is cut."""
+    with pytest.raises(RuntimeError), Writer(small_disk, 0, True) as writer:
+        fill(small_disk)
+        for step in range(1, 200):
+            writer.write(step, "train", {"loss": 3.0})
+        assert not (small_disk / "metrics.jsonl").read_text().endswith("\n")
+        if room:
+            (small_disk / "ballast").unlink()
+        raise RuntimeError
+    found = steps(small_disk)
+    assert found == list(range(1, len(found) + 1)) and (len(found) == 199) == room
+    assert ("found no room" in capsys.readouterr().err) != room
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     folder = epath.Path(tmp_path)
     for start in (0, 3):
-        writer = Writer(folder, start, True)
-        for step in range(start + 1, start + 6):
-            writer.write(step, "train", {"loss": float(step)})
-        writer.close()
+        with Writer(folder, start, True) as writer:
+            for step in range(start + 1, start + 6):
+                writer.write(step, "train", {"loss": float(step)})
     assert steps(folder) == list(range(1, 9))
 
 
 def test_tensorboard_reads_the_events(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    writer = Writer(epath.Path(tmp_path), 0, True)
-    writer.write(7, "train", {"loss": 2.5})
-    writer.close()
+    with Writer(epath.Path(tmp_path), 0, True) as writer:
+        writer.write(7, "train", {"loss": 2.5})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []
     while data:
