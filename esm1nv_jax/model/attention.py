@@ -15,7 +15,7 @@ import numpy as np
 
 from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import dropout as dropout_lib
-from esm1nv_jax.model.products import operand, precision
+from esm1nv_jax.model.products import laid_out, operand, precision, turned
 
 BACKENDS = ("cudnn", "pallas", "splash", "xla")  # in order of preference
 AUTO = "auto"  # the first that is fit, once the device is known
@@ -113,24 +113,27 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
 
 
 def _xla(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B):
-    q_BNTH, k_BNSH, v_BNSH = (jnp.swapaxes(qkv_BTCNH[:, :, c], 1, 2) for c in range(3))
-    q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
-    mixed_BNTH = _mix(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate)
+    qkv_CBNTH = jnp.transpose(qkv_BTCNH, (2, 0, 3, 1, 4))
+    mixed_BNTH = _mix(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate)
     seen_BT = segment_ids_BT > 0
     return jnp.where(seen_BT[:, :, None, None], jnp.swapaxes(mixed_BNTH, 1, 2), 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _mix(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _mix(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate):
     """Attention with T x T scores in memory; the weights are normalised after the product with v.
 
     Its gradient is written out, as a kernel's would be: with autodiff's, XLA's CPU backend merges
     the softmax into the product and takes more than twice the time.
     """
-    return _mix_forward(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate)[0]
+    return _mix_forward(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate)[0]
 
 
-def _mix_forward(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate):
+def _mix_forward(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate):
+    q_BNTH, k_BNSH, v_BNSH = qkv_CBNTH
+    q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
+    operands = [laid_out(operand(x, dtype)) for x in (q_BNTH, k_BNSH, v_BNSH)]
+    q_BNTH, k_BNSH, v_BNSH = operands
     scores_BNTS = _einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, dtype)
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     scores_BNTS = jnp.where(same_BTS[:, None], scores_BNTS, _NEVER)
@@ -138,28 +141,31 @@ def _mix_forward(q_BNTH, k_BNSH, v_BNSH, segment_ids_BT, row_keys_B, dtype, rate
     total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
     kept_BNTS = weights_BNTS * _scale(weights_BNTS.shape, rate, row_keys_B)
     mixed_BNTH = _einsum("BNTS,BNSH->BNTH", kept_BNTS, v_BNSH, dtype) / total_BNT1
-    residuals = q_BNTH, k_BNSH, v_BNSH, row_keys_B, weights_BNTS, total_BNT1, mixed_BNTH
-    return mixed_BNTH, residuals
+    like = jnp.zeros((0,), qkv_CBNTH.dtype)
+    return mixed_BNTH, (operands, like, row_keys_B, weights_BNTS, total_BNT1, mixed_BNTH)
 
 
 def _mix_backward(dtype, rate, residuals, g_BNTH):
-    q_BNTH, k_BNSH, v_BNSH, row_keys_B, weights_BNTS, total_BNT1, mixed_BNTH = residuals
+    operands, like, row_keys_B, weights_BNTS, total_BNT1, mixed_BNTH = residuals
+    q_BNTH, k_BNSH, v_BNSH = operands
     g_BNTH = g_BNTH / total_BNT1
     scale_BNTS = _scale(weights_BNTS.shape, rate, row_keys_B)
-    dv_BNSH = _einsum("BNTS,BNTH->BNSH", weights_BNTS * scale_BNTS, g_BNTH, dtype)
-    dkept_BNTS = _einsum("BNTH,BNSH->BNTS", g_BNTH, v_BNSH, dtype)
     through_total_BNT1 = jnp.sum(g_BNTH * mixed_BNTH, axis=-1, keepdims=True)
+    g_BNTH = laid_out(operand(g_BNTH, dtype))
+    dv_BNSH = _over_queries(weights_BNTS * scale_BNTS, g_BNTH, dtype)
+    dkept_BNTS = _einsum("BNTH,BNSH->BNTS", g_BNTH, v_BNSH, dtype)
     dscores_BNTS = weights_BNTS * (dkept_BNTS * scale_BNTS - through_total_BNT1)
-    dq_BNTH = _einsum("BNTS,BNSH->BNTH", dscores_BNTS, k_BNSH, dtype)
-    dk_BNSH = _einsum("BNTS,BNTH->BNSH", dscores_BNTS, q_BNTH, dtype)
-    gradients = (
-        d.astype(x.dtype)
-        for d, x in ((dq_BNTH, q_BNTH), (dk_BNSH, k_BNSH), (dv_BNSH, v_BNSH))
-    )
-    return *gradients, None, None
+    dq_BNTH = _einsum("BNTS,BNSH->BNTH", dscores_BNTS, k_BNSH, dtype) * q_BNTH.shape[-1] ** -0.5
+    dk_BNSH = _over_queries(dscores_BNTS, q_BNTH, dtype)
+    return jnp.stack([dq_BNTH, dk_BNSH, dv_BNSH]).astype(like.dtype), None, None
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
+
+
+def _over_queries(a_BNTS, b_BNTH, dtype):
+    """[B, N, S, H], with the small arrays turned, not the large one."""
+    return turned(_einsum("BNHT,BNTS->BNHS", turned(b_BNTH), a_BNTS, dtype))
 
 
 def _einsum(pattern: str, a, b, dtype):
