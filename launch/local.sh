@@ -11,12 +11,17 @@ set -u
 processes="" restarts=0
 while [ $# -gt 0 ]; do
   case "$1" in
-    -n) processes="$2"; shift 2 ;;
-    --restarts) restarts="$2"; shift 2 ;;
+    -n) processes="${2:-none}"; shift; shift ;;
+    --restarts) restarts="${2:-none}"; shift; shift ;;
     -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "error: option $1 is unknown; there are -n and --restarts, then a command" >&2; exit 2 ;;
     *) break ;;
   esac
 done
+if ! [[ $restarts =~ ^[0-9]+$ ]]; then
+  echo "error: --restarts $restarts is no number; give how often a run that fails is started again" >&2
+  exit 2
+fi
 if [ -z "$processes" ]; then
   processes=$(nvidia-smi -L 2>/dev/null | wc -l)
 fi

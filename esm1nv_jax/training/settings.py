@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 from ml_collections import ConfigDict
@@ -18,6 +19,23 @@ from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
 
 REDUCE_DTYPES = ("float32", "bfloat16")
+
+LEAST = {  # that a field may be
+    "steps": 1,
+    "batch.rows": 0,
+    "batch.sequences_per_device": 1,
+    "batch.microbatches": 1,
+    "evaluation.every": 1,
+    "evaluation.batches": 0,
+    "checkpoint.every": 1,
+    "checkpoint.minutes": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
+    "skip_nonfinite": 0,
+    "cluster.start_timeout": 1,
+    "cluster.stall_timeout": 1,
+    "log.every": 1,
+}
 
 # Fields that may change between the starts of one run: none of them changes what is learned.
 MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
@@ -40,18 +58,10 @@ def step_config(config: ConfigDict) -> StepConfig:
             f"compute.reduce_dtype={reduce_dtype!r} is unknown; there are "
             f"{', '.join(REDUCE_DTYPES)}"
         )
-    for name, value in (
-        ("steps", config.steps),
-        ("batch.microbatches", config.batch.microbatches),
-        ("evaluation.every", config.evaluation.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("checkpoint.keep", config.checkpoint.keep),
-        ("log.every", config.log.every),
-        ("cluster.start_timeout", config.cluster.start_timeout),
-        ("cluster.stall_timeout", config.cluster.stall_timeout),
-    ):
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
+    for name, least in LEAST.items():
+        value = functools.reduce(getattr, name.split("."), config)
+        if value < least:
+            raise UserError(f"{name}={value} must be at least {least}")
     profiling.updates(config.profile)  # raises UserError
     return StepConfig(
         seed=config.seed,

@@ -61,7 +61,7 @@ def run(
     with workdir.hold(path, team) as run_folder, hosts.log(run_folder, team, watchdog) as log:
         if team.process == 0:
             workdir.settle(run_folder, config)
-        saving = Saving(run_folder, config.checkpoint)
+        saving = Saving(run_folder, config.checkpoint, strict)
         watchdog.beat("reading the checkpoint")
         state, place, before = first_state(
             settings, mesh, saving.checkpoints, source, origin, team, strict

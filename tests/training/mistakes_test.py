@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from esm1nv_jax import configuration
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.training import settings
 from tests.training import processes
 
 SYNTAX = "def get_config(:\n"
@@ -42,6 +45,15 @@ def test_of_options(tmp_path, options, words):
     process = processes.run(f"--workdir={tmp_path / 'run'}", *options)
     assert_refused(process, words)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", settings.LEAST)
+def test_of_numbers_that_are_too_small(name):
+    least = settings.LEAST[name]
+    config = configuration.load(processes.TINY)
+    settings.step_config(configuration.override(config, [f"--config.{name}={least}"]))
+    with pytest.raises(UserError, match=f"{name}={least - 1} must be at least {least}"):
+        settings.step_config(configuration.override(config, [f"--config.{name}={least - 1}"]))
 
 
 @pytest.mark.parametrize(
