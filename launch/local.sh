@@ -62,8 +62,10 @@ finish() { # waits for all; the status of the run is in $result
       kill -0 "${left[$i]}" && continue
       wait "${left[$i]}"
       status=$?
-      [ "$status" -ne 0 ] && [ "$status" -ne 75 ] \
-        && say "process ${number[${left[$i]}]} (pid ${left[$i]}) $(ended "$status")"
+      case "$status" in
+        0|75|130) ;;
+        *) say "process ${number[${left[$i]}]} (pid ${left[$i]}) $(ended "$status")" ;;
+      esac
       unset "left[$i]"
       [ "$status" -eq 0 ] && continue
       if [ "$result" -eq 0 ] || [ "$result" -eq 75 ]; then result=$status; fi
