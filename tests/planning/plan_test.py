@@ -103,6 +103,7 @@ def test_every_backend_compiles_for_gpus(chip, attention):
         ("packed", "a100-40gb", []),
         ("padded", "a100-80gb", ["--config.batch.microbatches=4"]),
         ("padded", "a100-40gb", ["--config.batch.microbatches=4"]),
+        ("padded", "a100-40gb", ["--config.compute.remat=block"]),
     ],
 )
 def test_the_card_fits_with_a_tenth_to_spare(name, chip, changes):
