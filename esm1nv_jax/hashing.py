@@ -36,6 +36,20 @@ def fold(key, value):
     return x ^ (x >> _16)
 
 
+@np.errstate(over="ignore")
+def reaches(key, scaled, threshold):
+    """`fold(key, value) >= threshold`, of scaled = value * GOLDEN, by fewer operations a value.
+
+    What depends on the key alone is apart, for `^` and `>>` distribute. Of the last `x ^ (x >> 16)`
+    only the lower half is new, and it decides only where the upper halves of x and of the
+    threshold are equal: there `threshold >> 16` is `x >> 16`.
+    """
+    first, second = key ^ (key >> _16), mix(key + GOLDEN)
+    x = (scaled ^ (scaled >> _16) ^ first) * _FIRST
+    x = (x ^ (x >> _15) ^ (second ^ (second >> _15))) * _SECOND
+    return (x ^ (threshold >> _16)) >= threshold
+
+
 def fold_all(seed: int, *values: int) -> np.uint32:
     """`fold` over Python integers of up to 64 bits each, on the host."""
     key = np.uint32(0)

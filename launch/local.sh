@@ -11,12 +11,17 @@ set -u
 processes="" restarts=0
 while [ $# -gt 0 ]; do
   case "$1" in
-    -n) processes="$2"; shift 2 ;;
-    --restarts) restarts="$2"; shift 2 ;;
+    -n) processes="${2:-none}"; shift; shift ;;
+    --restarts) restarts="${2:-none}"; shift; shift ;;
     -h|--help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "error: option $1 is unknown; there are -n and --restarts, then a command" >&2; exit 2 ;;
     *) break ;;
   esac
 done
+if ! [[ $restarts =~ ^[0-9]+$ ]]; then
+  echo "error: --restarts $restarts is no number; give how often a run that fails is started again" >&2
+  exit 2
+fi
 if [ -z "$processes" ]; then
   processes=$(nvidia-smi -L 2>/dev/null | wc -l)
 fi
@@ -57,8 +62,10 @@ finish() { # waits for all; the status of the run is in $result
       kill -0 "${left[$i]}" && continue
       wait "${left[$i]}"
       status=$?
-      [ "$status" -ne 0 ] && [ "$status" -ne 75 ] \
-        && say "process ${number[${left[$i]}]} (pid ${left[$i]}) $(ended "$status")"
+      case "$status" in
+        0|75|130) ;;
+        *) say "process ${number[${left[$i]}]} (pid ${left[$i]}) $(ended "$status")" ;;
+      esac
       unset "left[$i]"
       [ "$status" -eq 0 ] && continue
       if [ "$result" -eq 0 ] || [ "$result" -eq 75 ]; then result=$status; fi

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from esm1nv_jax.planning.chips import launch_flags
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -18,7 +20,8 @@ def on_gpu(code: str, timeout=900) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        env=environment | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                           "XLA_FLAGS": " ".join(launch_flags())},  # as a run and its plan have
         check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-4000:]

@@ -195,14 +195,17 @@ def _element_NTS(N: int, T: int):
 
 def _cudnn(qkv_BTCNH, segment_ids_BT):
     # By lengths, never by a mask: cuDNN would take that as a full T x T bias, with a gradient.
+    seen_BT11 = (segment_ids_BT > 0)[:, :, None, None]
     length_B = jnp.sum(segment_ids_BT > 0, axis=1, dtype=jnp.int32)
+    # It promises nothing of what it writes in padding, gradients included: this makes them zero.
+    qkv_BTCNH = jnp.where(seen_BT11[..., None], qkv_BTCNH, 0)
     mixed_BTNH = jax.nn.dot_product_attention(
         *(qkv_BTCNH[:, :, c] for c in range(3)),
         query_seq_lengths=length_B,
         key_value_seq_lengths=length_B,
         implementation="cudnn",
     )
-    return jnp.where((segment_ids_BT > 0)[:, :, None, None], mixed_BTNH, 0)
+    return jnp.where(seen_BT11, mixed_BTNH, 0)
 
 
 def _splash(qkv_BTCNH, segment_ids_BT):

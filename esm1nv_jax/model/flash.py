@@ -27,6 +27,7 @@ from esm1nv_jax.model.dropout import keep
 from esm1nv_jax.model.products import precision
 
 _NEVER = -1e30  # finite: a query that has seen no key yet must not become NaN
+_LEAST = -1e20  # no score is lower, and exp2(_NEVER - _LEAST) is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +115,10 @@ def _backward(static, residuals, g_BTNH):
     qkv_BTCNH, segment_ids_BT, row_keys_B, out_BTNH, lse_BNT = residuals
     B, T, C, N, H = qkv_BTCNH.shape
     g_BTNH = g_BTNH.astype(qkv_BTCNH.dtype)
-    # sum_j p_ij dp_ij of the softmax's backward, which the output already holds.
-    delta_BNT = jnp.einsum(
-        "BTNH,BTNH->BNT", out_BTNH.astype(jnp.float32), g_BTNH.astype(jnp.float32)
-    )
+    # sum_j p_ij dp_ij of the softmax's backward, which the output already holds. The kernel leaves
+    # dropout's factor to its sums, so here it is taken out.
+    out_BTNH = out_BTNH.astype(jnp.float32) * (1 - static.rate)
+    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, g_BTNH.astype(jnp.float32))
     blocks = static.blocks
     low, high = visited(segment_ids_BT, blocks.backward, blocks.backward)
     whole = [
@@ -217,7 +218,7 @@ def _forward_kernel(
         scores = jnp.where(seen, _dot(q, k_ref[at, :].T) * scale, _NEVER)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink = jnp.exp2(top - new_top)
-        p = jnp.where(seen, jnp.exp2(scores - new_top[:, None]), 0.0)
+        p = jnp.exp2(scores - new_top[:, None])
         total = total * shrink + jnp.sum(p, axis=1)
         if static.rate:
             p = jnp.where(_kept(static, row_key, head, start, j * K, (Q, K), 0), p, 0.0)
@@ -226,7 +227,7 @@ def _forward_kernel(
 
     none = (
         jnp.zeros((Q, H), jnp.float32),
-        jnp.full(Q, _NEVER, jnp.float32),
+        jnp.full(Q, _LEAST, jnp.float32),
         jnp.zeros(Q, jnp.float32),
     )
     acc, top, total = jax.lax.fori_loop(low_ref[...], high_ref[...], visit, none)
@@ -266,8 +267,7 @@ def _backward_kernel(
         dp = _dot(v, g.T)
         if static.rate:
             kept = _kept(static, row_key, head, j * size, start, (size, size), 1)
-            dropped = jnp.where(kept, p * stay, 0.0)
-            dp = jnp.where(kept, dp * stay, 0.0)
+            dropped, dp = jnp.where(kept, p, 0.0), jnp.where(kept, dp, 0.0)
         else:
             dropped = p
         dv += _dot(dropped.astype(g.dtype), g)
@@ -275,8 +275,8 @@ def _backward_kernel(
         return dk + _dot(ds.astype(q.dtype), other_q), dv
 
     dk, dv = jax.lax.fori_loop(low, high, as_keys, (zero, zero))
-    out_ref[:, 1, :] = (dk * scale).astype(out_ref.dtype)
-    out_ref[:, 2, :] = dv.astype(out_ref.dtype)
+    out_ref[:, 1, :] = (dk * (scale * stay)).astype(out_ref.dtype)
+    out_ref[:, 2, :] = (dv * stay).astype(out_ref.dtype)
 
     g, lse, delta = g_ref[here, :], lse_ref[here], delta_ref[here]
 
@@ -288,9 +288,9 @@ def _backward_kernel(
         dp = _dot(g, v_ref[at, :].T)
         if static.rate:
             kept = _kept(static, row_key, head, start, j * size, (size, size), 0)
-            dp = jnp.where(kept, dp * stay, 0.0)
+            dp = jnp.where(kept, dp, 0.0)
         ds = p * (dp - delta[:, None])
         return dq + _dot(ds.astype(k.dtype), other_k)
 
     dq = jax.lax.fori_loop(low, high, as_queries, zero)
-    out_ref[:, 0, :] = (dq * scale).astype(out_ref.dtype)
+    out_ref[:, 0, :] = (dq * (scale * stay)).astype(out_ref.dtype)

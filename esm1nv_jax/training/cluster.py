@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ LOST_AFTER = 18  # seconds without a sign of life, then a process counts as lost
 # was sent up to half of this before a peer fell silent: half must be well above LOST_AFTER.
 HEARTBEAT = 60
 FEW = 6  # names shown in a message
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # and launch/local.sh
 PLAIN = (TimeoutError, SaveError)  # faults of the surroundings, whose message says it all
 
 
@@ -118,9 +120,9 @@ def launched(environ: Mapping[str, str] = os.environ) -> dict | None:
     Raises UserError where the launcher says too little.
     """
     address = environ.get("JAX_COORDINATOR_ADDRESS")
-    if address and "JAX_PROCESS_ID" in environ:  # launch/local.sh
-        count, process = int(environ["JAX_NUM_PROCESSES"]), int(environ["JAX_PROCESS_ID"])
-        return {"coordinator_address": address, "num_processes": count, "process_id": process}
+    managed = "OMPI_COMM_WORLD_SIZE" in environ or "SLURM_JOB_ID" in environ
+    if any(name in environ for name in BY_HAND[managed:]):  # a manager needs the address at most
+        return _by_hand(environ)
     if environ.get("ESM1NV_LAUNCHER") == "tpu_pod":
         return {}
     if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
@@ -144,10 +146,27 @@ def launched(environ: Mapping[str, str] = os.environ) -> dict | None:
     return None
 
 
+def _by_hand(environ: Mapping[str, str]) -> dict:
+    address, count, process = (environ.get(name, "") for name in BY_HAND)
+    numbers = count.isdecimal() and process.isdecimal() and int(process) < int(count)
+    if not numbers or not re.fullmatch(r".+:\d+", address):
+        raise UserError(
+            f"{', '.join(f'{name}={environ.get(name)}' for name in BY_HAND)}: each process needs "
+            "all three, HOST:PORT of process 0, the number of processes, and its own from 0; unset "
+            "them to run one process alone"
+        )
+    return {
+        "coordinator_address": address, "num_processes": int(count), "process_id": int(process)
+    }  # fmt: skip
+
+
 def promised_devices(processes: int, environ: Mapping[str, str] = os.environ) -> int:
     """Devices that the launcher promised over all processes: at least one a process."""
-    if "ESM1NV_DEVICES" in environ:
-        return int(environ["ESM1NV_DEVICES"])
+    said = environ.get("ESM1NV_DEVICES", "")
+    if said.isdecimal():
+        return int(said)
+    if said:
+        raise UserError(f"ESM1NV_DEVICES={said} is no number; set it to that of all devices")
     if environ.get("SLURM_GPUS_ON_NODE", "").isdigit() and "SLURM_STEP_NUM_NODES" in environ:
         return int(environ["SLURM_GPUS_ON_NODE"]) * int(environ["SLURM_STEP_NUM_NODES"])
     return processes

@@ -43,8 +43,10 @@ class Leaving:
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_SAVED
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # after a Ctrl-C, launch/local.sh sends a SIGTERM, too
         self.signal = number
         console.print(f"{signal.Signals(number).name}: {SAYING}")
         if self.processes > 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -20,7 +21,7 @@ ON_ERROR = ("continue", "stop")
 class Saving:
     """The checkpoints of a run by the policy in `config.checkpoint`."""
 
-    def __init__(self, run_folder: epath.Path, policy: ConfigDict):
+    def __init__(self, run_folder: epath.Path, policy: ConfigDict, strict: bool = False):
         if policy.on_error not in ON_ERROR:
             raise UserError(
                 f"checkpoint.on_error={policy.on_error!r} is unknown; there are "
@@ -31,10 +32,21 @@ class Saving:
         self.best = checkpoint.Checkpoints(run_folder, 1, folder=checkpoint.BEST)
         self.last = time.monotonic()
         self.lowest = float("inf")
-        found = self.best.steps()
-        if found:
-            made_by = checkpoint.read_config(run_folder, found[-1], checkpoint.BEST)
-            self.lowest = made_by["loss_mask"]
+        if jax.process_index() == 0:
+            self._look_for_best(run_folder, strict)
+
+    def _look_for_best(self, run_folder: epath.Path, strict: bool) -> None:
+        for step in self.best.steps()[-1:]:
+            wrong = checkpoint.verify(run_folder, step, checkpoint.BEST)
+            if not wrong:
+                made_by = checkpoint.read_config(run_folder, step, checkpoint.BEST)
+                self.lowest = made_by["loss_mask"]
+                return
+            message = f"{checkpoint.BEST}/{step} of {run_folder} is damaged: {'; '.join(wrong)}"
+            if strict:
+                raise UserError(f"{message}; leave out --strict to set it aside")
+            console.print(f"{message}; set aside, the next validation makes another")
+            self.best.set_aside(after=-1)
 
     def due(self, step: int) -> bool:
         """Whether the policy asks for a checkpoint after update `step`."""

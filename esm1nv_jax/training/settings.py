@@ -22,12 +22,7 @@ from esm1nv_jax.training.step import StepConfig
 
 REDUCE_DTYPES = ("float32", "bfloat16")
 
-# Fields that may change between the starts of one run: none of them changes what is learned.
-MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
-              "cluster.", "skip_nonfinite", "profile", "compute.remat", "compute.attention",
-              "batch.microbatches", "data.path")  # fmt: skip
-
-AT_LEAST = {
+LEAST = {  # that a field may be
     "steps": 1,
     "batch.rows": 0,
     "batch.sequences_per_device": 1,
@@ -44,10 +39,15 @@ AT_LEAST = {
     "log.every": 1,
 }
 
+# Fields that may change between the starts of one run: none of them changes what is learned.
+MAY_CHANGE = ("steps", "platform", "init_from", "evaluation.", "checkpoint.", "log.",
+              "cluster.", "skip_nonfinite", "profile", "compute.remat", "compute.attention",
+              "batch.microbatches", "data.path")  # fmt: skip
+
 
 def step_config(config: ConfigDict) -> StepConfig:
     values = configuration.flat(config)
-    for name, least in AT_LEAST.items():
+    for name, least in LEAST.items():
         if name not in values:
             raise UserError(
                 f"config has no field config.{name}; build it on configs/pretrain_small.py by "

@@ -66,7 +66,7 @@ def run(
     ):
         if team.process == 0:
             workdir.settle(run_folder, config)
-        saving = Saving(run_folder, config.checkpoint)
+        saving = Saving(run_folder, config.checkpoint, strict)
         watchdog.beat("reading the checkpoint")
         state, place, before = first_state(
             settings, mesh, saving.checkpoints, source, origin, team, strict

@@ -117,7 +117,10 @@ def settle(folder: epath.Path, config: ConfigDict) -> None:
         try:
             old = configuration.flat(json.loads(path.read_text()))
         except ValueError:
-            raise UserError(f"{path} is not readable as JSON; is {folder} a run?") from None
+            raise UserError(
+                f"{path} is not readable as JSON; remove it if {folder} is a run and the command "
+                "the one it began with, or choose another with --workdir=DIR"
+            ) from None
         changed = differing(old, configuration.flat(config.to_dict()))
         if changed:
             shown = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)

@@ -62,6 +62,18 @@ def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
     assert "left with status" not in run.text  # every process left with 75, which is no fault
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_ctrl_c_saves_and_leaves_with_130(tmp_path, n):
+    """As a terminal does it: to the launcher and to all of its processes at once."""
+    with Run(tmp_path / "run", n, *LONG) as run:
+        run.until(lambda: run.updates() >= 3)
+        os.killpg(run.process.pid, signal.SIGINT)
+        assert run.wait(60) == 130, run.text
+    (said,) = re.findall(r"saved update (\d+) in", run.text)
+    assert checkpoint.verify(tmp_path / "run", int(said)) == []
+    assert "was killed" not in run.text
+
+
 def test_a_process_that_stands_still_makes_all_dump_their_stacks_and_leave(tmp_path):
     """A data set on a disk that hangs, for one process: its reads never come back."""
     stuck = tmp_path / "stuck"

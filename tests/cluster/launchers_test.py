@@ -47,6 +47,40 @@ def test_off_a_cluster_nothing_is_initialised(environ):
     assert cluster.launched(environ) is None
 
 
+HAND = {"JAX_COORDINATOR_ADDRESS": "a:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [*({name: None} for name in HAND), {"JAX_COORDINATOR_ADDRESS": "a"},
+     {"JAX_NUM_PROCESSES": "four"}, {"JAX_PROCESS_ID": "4"}],
+)  # fmt: skip
+def test_variables_set_by_hand_are_all_needed(change):
+    """Else a process would take itself for the whole run."""
+    assert cluster.launched(HAND)["process_id"] == 3
+    environ = {name: value for name, value in (HAND | change).items() if value is not None}
+    with pytest.raises(UserError, match="each process needs all three"):
+        cluster.launched(environ)
+
+
+def test_a_promise_that_is_no_number():
+    with pytest.raises(UserError, match="ESM1NV_DEVICES=many"):
+        cluster.promised_devices(4, {"ESM1NV_DEVICES": "many"})
+
+
+@pytest.mark.parametrize(
+    "arguments", [("-n",), ("-n", "0", "true"), ("-n", "2"), ("-n", "2", "--restarts"),
+                  ("-n", "1", "--restarts", "often", "true"), ("--nodes", "2", "true")],
+)  # fmt: skip
+def test_mistakes_in_the_options_of_local_sh(arguments):
+    done = subprocess.run(
+        ["launch/local.sh", *arguments], cwd=processes.ROOT, capture_output=True, text=True,
+        timeout=30, check=False,
+    )  # fmt: skip
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("error: ")
+
+
 def test_open_mpi_5_needs_an_address_and_says_so():
     five = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "2",
             "OMPI_COMM_WORLD_LOCAL_RANK": "0"}  # fmt: skip

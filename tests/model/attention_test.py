@@ -183,6 +183,25 @@ def test_what_is_not_fit_is_refused_by_name(name, changes, reason):
     assert name in str(refusal.value) and "xla" in str(refusal.value)
 
 
+def test_what_cudnn_leaves_in_padding_is_not_used(monkeypatch):
+    """A stand-in that writes NaN wherever cuDNN promises nothing."""
+
+    @jax.custom_vjp
+    def mixed(q, k, v):
+        return jnp.where(real, q + k + v, jnp.nan)
+
+    mixed.defvjp(lambda *qkv: (mixed(*qkv), ()), lambda _, g: (jnp.where(real, g, jnp.nan),) * 3)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: mixed(q, k, v))
+    ids = segments([5], [7], length=8)
+    real = ids[..., None, None] > 0
+    qkv = jnp.ones((2, 8, 3, 1, 16), jnp.bfloat16)
+    function = functools.partial(attention.attention, dtype=jnp.bfloat16, backend="cudnn")
+    out, pull = jax.vjp(lambda x: function(x, jnp.asarray(ids)), qkv)
+    (grad,) = pull(jnp.ones_like(out))
+    for found in (out, grad):
+        assert np.all(np.isfinite(found)) and not np.any(np.asarray(found)[ids == 0])
+
+
 def test_dropout_is_never_left_out_in_silence():
     qkv = jnp.zeros((1, 128, 3, 1, 64), jnp.bfloat16)
     ids = jnp.ones((1, 128), jnp.int32)

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from esm1nv_jax import hashing
 from esm1nv_jax.model import dropout
 
 
@@ -43,6 +45,17 @@ def test_xla_draws_the_bits_of_the_formula():
             for d in range(8):
                 bits = literal(5, 11, 2, dropout.FFN_OUTPUT, row, t * 8 + d)
                 assert found[b, t, d] == (np.float32(1 / 0.75) if bits >= 2**30 else 0)
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 2**16, round(0.1 * 2**32), 0x9999FFFF, 2**32 - 1])
+def test_the_shorter_comparison_is_that_of_the_hash(threshold):
+    """Most of all where the upper halves of the hash and of the threshold are equal."""
+    draw = np.random.default_rng(threshold)
+    keys, values = draw.integers(2**32, size=(2, 2**20), dtype=np.uint32)
+    hashes = hashing.fold(keys, values)
+    for limit in (np.uint32(threshold), *hashes[:9], *(hashes[:9] ^ np.uint32(1))):
+        found = hashing.reaches(keys, values * hashing.GOLDEN, limit)
+        np.testing.assert_array_equal(found, hashes >= limit)
 
 
 def bits(step=0, layer=0, site=0, rows=64, elements=4096):

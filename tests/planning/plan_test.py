@@ -3,8 +3,11 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ needs_cuda = pytest.mark.skipif(
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu"
 )
+ROOT = Path(__file__).parents[2]
 CARD = "--config=configs/pretrain_small.py"
 SHORT = ["--config.model.layers=2", "--config.batch.sequences_per_device=37"]
 
@@ -99,6 +103,7 @@ def test_every_backend_compiles_for_gpus(chip, attention):
         ("packed", "a100-40gb", []),
         ("padded", "a100-80gb", ["--config.batch.microbatches=4"]),
         ("padded", "a100-40gb", ["--config.batch.microbatches=4"]),
+        ("padded", "a100-40gb", ["--config.compute.remat=block"]),
     ],
 )
 def test_the_card_fits_with_a_tenth_to_spare(name, chip, changes):
@@ -122,6 +127,26 @@ def test_this_machine_needs_no_compiler():
     found = plan("--config=tests/configs/tiny.py", "--chip=this-cpu")
     assert found["attention"] == "xla" and found["fits"]
     assert found["seconds"] > 0 and found["residues_per_second"] > 0
+
+
+def test_predictions_hold_on_this_cpu():
+    """Within a factor of 1.5: short rows, long rows, and with rematerialisation."""
+    ended = subprocess.run(
+        [sys.executable, "benchmarks/plan.py", "--shapes=short rows,long rows,remat"],
+        capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_the_bandwidth_of_this_cpu_is_that_of_memory_which_is_there():
+    """Not that of fresh pages, which is a small part of it."""
+    big, times = np.ones(2**26, np.float32), []
+    for _ in range(5):
+        began = time.process_time()
+        np.add(big, 1, out=big)
+        times.append(time.process_time() - began)
+    found = chips.measured_cpu(clock=time.process_time).bandwidth
+    assert found > 0.4 * 2 * big.nbytes / min(times)
 
 
 @pytest.mark.parametrize(

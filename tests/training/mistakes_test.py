@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from esm1nv_jax import configuration
+from esm1nv_jax.errors import UserError
+from esm1nv_jax.training import settings
 from tests.training import processes
 
 SYNTAX = "def get_config(:\n"
@@ -49,9 +52,6 @@ def get_config(arg=""):
         (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
         (["--config.optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be above 0"),
         (["--config.model.norm_epsilon=0"], "model.norm_epsilon=0.0 must be above 0"),
-        (["--config.batch.sequences_per_device=0"], "must be at least 1"),
-        (["--config.evaluation.batches=-1"], "evaluation.batches=-1 must be at least 0"),
-        (["--config.checkpoint.minutes=-1"], "checkpoint.minutes=-1 must be at least 0"),
         (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1 must be at least 0"),
         ([f"--config.seed={1 << 63}"], "must lie in 0..2**63 - 1"),
         ([f"--config.data.path={__file__}"], "is a file, not a data set"),
@@ -61,6 +61,15 @@ def test_of_options(tmp_path, options, words):
     process = processes.run(f"--workdir={tmp_path / 'run'}", *options)
     assert_refused(process, words)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", settings.LEAST)
+def test_of_numbers_that_are_too_small(name):
+    least = settings.LEAST[name]
+    config = configuration.load(processes.TINY)
+    settings.step_config(configuration.override(config, [f"--config.{name}={least}"]))
+    with pytest.raises(UserError, match=f"{name}={least - 1} must be at least {least}"):
+        settings.step_config(configuration.override(config, [f"--config.{name}={least - 1}"]))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """When a run saves, and which checkpoint it keeps apart."""
 
+import os
 import time
 
 import numpy as np
@@ -50,6 +51,21 @@ def test_the_best_is_kept_apart_and_known_after_a_restart(tmp_path):
     assert checkpoint.steps(tmp_path, checkpoint.BEST) == [6]
     found = checkpoint.read_config(tmp_path, 6, checkpoint.BEST)
     assert found == {"config": {}, "loss_mask": 2.4}
+
+
+def test_a_damaged_best_is_told_and_set_aside(tmp_path, capsys):
+    first = saving(tmp_path)
+    first.save_if_best(2.5, 3, *STATE)
+    first.close()
+    os.truncate(tmp_path / "best" / "3" / "config" / "metadata", 3)
+    with pytest.raises(UserError, match=r"best/3 .*config/metadata has 3 bytes"):
+        Saving(tmp_path, ConfigDict(POLICY), strict=True)
+    second = saving(tmp_path)
+    assert "best/3" in capsys.readouterr().err
+    assert checkpoint.steps(tmp_path, checkpoint.BEST) == []
+    second.save_if_best(2.7, 4, *STATE)
+    second.close()
+    assert checkpoint.steps(tmp_path, checkpoint.BEST) == [4]
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])

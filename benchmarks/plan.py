@@ -1,0 +1,98 @@
+"""Whether `esm1nv plan` is right where that can be seen: updates predicted and measured on a CPU.
+
+    python benchmarks/plan.py --json out.json
+
+On one core, by the CPU time of this process, so that whatever else runs on the machine is not
+counted. Ends with status 1 where a prediction is wrong by more than a factor of 1.5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from esm1nv_jax import process
+
+FACTOR = 1.5
+SHAPES = {  # arguments of configs/pretrain_small.py, and fields
+    "short rows": ("width=256,layers=2,max_length=126,batch=8", []),
+    "long rows": ("width=128,layers=2,max_length=1022,batch=2", []),
+    "wide": ("width=512,layers=1,max_length=126,batch=8", []),
+    "deep": ("width=128,layers=6,max_length=254,batch=4", []),
+    "no dropout": (
+        "width=256,layers=2,max_length=254,batch=4",
+        ["--config.model.dropout=0", "--config.model.attention_dropout=0"],
+    ),
+    "remat": ("width=256,layers=2,max_length=254,batch=4", ["--config.compute.remat=block"]),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=4)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="some of the default's")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    process.set_up()
+    from esm1nv_jax.planning import chips
+
+    this = chips.measured_cpu(clock=time.process_time)
+    chips.measured_cpu = lambda: this
+    print(f"{this.flops / 1e9:.0f} GFLOP/s in products, {this.vector / 1e9:.0f} outside of them, "
+          f"{this.bandwidth / 1e9:.1f} GB/s")  # fmt: skip
+    print(f"{'':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}")
+    found = {}
+    for name in options.shapes.split(","):
+        arguments, fields = SHAPES[name]
+        predicted, measured = seconds(arguments, fields, options.updates)
+        found[name] = {"predicted": predicted, "measured": measured}
+        print(f"{name:<12}{predicted * 1e3:>9.0f} ms{measured * 1e3:>9.0f} ms"
+              f"{measured / predicted:>8.2f}", flush=True)  # fmt: skip
+    if options.json:
+        Path(options.json).write_text(json.dumps(found))
+    ratios = [figures["measured"] / figures["predicted"] for figures in found.values()]
+    return int(max(*ratios, *(1 / ratio for ratio in ratios)) > FACTOR)
+
+
+def seconds(arguments: str, fields: list[str], updates: int) -> tuple[float, float]:
+    """Of one update: as planned, and the quickest of `updates` that were run."""
+    import jax
+
+    from esm1nv_jax import configuration
+    from esm1nv_jax.data.config import stream_config
+    from esm1nv_jax.data.dataset import open_split
+    from esm1nv_jax.data.pipeline import Place, train_batches
+    from esm1nv_jax.planning import chips
+    from esm1nv_jax.planning.plan import plan
+    from esm1nv_jax.training import settings, sharding, step, train
+
+    config = configuration.load("configs/pretrain_small.py", arguments)
+    fields = ["--config.data.path=sample", "--config.compute.dtype=float32", *fields]
+    config = configuration.override(config, fields)
+    planned = plan(config, chips.THIS_CPU)
+    device = jax.devices()[0]
+    settled = settings.fitted(settings.step_config(config), config, device)
+    mesh = sharding.make_mesh([device])
+    layout = sharding.sharding(mesh, "state")
+    state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settled)
+    update, _ = step.compiled(settled, mesh)
+    batches = train_batches(open_split("sample", "train"), stream_config(config, planned.rows),
+                            Place())  # fmt: skip
+    times = []
+    for _ in range(updates + 1):  # the first one compiles
+        batch = jax.block_until_ready(train.on_devices(next(batches)[0], mesh))
+        began = time.process_time()
+        state, values = update(state, batch)
+        jax.block_until_ready((state, values))
+        times.append(time.process_time() - began)
+    return planned.seconds, min(times[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
