@@ -6,7 +6,8 @@ The same small architecture from the same initial weights (ours, converted), on 
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
 batches of like length and fused AdamW. Both warm up over a twentieth of the time and fall by a
 cosine to a tenth of the peak, which each chooses from one grid in runs of `--grid-minutes`. The
-rival has `--minutes`, ours `--share` of them. Compilation counts as time, evaluation does not.
+rival has `--minutes`, ours `--share` of them. Compilation counts as time; evaluation does not, nor
+does what the rival reads into memory before it begins.
 Writes FOLDER/curves.json and FOLDER/curves.png. Needs the extra `bench`.
 """
 
@@ -86,7 +87,6 @@ def ours(args, data: str, peak: float, steps: int) -> Curve:
 
 
 def theirs(args, data: str, start: str, peak: float, steps: int) -> Curve:
-    began = time.perf_counter()
     settings = step_config(configured(args, peak, steps))
     trainer = rivals.Trainer(settings.model, settings.optimizer, args.dtype == "bfloat16", start)
     source = open_split(data, "train")
@@ -94,6 +94,7 @@ def theirs(args, data: str, start: str, peak: float, steps: int) -> Curve:
     size = round(args.rows * 512 / (2 + np.mean([len(i) for i in ids])))
     batches = rivals.grouped_batches(ids, size, seed=0)
     asked = list(questions(args, data))
+    began = time.perf_counter()
 
     def update(step: int) -> None:
         warm = min(1.0, step / settings.optimizer.warmup)
@@ -142,17 +143,17 @@ def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, tor
 
 def best(run: Callable[[float, int], Curve], grid: list[float], seconds: float) -> tuple:
     """(the best peak of the grid, updates a second), by short runs."""
-    began = time.perf_counter()
-    run(grid[0], 8)
-    rate = 8 / (time.perf_counter() - began)  # too low: it holds start-up
+
+    def rate_of(curve: Curve, steps: int) -> float:
+        return steps * (1 - 1 / EVALUATIONS) / (curve[-1][0] - curve[0][0])
+
+    rate = rate_of(run(grid[0], EVALUATIONS), EVALUATIONS)
     lowest: dict[float, float] = {}
     for peak in grid:
         print(f"  peak {peak}:")
-        steps = max(8, round(rate * seconds))
+        steps = max(EVALUATIONS, round(rate * seconds))
         curve = run(peak, steps)
-        lowest[peak] = curve[-1][1]
-        first, last = curve[0][0], curve[-1][0]
-        rate = steps * (1 - 1 / EVALUATIONS) / (last - first)
+        lowest[peak], rate = curve[-1][1], rate_of(curve, steps)
     return min(lowest, key=lowest.get), rate
 
 

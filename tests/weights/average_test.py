@@ -121,8 +121,9 @@ def test_a_flipped_byte_is_found_and_named(tmp_path):
     content = bytearray(large.read_bytes())
     content[len(content) // 2] ^= 1
     large.write_bytes(content)
-    with pytest.raises(UserError, match=r"checkpoint 2 of .* is damaged"):
-        average(select([str(tmp_path)]))
+    for use in (lambda: average(select([str(tmp_path)])), lambda: folder.read(str(tmp_path))):
+        with pytest.raises(UserError, match=r"checkpoint 2 of .* is damaged: params/"):
+            use()
 
 
 def test_a_member_without_its_place_is_named(tmp_path):
@@ -165,7 +166,7 @@ def test_a_checkpoint_is_found_by_its_run_its_step_and_as_the_best(tmp_path):
     with pytest.raises(UserError, match=r"checkpoint 1 of .* was never finished"):
         folder.read(f"{run}/checkpoints/1")
     (tmp_path / "best/1/params/_METADATA").unlink()
-    with pytest.raises(UserError, match=r"checkpoint 1 of .* cannot be read"):
+    with pytest.raises(UserError, match=r"checkpoint 1 of .* is damaged: params/_METADATA is miss"):
         folder.read(f"{run}/best")
 
 
