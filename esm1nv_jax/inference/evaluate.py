@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     add("--data", metavar="DIR[:SPLIT]", help="a data set or sample; SPLIT is validation or test")
     add("--fasta", metavar="FILE", help="proteins, plain or compressed")
     add("--masks", metavar="FILE", help="proteins and their masks, made by --masks-out")
-    add("--masking", choices=tuple(RECIPES), default="card", help="which recipe (default card)")
-    add("--seed", type=int, default=0, help="of the masks (default 0)")
+    add("--masking", choices=tuple(RECIPES), help="which recipe (default card)")
+    add("--seed", type=int, help="of the masks (default 0)")
     add("--max-residues", type=int, metavar="N", help="cut longer proteins (default as trained)")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
     add("--groups", metavar="TSV", help="id and name of a class, a line each: figures by class")
@@ -49,8 +49,12 @@ def main(argv: list[str]) -> None:
 
     records = None
     if options.masks is not None:
-        if options.data or options.fasta:
-            raise UserError("--masks brings its own proteins; leave out --data and --fasta")
+        others = {name: getattr(options, name) for name in ("data", "fasta", "masking", "seed")}
+        given = [f"--{name}" for name, value in others.items() if value is not None]
+        if given:
+            raise UserError(
+                f"--masks brings its own proteins and masks; leave out {' and '.join(given)}"
+            )
         (source, records), name = masks.read(options.masks), options.masks
     else:
         source, name = open_source(options.data, options.fasta)
@@ -59,8 +63,8 @@ def main(argv: list[str]) -> None:
     found = figures(
         model,
         source,
-        masking=options.masking,
-        seed=options.seed,
+        masking=options.masking or "card",
+        seed=options.seed or 0,
         max_residues=options.max_residues,
         records=records,
         groups=groups,

@@ -288,6 +288,7 @@ def test_the_command_writes_figures_and_a_page(saved, tmp_path):
         (["--data", "sample", "--masks-out", "FOLDER"], "it is a folder"),
         (["--fasta", "GOOD", "--groups", "GROUPS"], "names none of the 1 proteins, such as a"),
         (["--masks", "EMPTY"], "line 1"),
+        (["--masks", "EMPTY", "--seed", "1"], "leave out --seed"),
     ],
 )
 def test_a_mistake_is_one_line(saved, tmp_path, capsys, options, said):
