@@ -120,8 +120,8 @@ def _read_step(run: epath.Path, step: int, kept: str) -> Weights:
     wrong = [x for item in ("params", "config") for x in checkpoint.verify(run, step, kept, item)]
     if wrong:
         raise UserError(
-            f"checkpoint {step} of {run} is damaged: {'; '.join(wrong)}; give an older one, such as "
-            f"{run / kept / 'STEP'} (esm1nv doctor {run} checks all)"
+            f"checkpoint {step} of {run} is damaged: {'; '.join(wrong)}; give an older one, "
+            f"such as {run / kept / 'STEP'} (esm1nv doctor {run} checks all)"
         )
     try:
         description = checkpoint.read_config(run, step, kept)
