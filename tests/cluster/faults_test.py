@@ -165,7 +165,9 @@ def test_a_full_disk_while_saving(tmp_path, policy, where):
         assert steps and all(checkpoint.verify(tmp_path / "run", step) == [] for step in steps)
         reached = max(losses(tmp_path / "run"))
         if policy == "continue":
-            assert "training goes on" in run.text and reached == 100
+            assert "training goes on" in run.text
+            assert "checkpoint 100 could not be written" in run.text
+            assert reached == 100 or "found no room and are lost" in run.text
         else:
             assert "make room and start again" in run.text and reached < 100
     finally:
