@@ -1,25 +1,29 @@
 """Training speed on this machine: ours as a run does it, and `transformers`, in alternation.
 
     python benchmarks/train.py --fasta proteins.fasta.gz [--model full|small] [--json OUT.json]
-    python benchmarks/train.py --fasta proteins.fasta.gz --rival none --profile
+    python benchmarks/train.py --fasta proteins.fasta.gz --profile
     python benchmarks/train.py --fasta proteins.fasta.gz --model small --rows 2 --accuracy 200
 
 Real sequences cut at 510 residues, the same architecture (erf GELU), dropout, clipping and AdamW.
 Ours: packed rows of 512 tokens from a folder that `esm1nv prepare` made, the input stream and all.
 The rival: SDPA, fused AdamW, (a) batches in random order, padded to their longest, (b) batches of
 like length; as many residues an update as ours. Each computes with bf16 operands and in fp32.
-Residues are counted, never padding or specials. Rounds alternate, so that a busy machine is busy
-for all: trust the ratios. Needs the extra `bench`.
+Residues are counted, never padding or specials. Each program has a process of its own, as its users
+give it, for one's freed memory would break up the other's; the first round warms up. Rounds
+alternate, so that a busy machine is busy for all: trust the ratios. Needs the extra `bench`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import jax
@@ -109,11 +113,15 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
           f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.6f}")  # fmt: skip
 
 
-def rival(config, bf16: bool, ids: list[np.ndarray], size: int, grouped: bool) -> Callable:
+def rival(config, folder: str, grouped: bool) -> Callable[[int], int]:
     import rivals
 
     settings = step_config(config)
-    trainer = rivals.Trainer(settings.model, settings.optimizer, bf16)
+    source = open_split(folder, "train")
+    texts = [source[i]["sequence"][:CUT] for i in range(min(len(source), 4000))]
+    ids = [tokenizer.residue_ids(text) for text in texts]
+    size = round(config.batch.rows * 512 / (2 + statistics.mean(map(len, ids))))
+    trainer = rivals.Trainer(settings.model, settings.optimizer, config.compute.dtype != "float32")
     make = rivals.grouped_batches if grouped else rivals.random_batches
     batches = make(ids, size, seed=0)
 
@@ -126,6 +134,58 @@ def rival(config, bf16: bool, ids: list[np.ndarray], size: int, grouped: bool) -
         return residues
 
     return run
+
+
+OURS, RANDOM, GROUPED = PROGRAMS = ("ours", "transformers (a)", "transformers (b)")
+
+
+def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, folder: str) -> None:
+    """In a process of its own: makes as many updates as it is asked for, until it hears 0."""
+    config = config_of(model, dtype, rows)
+    if program == OURS:
+        process.keep_freed_memory()  # as esm1nv_jax.main does
+        run = Ours(config, folder).run
+    else:
+        run = rival(config, folder, program == GROUPED)
+    while updates := pipe.recv():
+        began = time.perf_counter()
+        residues = run(updates)
+        pipe.send(residues / (time.perf_counter() - began))
+
+
+@contextlib.contextmanager
+def running(*arguments):
+    """A function from updates to residues a second, of a program in a process."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    worker = context.Process(target=serve, args=(there, *arguments), daemon=True)
+    worker.start()
+    there.close()
+
+    def run(updates: int) -> float:
+        here.send(updates)
+        return here.recv()
+
+    yield run
+    here.send(0)
+    worker.join()
+
+
+def measured(args, dtype: str, folder: str) -> dict[str, list[float]]:
+    """Residues a second of each program, round by round in turn."""
+    names = PROGRAMS if args.rival == "transformers" else (OURS,)
+    with contextlib.ExitStack() as stack:
+        programs = {
+            name: stack.enter_context(running(name, args.model, dtype, args.rows, folder))
+            for name in names
+        }
+        rates: dict[str, list[float]] = {name: [] for name in names}
+        for round_ in range(args.rounds + 1):  # the first warms up
+            for name, run in programs.items():
+                rate = run(args.updates)
+                if round_:
+                    rates[name].append(rate)
+    return rates
 
 
 def profile(ours: Ours, updates: int) -> list[tuple[str, float]]:
@@ -170,7 +230,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--updates", type=int, default=3, help="of each program in a round")
     parser.add_argument("--dtypes", default="bfloat16,float32")
-    parser.add_argument("--profile", action="store_true", help="the ten costliest operations")
+    parser.add_argument("--profile", action="store_true", help="the ten costliest operations, only")
     parser.add_argument("--accuracy", type=int, metavar="UPDATES", help="of bf16, instead of speed")
     parser.add_argument("--json", help="write the figures here, too")
     args = parser.parse_args(argv)
@@ -182,47 +242,26 @@ def main(argv: list[str]) -> None:
         if args.accuracy:
             accuracy(folder, args.model, args.rows, args.accuracy)
             return
-        source = open_split(folder, "train")
-        texts = [source[i]["sequence"][:CUT] for i in range(min(len(source), 4000))]
-        ids = [tokenizer.residue_ids(text) for text in texts]
-        size = round(args.rows * 512 / (2 + statistics.mean(map(len, ids))))
-        programs: dict[str, Callable] = {}
-        for dtype in dtypes:
-            config, short = config_of(args.model, dtype, args.rows), dtype.replace("loat", "")
-            ours = Ours(config, folder)
-            print(f"ours {short}: compiled in {ours.compiled_in:.1f} s, "
-                  f"attention by {ours.settings.compute.attention}")  # fmt: skip
-            programs[f"ours {short}"] = ours.run
-            if args.profile:
+        if args.profile:
+            for dtype in dtypes:
+                ours = Ours(config_of(args.model, dtype, args.rows), folder)
                 ours.run(2)
+                print(f"{dtype}: compiled in {ours.compiled_in:.1f} s")
                 for name, share in profile(ours, args.updates):
                     print(f"  {100 * share:5.1f} %  {name}")
-            if args.rival == "none":
-                continue
-            try:
-                for name, grouped in (("(a)", False), ("(b)", True)):
-                    programs[f"transformers {name} {short}"] = rival(
-                        config, dtype == "bfloat16", ids, size, grouped
-                    )
-            except ImportError as error:
-                raise UserError(f"{error}; pip install torch transformers") from None
-        rates: dict[str, list[float]] = {name: [] for name in programs}
-        for round_ in range(args.rounds + 1):  # the first warms up
-            for name, run in programs.items():
-                began = time.perf_counter()
-                residues = run(args.updates if round_ else 1)
-                if round_:
-                    rates[name].append(residues / (time.perf_counter() - began))
-    found = {name: statistics.median(rate) for name, rate in rates.items()}
+                ours.batches.close()
+            return
+        try:
+            rates = {dtype: measured(args, dtype, folder) for dtype in dtypes}
+        except EOFError:
+            raise UserError("a program failed; is pip install -e '.[bench]' done?") from None
     print(f"\n{args.model} model, residues/s, median of {args.rounds} rounds (least to most)")
-    for name, rate in found.items():
-        low, high = min(rates[name]), max(rates[name])
-        print(f"{name:<24} {rate:8,.0f}   ({low:,.0f} to {high:,.0f})")
-    for dtype in (d.replace("loat", "") for d in dtypes):
-        for kind in ("(a)", "(b)"):
-            theirs = found.get(f"transformers {kind} {dtype}")
-            if theirs:
-                print(f"ours to {kind}, {dtype}: {found[f'ours {dtype}'] / theirs:.2f}")
+    for dtype, of_programs in rates.items():
+        ours = statistics.median(of_programs[OURS])
+        for name, rate in of_programs.items():
+            middle = statistics.median(rate)
+            print(f"{dtype:<9} {name:<17} {middle:8,.0f}   ({min(rate):,.0f} to {max(rate):,.0f})"
+                  + ("" if name == OURS else f"   ours to it: {ours / middle:.2f}"))  # fmt: skip
     if args.json:
         Path(args.json).write_text(json.dumps({"model": args.model, "rates": rates}, indent=1))
 
