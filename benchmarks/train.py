@@ -144,13 +144,15 @@ def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, fol
     config = config_of(model, dtype, rows)
     if program == OURS:
         process.keep_freed_memory()  # as esm1nv_jax.main does
-        run = Ours(config, folder).run
+        ours = Ours(config, folder)
+        run, end = ours.run, ours.batches.close
     else:
-        run = rival(config, folder, program == GROUPED)
+        run, end = rival(config, folder, program == GROUPED), lambda: None
     while updates := pipe.recv():
         began = time.perf_counter()
         residues = run(updates)
         pipe.send(residues / (time.perf_counter() - began))
+    end()
 
 
 @contextlib.contextmanager
