@@ -60,8 +60,8 @@ def scan(path: str, skip: bool = False, advice: str = "mend it") -> Proteins:
     """Reads the whole of a FASTA file, plain or compressed by gzip, zstd or xz.
 
     Raises UserError at the first fault, naming its line, and the next thing to do as the caller
-    advises; with `skip` faults are counted instead. A
-    record that repeats another is left out; an id that stands for two sequences is a fault.
+    advises; with `skip` faults are counted instead. A record that repeats another is left out; an
+    id that stands for two sequences is a fault.
     """
     source = Path(path)
     if path == "-":

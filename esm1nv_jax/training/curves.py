@@ -9,6 +9,7 @@ import time
 
 from etils import epath
 
+from esm1nv_jax import figures
 from esm1nv_jax.console import console
 from esm1nv_jax.training import workdir
 
@@ -25,7 +26,7 @@ class Writer:
         self.enabled = enabled
         if not enabled:
             return
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / figures.FILE
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step(line) <= step]
         if len(kept) < len(lines):

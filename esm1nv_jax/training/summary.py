@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
+from esm1nv_jax import figures as kept
 from esm1nv_jax.console import console
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.pipeline import evaluation_batches, rows_for
@@ -60,8 +61,7 @@ def line(figures: dict[str, float]) -> str:
 
 def show_end(config, settings, stream, source, held_out, run_folder) -> None:
     """The table that compares like with like, where everything is, and what to type next."""
-    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
-    validated = [r for r in map(json.loads, lines) if r["kind"] == "validation"]
+    validated = [line for line in kept.read(run_folder) if line["kind"] == "validation"]
     floor = floors(settings, stream, source, held_out, config.evaluation.batches)
     table = Table(title="Perplexity on held-out sequences (lower is better)", title_justify="left")
     table.add_column("")
@@ -89,7 +89,7 @@ def show_end(config, settings, stream, source, held_out, run_folder) -> None:
     done = max(config.steps, validated[-1]["step"])
     console.print(
         f"\ncheckpoints  {run_folder / 'checkpoints'}\n"
-        f"figures      {run_folder / 'metrics.jsonl'}, tensorboard --logdir {run_folder}\n"
+        f"figures      {run_folder / kept.FILE}, tensorboard --logdir {run_folder}\n"
         f"go on        the same command with --config.steps={2 * done}"
     )
 
