@@ -6,16 +6,20 @@ The same small architecture from the same initial weights (ours, converted), on 
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
 batches of like length and fused AdamW. Both warm up over a twentieth of the time and fall by a
 cosine to a tenth of the peak, which each chooses from one grid in runs of `--grid-minutes`. The
-rival has `--minutes`, ours `--share` of them. Compilation counts as time; evaluation does not, nor
-does what the rival reads into memory before it begins.
-Writes FOLDER/curves.json and FOLDER/curves.png. Needs the extra `bench`.
+rival has about `--minutes`, ours `--share` of what it took. Compilation counts as time; evaluation
+does not, nor does what the rival reads into memory before it begins.
+Writes FOLDER/curves.json and FOLDER/curves.png; what curves.json holds is not run again. Needs the
+extra `bench`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
@@ -32,32 +36,44 @@ from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.model import masking
+from esm1nv_jax.model.products import multiplies_bf16
 from esm1nv_jax.training import metrics, sharding, train
 from esm1nv_jax.training.settings import step_config
 from esm1nv_jax.weights import convert, folder
 
-HELD_OUT, EVALUATIONS = 300, 8
+HELD_OUT = 300
 Curve = list[tuple[float, float]]  # (seconds, perplexity)
 
 
-def configured(args, peak: float, steps: int):
+@dataclasses.dataclass(frozen=True)
+class Run:
+    peak: float  # learning rate
+    steps: int
+    evaluations: int = 2
+
+
+def configured(args, run: Run):
     config = config_of(args.model, args.dtype, args.rows)
     with config.unlocked():
         config.model.update(dropout=0.0, attention_dropout=0.0)
         config.optimizer.update(
-            peak_lr=peak, min_lr=peak / 10, warmup=max(1, steps // 20), constant=0, horizon=steps
+            peak_lr=run.peak,
+            min_lr=run.peak / 10,
+            warmup=max(1, run.steps // 20),
+            constant=0,
+            horizon=run.steps,
         )
     return config
 
 
 def followed(
-    update: Callable[[int], None], evaluate: Callable[[], float], steps: int, began: float
+    update: Callable[[int], None], evaluate: Callable[[], float], run: Run, began: float
 ) -> Curve:
-    """Makes `steps` updates and evaluates now and then; the clock began at `began`."""
+    """Makes the updates and evaluates now and then; the clock began at `began`."""
     curve, away = [], 0.0
-    for step in range(steps):
+    for step in range(run.steps):
         update(step)
-        if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
+        if (step + 1) * run.evaluations // run.steps > step * run.evaluations // run.steps:
             now = time.perf_counter()
             curve.append((now - began - away, evaluate()))
             away += time.perf_counter() - now
@@ -65,29 +81,29 @@ def followed(
     return curve
 
 
-def ours(args, data: str, peak: float, steps: int) -> Curve:
+def ours(args, data: str, run: Run) -> Curve:
     began = time.perf_counter()
-    config = configured(args, peak, steps)
-    run = Ours(config, data)
+    config = configured(args, run)
+    program = Ours(config, data)
     mesh = sharding.make_mesh(jax.local_devices())
     held_out, stream = open_split(data, "validation"), stream_config(config, args.rows)
     away = time.perf_counter()
-    _, evaluated = train.compiled(run.settings, mesh, run.state, stream)
+    _, evaluated = train.compiled(program.settings, mesh, program.state, stream)
     began += time.perf_counter() - away  # the rival's evaluation is not compiled
 
     def evaluate() -> float:
         sums: dict[str, float] = {}
         for batch in train.validation(held_out, stream, mesh, 0):
-            sums = metrics.add(sums, jax.device_get(evaluated(run.state.params, batch)))
+            sums = metrics.add(sums, evaluated(program.state.params, batch).fetched())
         return metrics.figures(sums)["perplexity_mask"]
 
-    curve = followed(lambda step: run.run(1), evaluate, steps, began)
-    run.batches.close()
+    curve = followed(lambda step: program.run(1), evaluate, run, began)
+    program.batches.close()
     return curve
 
 
-def theirs(args, data: str, start: str, peak: float, steps: int) -> Curve:
-    settings = step_config(configured(args, peak, steps))
+def theirs(args, data: str, start: str, run: Run) -> Curve:
+    settings = step_config(configured(args, run))
     trainer = rivals.Trainer(settings.model, settings.optimizer, args.dtype == "bfloat16", start)
     source = open_split(data, "train")
     ids = [tokenizer.residue_ids(source[i]["sequence"][:510]) for i in range(len(source))]
@@ -98,8 +114,8 @@ def theirs(args, data: str, start: str, peak: float, steps: int) -> Curve:
 
     def update(step: int) -> None:
         warm = min(1.0, step / settings.optimizer.warmup)
-        done = step / steps
-        trainer.update(next(batches), peak * warm * (0.55 + 0.45 * np.cos(np.pi * done)))
+        done = step / run.steps
+        trainer.update(next(batches), run.peak * warm * (0.55 + 0.45 * np.cos(np.pi * done)))
 
     @torch.inference_mode()
     def evaluate() -> float:
@@ -113,12 +129,12 @@ def theirs(args, data: str, start: str, peak: float, steps: int) -> Curve:
             nats, count = nats + float(found), count + len(targets)
         return float(np.exp(nats / count))
 
-    return followed(update, evaluate, steps, began)
+    return followed(update, evaluate, run, began)
 
 
 def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Our validation as padded batches: masked inputs, where `<mask>` stands, what stood there."""
-    config = configured(args, 1e-3, 100)
+    config = configured(args, Run(1e-3, 100))
     recipe = step_config(config).masking
     rows = []
     for batch in evaluation_batches(open_split(data, "validation"), stream_config(config, 8)):
@@ -141,19 +157,26 @@ def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, tor
         yield torch.from_numpy(tokens), torch.from_numpy(asked), torch.from_numpy(targets[asked])
 
 
-def best(run: Callable[[float, int], Curve], grid: list[float], seconds: float) -> tuple:
+def alone(run: Callable[..., Curve], *arguments) -> Curve:
+    """`run` in a process of its own, which keeps its freed memory: the rival, too, gains by it."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, initializer=process.keep_freed_memory) as pool:
+        return pool.submit(run, *arguments).result()
+
+
+def best(follow: Callable[[Run], Curve], grid: list[float], seconds: float) -> tuple[float, float]:
     """(the best peak of the grid, updates a second), by short runs."""
 
-    def rate_of(curve: Curve, steps: int) -> float:
-        return steps * (1 - 1 / EVALUATIONS) / (curve[-1][0] - curve[0][0])
+    def rate_of(run: Run, curve: Curve) -> float:
+        return run.steps * (1 - 1 / run.evaluations) / (curve[-1][0] - curve[0][0])
 
-    rate = rate_of(run(grid[0], EVALUATIONS), EVALUATIONS)
+    rate = rate_of(first := Run(grid[0], 64), follow(first))
+    steps = round(rate * seconds)
     lowest: dict[float, float] = {}
     for peak in grid:
         print(f"  peak {peak}:")
-        steps = max(EVALUATIONS, round(rate * seconds))
-        curve = run(peak, steps)
-        lowest[peak], rate = curve[-1][1], rate_of(curve, steps)
+        curve = follow(run := Run(peak, steps))
+        lowest[peak], rate = curve[-1][1], rate_of(run, curve)
     return min(lowest, key=lowest.get), rate
 
 
@@ -176,44 +199,50 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fasta", nargs="+", required=True)
     parser.add_argument("--out", required=True)
     parser.add_argument("--model", default="small")
-    parser.add_argument("--dtype", default="float32", help="the faster on this CPU, for both")
+    parser.add_argument("--dtype", default="bfloat16" if multiplies_bf16("cpu") else "float32")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--share", type=float, default=0.7, help="of the minutes, for ours")
-    parser.add_argument("--grid", default="1e-3,2e-3,4e-3")
-    parser.add_argument("--grid-minutes", type=float, default=2)
+    parser.add_argument("--share", type=float, default=0.7, help="of its time, for ours")
+    parser.add_argument("--grid", default="1.5e-4,3e-4,6e-4,1.2e-3")
+    parser.add_argument("--grid-minutes", type=float, default=4)
     args = parser.parse_args(argv)
     out, grid = Path(args.out), [float(peak) for peak in args.grid.split(",")]
     data, model, start = (str(out / name) for name in ("data", "model", "start"))
-    prepare(Preparation(tuple(args.fasta), data, HELD_OUT, HELD_OUT, workers=2))
-    settings = step_config(configured(args, 1e-3, 100))
-    params = jax.device_get(train.step.create_state(settings).params)
-    provenance = {"config": configured(args, 1e-3, 100).to_dict()}
-    folder.write(model, folder.Weights(params, settings.model, provenance))
-    convert.to_hf(model, start)
+    if not Path(data).exists():
+        prepare(Preparation(tuple(args.fasta), data, HELD_OUT, HELD_OUT, workers=2))
+    settings = step_config(configured(args, Run(1e-3, 100)))
+    if not Path(start).exists():
+        params = jax.device_get(train.step.create_state(settings).params)
+        provenance = {"config": configured(args, Run(1e-3, 100)).to_dict()}
+        folder.write(model, folder.Weights(params, settings.model, provenance))
+        convert.to_hf(model, start)
 
     runs = {
-        "transformers": lambda peak, steps: theirs(args, data, start, peak, steps),
-        "ours": lambda peak, steps: ours(args, data, peak, steps),
+        "transformers": lambda run: alone(theirs, args, data, start, run),
+        "ours": lambda run: alone(ours, args, data, run),
     }
-    curves, chosen = {}, {}
-    for name, run in runs.items():
+    kept = out / "curves.json"
+    curves: dict[str, Curve] = json.loads(kept.read_text()) if kept.exists() else {}
+    for name, follow in runs.items():
+        if name in curves:
+            continue
         print(f"{name}, grid:")
-        peak, rate = best(run, grid, 60 * args.grid_minutes)
-        minutes = args.minutes * (args.share if name == "ours" else 1)
-        print(f"{name}, peak {peak}, {minutes:.1f} minutes:")
-        curves[name], chosen[name] = run(peak, round(60 * minutes * rate)), peak
+        peak, rate = best(follow, grid, 60 * args.grid_minutes)
+        seconds = 60 * args.minutes
+        if name == "ours":
+            seconds = args.share * curves["transformers"][-1][0]
+        print(f"{name}, peak {peak}, {seconds / 60:.1f} minutes:")
+        curves[name] = follow(Run(peak, round(seconds * rate), 16))
+        kept.write_text(json.dumps(curves, indent=1))
     target = curves["transformers"][-1]
     reached = next((s for s, p in curves["ours"] if p <= target[1]), None)
     said = "not reached" if reached is None else f"{reached:.0f} s, {reached / target[0]:.2f} of it"
     print(f"transformers: {target[1]:.3f} after {target[0]:.0f} s; ours: {said}, "
           f"{curves['ours'][-1][1]:.3f} at its end")  # fmt: skip
-    (out / "curves.json").write_text(json.dumps({"peaks": chosen, "curves": curves}, indent=1))
     plot(out / "curves.png", curves)
 
 
 if __name__ == "__main__":
     import sys
 
-    process.keep_freed_memory()
     sys.exit(arguments.run(main, sys.argv[1:]))

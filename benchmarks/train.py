@@ -78,9 +78,9 @@ class Ours:
             residues += int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
             self.state, values = self.step(self.state, arrays)
             if pending is not None:
-                jax.device_get(pending)
+                pending.fetched()
             pending = values
-        jax.device_get(pending)
+        pending.fetched()
         jax.block_until_ready(self.state)
         return residues
 
@@ -100,7 +100,8 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
         seen = []
         for _ in range(updates):
             ours.state, values = ours.step(ours.state, arrays)
-            seen.append(float(values["loss"] / values["selected"]))
+            values = values.fetched()
+            seen.append(values["loss"] / values["selected"])
             _, arrays, _ = next(ours.batches)
         losses[dtype] = np.array(seen)
         ours.batches.close()

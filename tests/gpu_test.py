@@ -95,9 +95,9 @@ state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settl
 batches, losses = train_batches(source, stream, Place()), []
 for _ in range(3):
     state, values = update(state, train.on_devices(next(batches)[0], mesh))
-    values = jax.device_get(values)
-    losses.append(float(values["loss"] / values["selected"]))
-print(json.dumps({"losses": losses, "finite": float(values["finite"]),
+    values = values.fetched()
+    losses.append(values["loss"] / values["selected"])
+print(json.dumps({"losses": losses, "finite": values["finite"],
                   "peak": device.memory_stats()["peak_bytes_in_use"]}))
 """
 NAMES = {"A100-SXM4-80GB": "a100-80gb", "A100-SXM4-40GB": "a100-40gb", "H100": "h100-80gb"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def load_map(path: Path) -> np.ndarray:
     their clusters. Raises UserError for a line of one column or an accession in two clusters.
     """
     names, clusters, line = [], [], 0
+    blank: list[int] = []  # how many entries stand before each empty line
     for rows in _lines(path):
         columns = [row.rstrip(b"\r").split(b"\t") for row in rows]
         for row in columns:
@@ -54,16 +56,24 @@ def load_map(path: Path) -> np.ndarray:
                     f"{path}, line {line}: one column, {row[0][:40].decode('latin-1')!a};"
                     " give lines of accession, tab, cluster"
                 )
+            if len(row) < 2:
+                blank.append(line - 1 - len(blank))
         columns = [row for row in columns if len(row) > 1]
         names.append(digests([row[0].strip() for row in columns]))
         clusters.append(digests([row[-1].strip() for row in columns]))
     if not any(map(len, names)):
         raise UserError(f"{path} holds no line; give lines of accession, tab, cluster")
     table = np.stack((np.concatenate(names), np.concatenate(clusters)))
-    table = table[:, np.argsort(table[0], kind="stable")]
-    again = table[0, 1:] == table[0, :-1]
-    if np.any(again & (table[1, 1:] != table[1, :-1])):
-        raise UserError(f"{path} puts an accession into two clusters; give each one cluster")
+    order = np.argsort(table[0], kind="stable")
+    table = table[:, order]
+    twice = (table[0, 1:] == table[0, :-1]) & (table[1, 1:] != table[1, :-1])
+    if twice.any():
+        at = int(np.argmax(twice))
+        first, second = (i + 1 + bisect_right(blank, i) for i in order[at : at + 2].tolist())
+        raise UserError(
+            f"{path} puts one accession into two clusters, in lines {first} and {second}; give "
+            "each one cluster"
+        )
     return table
 
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from esm1nv_jax.model import encoder, foreign, loss, masking
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
+from esm1nv_jax.training.scalars import Scalars
 from esm1nv_jax.training.sharding import DATA, sharding
 
 # Arrays of a batch, all [B, T].
@@ -123,7 +124,7 @@ def device_gradients(config: StepConfig, params, batch, step):
 
 
 def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
-    """One update. Returns the new state and fp32 scalars: sums of the batch, norms, the rate.
+    """One update. Returns the new state and Scalars: sums of the batch, norms, the rate.
 
     Where the loss or the gradient is not finite the parameters and the optimiser stay as they were
     and `nonfinite` counts it; beyond `nonfinite_allowed` of them nothing moves any more, so that
@@ -157,22 +158,24 @@ def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
         "update_norm": optax.global_norm(updates),
         # A skipped update does not move the schedule.
         "learning_rate": schedule(config.optimizer)(state.step - state.nonfinite),
-        "finite": finite.astype(jnp.float32),
-        "halted": halted.astype(jnp.float32),
-        "nonfinite": nonfinite.astype(jnp.float32),  # so far, in the whole run
+        "finite": finite,
+        "halted": halted,
+        "nonfinite": nonfinite,  # so far, in the whole run
     }
-    return TrainState(state.step + ~halted, params, opt_state, nonfinite), metrics
+    state = TrainState(state.step + ~halted, params, opt_state, nonfinite)
+    return state, Scalars.of(metrics)
 
 
 def evaluation_step(config: StepConfig, mesh: Mesh, params, batch):
-    """Sums over one global batch without dropout; equal on every device."""
+    """Sums over one global batch without dropout, as Scalars; equal on every device."""
 
     def on_device(params, batch):
         return jax.lax.psum(batch_sums(config, params, batch, None), DATA)
 
-    return jax.shard_map(
+    sums = jax.shard_map(
         on_device, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False
     )(params, batch)
+    return Scalars.of(sums)
 
 
 def compiled(config: StepConfig, mesh: Mesh):

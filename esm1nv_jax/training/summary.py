@@ -62,6 +62,12 @@ def line(figures: dict[str, float]) -> str:
 def show_end(config, settings, stream, source, held_out, run_folder) -> None:
     """The table that compares like with like, where everything is, and what to type next."""
     validated = [line for line in kept.read(run_folder) if line["kind"] == "validation"]
+    if not validated:  # a full disk took them
+        console.print(
+            f"{run_folder / kept.FILE} holds no figures of held-out sequences; make them with "
+            f"esm1nv evaluate --checkpoint {run_folder} --data {config.data.path}"
+        )
+        return
     floor = floors(settings, stream, source, held_out, config.evaluation.batches)
     table = Table(title="Perplexity on held-out sequences (lower is better)", title_justify="left")
     table.add_column("")

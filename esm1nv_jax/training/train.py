@@ -90,7 +90,7 @@ def run(
             sums: dict[str, float] = {}
             for batch in validation(held_out, stream, mesh, config.evaluation.batches):
                 watchdog.beat("evaluating")
-                sums = metrics.add(sums, jax.device_get(evaluate(state.params, batch)))
+                sums = metrics.add(sums, evaluate(state.params, batch).fetched())
             found = metrics.figures(sums)
             writer.write(done, "validation", found)
             return found
@@ -103,8 +103,7 @@ def run(
         def look_at(number: int, batch: Batch, values) -> bool:
             """Fetches the figures of update `number`; False where it was not finite."""
             with clock.waiting():
-                values = jax.device_get(values)
-            values = {name: float(value) for name, value in values.items()}
+                values = values.fetched()
             if values["halted"]:
                 summary.keep_evidence(run_folder, number, batch, values, saving.checkpoints)
                 return False

@@ -96,7 +96,7 @@ def measured(exact: Weights, near: Weights) -> str:
         names = ("tokens", "segment_ids", "positions", "mask_bits")
         apart, part = compare(exact.params, {name: batch[name] for name in names})
         furthest, sums = max(furthest, float(apart)), sums + np.array(part, np.float64)
-        proteins += int((batch["segment_ids"] > 0).sum() and (batch["positions"] == 0).sum())
+        proteins += int(((batch["segment_ids"] > 0) & (batch["positions"] == 0)).sum())
         if proteins >= MEASURED_ON:
             break
     before, after = np.exp(sums[:2] / sums[2])

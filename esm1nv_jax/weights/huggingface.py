@@ -72,6 +72,11 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
         base = fields.get("rope_theta", float, foreign.ROTARY_BASE)
         found[keys.FREQUENCY] = foreign.frequencies(config.width // config.heads, base)
     leaves, left_out = keys.to_ours(family, config, found, str(folder))
+    if broken := [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+        raise UserError(
+            f"{folder}: what becomes {broken[0]} holds NaN or infinity ({len(broken)} such of "
+            f"{len(leaves)}), and the model predicts nothing; get other weights"
+        )
     provenance: dict[str, Any] = {
         "converted_from": str(folder),
         "architecture": family.architecture,

@@ -517,7 +517,7 @@ def test_clusters_are_not_divided(tmp_path, workers):
         (b"P1\tC1\n", "no sequence is named in"),
         (b"UniRef50_A00001\n", "line 1: one column"),
         (b"", "holds no line"),
-        (b"A1\tC1\nA2\tC1\nA1\tC2\n", "two clusters"),
+        (b"A2\tC1\nA1\tC1\n\nA3\tC1\nA1\tC2\n", "two clusters, in lines 2 and 5"),
         (gzip.compress(b"A1\tC1\n" * 999)[:-20], "too early"),
     ],
     ids=["unknown ids", "one column", "empty", "two clusters", "cut short"],

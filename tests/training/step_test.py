@@ -42,7 +42,8 @@ def train(config, devices: int, updates: int):
     for n in range(updates):
         arrays = jax.device_put(batch(n), sharding.sharding(mesh, "batch"))
         state, values = update(state, arrays)
-        losses.append(float(values["loss"] / values["selected"]))
+        values = values.fetched()
+        losses.append(values["loss"] / values["selected"])
     return state, np.array(losses)
 
 
@@ -137,6 +138,7 @@ def test_an_update_that_is_not_finite_moves_nothing(allowed):
     after = jax.device_get(after)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
+    values = values.fetched()
     assert not values["finite"] and int(after.nonfinite) == 1
     assert bool(values["halted"]) == (allowed == 0)
     assert int(after.step) == allowed  # a skipped update counts, one that halts does not
@@ -150,6 +152,7 @@ def test_after_a_halt_nothing_moves_even_where_it_could():
     before = jax.device_get(state)
     after, values = update(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
     jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(after.params))
+    values = values.fetched()
     assert values["finite"] and values["halted"] and int(after.nonfinite) == 1
 
 
@@ -170,4 +173,4 @@ def test_the_gradient_is_the_mean_over_all_predictions():
     update, _ = step.compiled(config, mesh)
     state = jax.device_put(step.fresh_state(config, params), sharding.sharding(mesh, "state"))
     _, values = update(state, jax.device_put(whole, sharding.sharding(mesh, "batch")))
-    assert float(values["gradient_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert values.fetched()["gradient_norm"] == pytest.approx(norm, rel=1e-5)

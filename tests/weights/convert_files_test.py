@@ -251,6 +251,10 @@ def _put(name, *shape):
     return lambda tensors: tensors.update({name: torch.ones(*shape)})
 
 
+def _broken(name):
+    return lambda tensors: tensors.update({name: tensors[name] / 0})
+
+
 def _whole(name):
     return lambda tensors: tensors.update({name: tensors[name].to(torch.int32)})
 
@@ -266,6 +270,7 @@ def _whole(name):
         ("esm", _put("esm.embeddings.word_embeddings.weight", 29, 48), r"\(29, 48\).*\(30, 48\)"),
         ("esm", _put("lm_head.decoder.weight", 30, 48), "decoder.weight differs from"),
         ("esm", _whole("lm_head.dense.weight"), "lm_head.dense.weight is of dtype int32"),
+        ("esm", _broken("esm.encoder.layer.1.output.dense.weight"), "blocks.*1.*ffn_output.* NaN"),
         ("esm2", _put("esm.rotary_embeddings.inv_freq", 6), "12 angles|6 angles"),
         ("bert", _pop("bert.embeddings.token_type_embeddings.weight"), "token_type.*missing"),
         ("bert", _put("bert.embeddings.token_type_embeddings.weight", 2, 47), r"of shape \(2, 47"),
