@@ -1,13 +1,14 @@
 """Wall-clock time to a validation perplexity: ours, and `transformers` at its best.
 
-    python benchmarks/time_to_perplexity.py --fasta F [F ...] --out FOLDER [--minutes 20]
+    python benchmarks/time_to_perplexity.py --fasta F [F ...] --out FOLDER [--seeds 3]
 
 The same small architecture from the same initial weights (ours, converted), on the same proteins;
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
 batches of like length and fused AdamW. Both warm up over a twentieth of the time and fall by a
 cosine to a tenth of the peak, which each chooses from one grid in runs of `--grid-minutes`. The
 rival has about `--minutes`, ours `--share` of what it took. Compilation counts as time; evaluation
-does not, nor does what the rival reads into memory before it begins.
+does not, nor does what the rival reads into memory before it begins. With several seeds, of initial
+weights and of the order of proteins, the means over them are compared.
 Writes FOLDER/curves.json and FOLDER/curves.png; what curves.json holds is not run again. Needs the
 extra `bench`.
 """
@@ -50,11 +51,13 @@ class Run:
     peak: float  # learning rate
     steps: int
     evaluations: int = 2
+    seed: int = 0
 
 
 def configured(args, run: Run):
     config = config_of(args.model, args.dtype, args.rows)
     with config.unlocked():
+        config.seed = run.seed
         config.model.update(dropout=0.0, attention_dropout=0.0)
         config.optimizer.update(
             peak_lr=run.peak,
@@ -102,13 +105,14 @@ def ours(args, data: str, run: Run) -> Curve:
     return curve
 
 
-def theirs(args, data: str, start: str, run: Run) -> Curve:
+def theirs(args, data: str, run: Run) -> Curve:
     settings = step_config(configured(args, run))
+    start = initial_weights(args, run)
     trainer = rivals.Trainer(settings.model, settings.optimizer, args.dtype == "bfloat16", start)
     source = open_split(data, "train")
     ids = [tokenizer.residue_ids(source[i]["sequence"][:510]) for i in range(len(source))]
     size = round(args.rows * 512 / (2 + np.mean([len(i) for i in ids])))
-    batches = rivals.grouped_batches(ids, size, seed=0)
+    batches = rivals.grouped_batches(ids, size, seed=run.seed)
     asked = list(questions(args, data))
     began = time.perf_counter()
 
@@ -130,6 +134,18 @@ def theirs(args, data: str, start: str, run: Run) -> Curve:
         return float(np.exp(nats / count))
 
     return followed(update, evaluate, run, began)
+
+
+def initial_weights(args, run: Run) -> str:
+    """The folder that the rival starts from: what ours has at this seed, converted."""
+    model, start = (f"{args.out}/{name}-{run.seed}" for name in ("model", "start"))
+    if not Path(start).exists():
+        config = configured(args, run)
+        settings = step_config(config)
+        params = jax.device_get(train.step.create_state(settings).params)
+        folder.write(model, folder.Weights(params, settings.model, {"config": config.to_dict()}))
+        convert.to_hf(model, start)
+    return start
 
 
 def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -171,6 +187,8 @@ def best(follow: Callable[[Run], Curve], grid: list[float], seconds: float) -> t
         return run.steps * (1 - 1 / run.evaluations) / (curve[-1][0] - curve[0][0])
 
     rate = rate_of(first := Run(grid[0], 64), follow(first))
+    if len(grid) == 1:
+        return grid[0], rate
     steps = round(rate * seconds)
     lowest: dict[float, float] = {}
     for peak in grid:
@@ -178,6 +196,11 @@ def best(follow: Callable[[Run], Curve], grid: list[float], seconds: float) -> t
         curve = follow(run := Run(peak, steps))
         lowest[peak], rate = curve[-1][1], rate_of(run, curve)
     return min(lowest, key=lowest.get), rate
+
+
+def mean(curves: list[Curve]) -> Curve:
+    """Point by point, over seeds."""
+    return [tuple(np.mean(points, axis=0).tolist()) for points in zip(*curves, strict=True)]
 
 
 def plot(path: Path, curves: dict[str, Curve]) -> None:
@@ -203,37 +226,32 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--share", type=float, default=0.7, help="of its time, for ours")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", default="1.5e-4,3e-4,6e-4,1.2e-3")
     parser.add_argument("--grid-minutes", type=float, default=4)
     args = parser.parse_args(argv)
     out, grid = Path(args.out), [float(peak) for peak in args.grid.split(",")]
-    data, model, start = (str(out / name) for name in ("data", "model", "start"))
+    data = str(out / "data")
     if not Path(data).exists():
         prepare(Preparation(tuple(args.fasta), data, HELD_OUT, HELD_OUT, workers=2))
-    settings = step_config(configured(args, Run(1e-3, 100)))
-    if not Path(start).exists():
-        params = jax.device_get(train.step.create_state(settings).params)
-        provenance = {"config": configured(args, Run(1e-3, 100)).to_dict()}
-        folder.write(model, folder.Weights(params, settings.model, provenance))
-        convert.to_hf(model, start)
-
     runs = {
-        "transformers": lambda run: alone(theirs, args, data, start, run),
+        "transformers": lambda run: alone(theirs, args, data, run),
         "ours": lambda run: alone(ours, args, data, run),
     }
     kept = out / "curves.json"
-    curves: dict[str, Curve] = json.loads(kept.read_text()) if kept.exists() else {}
+    found: dict[str, list[Curve]] = json.loads(kept.read_text()) if kept.exists() else {}
+    seconds = 60 * args.minutes
     for name, follow in runs.items():
-        if name in curves:
-            continue
-        print(f"{name}, grid:")
-        peak, rate = best(follow, grid, 60 * args.grid_minutes)
-        seconds = 60 * args.minutes
-        if name == "ours":
-            seconds = args.share * curves["transformers"][-1][0]
-        print(f"{name}, peak {peak}, {seconds / 60:.1f} minutes:")
-        curves[name] = follow(Run(peak, round(seconds * rate), 16))
-        kept.write_text(json.dumps(curves, indent=1))
+        if name not in found:
+            print(f"{name}, grid:")
+            peak, rate = best(follow, grid, 60 * args.grid_minutes)
+            found[name] = []
+            for seed in range(args.seeds):
+                print(f"{name}, peak {peak}, {seconds / 60:.1f} minutes, seed {seed}:")
+                found[name].append(follow(Run(peak, round(seconds * rate), 16, seed)))
+            kept.write_text(json.dumps(found, indent=1))
+        seconds = args.share * mean(found["transformers"])[-1][0]
+    curves = {name: mean(over_seeds) for name, over_seeds in found.items()}
     target = curves["transformers"][-1]
     reached = next((s for s, p in curves["ours"] if p <= target[1]), None)
     said = "not reached" if reached is None else f"{reached:.0f} s, {reached / target[0]:.2f} of it"
