@@ -247,8 +247,9 @@ def main(argv: list[str]) -> None:
             peak, rate = best(follow, grid, 60 * args.grid_minutes)
             found[name] = []
             for seed in range(args.seeds):
-                print(f"{name}, peak {peak}, {seconds / 60:.1f} minutes, seed {seed}:")
-                found[name].append(follow(Run(peak, round(seconds * rate), 16, seed)))
+                run = Run(peak, round(seconds * rate), 16, seed)
+                print(f"{name}, peak {peak}, {run.steps} updates, seed {seed}:")
+                found[name].append(follow(run))
             kept.write_text(json.dumps(found, indent=1))
         seconds = args.share * mean(found["transformers"])[-1][0]
     curves = {name: mean(over_seeds) for name, over_seeds in found.items()}

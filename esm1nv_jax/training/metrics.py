@@ -40,7 +40,7 @@ def figures(sums: dict[str, float]) -> dict[str, float]:
 
 
 def add(total: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
-    return {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
+    return {name: total.get(name, 0.0) + value for name, value in sums.items()}
 
 
 def training_flops(config: EncoderConfig, sums: dict[str, float]) -> float:
