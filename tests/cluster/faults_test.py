@@ -38,9 +38,10 @@ def test_a_lost_peer_ends_the_others_and_is_named(tmp_path, how, victim):
 def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
     """The straight run is the witness; the launcher starts the other again by itself."""
     options = ("--config.steps=80", "--config.checkpoint.every=5")
+    slow = processes.slow_data(tmp_path / "slow", seconds=0.1)  # the kill comes before the end
     with Run(tmp_path / "straight", 2, *options) as run:
         assert run.wait() == 0, run.text
-    with Run(tmp_path / "killed", 2, *options, restarts=2) as run:
+    with Run(tmp_path / "killed", 2, *options, restarts=2, PYTHONPATH=slow) as run:
         run.until(lambda: run.updates() >= 8)
         run.signal(1, signal.SIGKILL)
         assert run.wait() == 0, run.text
@@ -176,20 +177,7 @@ def test_a_full_disk_while_saving(tmp_path, policy, where):
 
 def test_a_straggler_shows_in_the_figures_of_hosts(tmp_path):
     """Process 1 reads slowly: it waits for data, its peer waits for it."""
-    slow = tmp_path / "slow"
-    slow.mkdir()
-    (slow / "sitecustomize.py").write_text(
-        "import os, time\n"
-        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
-        "    from esm1nv_jax.data import pipeline\n"
-        "    real = pipeline.train_batches\n"
-        "    def drag(*args):\n"
-        "        for item in real(*args):\n"
-        "            time.sleep(1)\n"
-        "            yield item\n"
-        "    pipeline.train_batches = drag\n"
-    )
-    path = f"{slow}:{processes.ROOT}"
+    path = processes.slow_data(tmp_path / "slow", seconds=1, process=1)
     options = ("--config.steps=20", "--config.checkpoint.every=8")  # a save lets batches pile up
     with Run(tmp_path / "run", 2, *options, PYTHONPATH=path) as run:
         assert run.wait() == 0, run.text

@@ -29,6 +29,23 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     }
 
 
+def slow_data(folder: Path, seconds: float, process: int = 0) -> str:
+    """A PYTHONPATH under which `process` waits `seconds` for each batch; their contents stay."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\n"
+        f"if os.environ.get('JAX_PROCESS_ID', '0') == '{process}':\n"
+        "    from esm1nv_jax.data import pipeline\n"
+        "    real = pipeline.train_batches\n"
+        "    def drag(*args):\n"
+        "        for item in real(*args):\n"
+        f"            time.sleep({seconds})\n"
+        "            yield item\n"
+        "    pipeline.train_batches = drag\n"
+    )
+    return f"{folder}:{ROOT}"
+
+
 def run(*options: str, config: str | Path = TINY, cwd=None, **env) -> subprocess.CompletedProcess:
     """Runs training to its end."""
     return subprocess.run(

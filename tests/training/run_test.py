@@ -59,7 +59,8 @@ def test_a_run_leaves_what_it_promises(straight):
 )
 def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, status):
     run = tmp_path / "run"
-    process = processes.start(f"--workdir={run}")
+    slow = processes.slow_data(tmp_path / "slow", seconds=0.5)  # the signal comes before the end
+    process = processes.start(f"--workdir={run}", PYTHONPATH=slow)
     processes.wait_until(lambda: checkpoint.steps(run), process)
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
