@@ -8,7 +8,7 @@ batches of like length and fused AdamW. Both warm up over a twentieth of the tim
 cosine to a tenth of the peak, which each chooses from one grid in runs of `--grid-minutes`. The
 rival has about `--minutes`, ours `--share` of what it took. Compilation counts as time; evaluation
 does not, nor does what the rival reads into memory before it begins. With several seeds, of initial
-weights and of the order of proteins, the means over them are compared.
+weights and of the order of proteins, the two take turns and the means over seeds are compared.
 Writes FOLDER/curves.json and FOLDER/curves.png; what curves.json holds is not run again. Needs the
 extra `bench`.
 """
@@ -239,20 +239,24 @@ def main(argv: list[str]) -> None:
         "ours": lambda run: alone(ours, args, data, run),
     }
     kept = out / "curves.json"
-    found: dict[str, list[Curve]] = json.loads(kept.read_text()) if kept.exists() else {}
-    seconds = 60 * args.minutes
+    found: dict[str, dict] = json.loads(kept.read_text()) if kept.exists() else {}
     for name, follow in runs.items():
         if name not in found:
             print(f"{name}, grid:")
             peak, rate = best(follow, grid, 60 * args.grid_minutes)
-            found[name] = []
-            for seed in range(args.seeds):
+            found[name] = {"peak": peak, "rate": rate, "curves": []}
+            kept.write_text(json.dumps(found, indent=1))
+    for seed in range(args.seeds):
+        seconds = 60 * args.minutes
+        for name, follow in runs.items():
+            peak, rate, done = found[name].values()
+            if len(done) <= seed:
                 run = Run(peak, round(seconds * rate), 16, seed)
                 print(f"{name}, peak {peak}, {run.steps} updates, seed {seed}:")
-                found[name].append(follow(run))
-            kept.write_text(json.dumps(found, indent=1))
-        seconds = args.share * mean(found["transformers"])[-1][0]
-    curves = {name: mean(over_seeds) for name, over_seeds in found.items()}
+                done.append(follow(run))
+                kept.write_text(json.dumps(found, indent=1))
+            seconds = args.share * done[seed][-1][0]
+    curves = {name: mean(its["curves"][: args.seeds]) for name, its in found.items()}
     target = curves["transformers"][-1]
     reached = next((s for s, p in curves["ours"] if p <= target[1]), None)
     said = "not reached" if reached is None else f"{reached:.0f} s, {reached / target[0]:.2f} of it"
