@@ -112,9 +112,9 @@ def test_starting_from_another_model(tmp_path, straight):
 
 def test_a_live_run_is_not_disturbed(tmp_path):
     run = tmp_path / "run"
-    first = processes.start(f"--workdir={run}", "--config.steps=1000")
+    first = processes.start(f"--workdir={run}", "--config.steps=100000")
     processes.wait_until(lambda: checkpoint.steps(run), first)
-    second = processes.run(f"--workdir={run}", "--config.steps=1000")
+    second = processes.run(f"--workdir={run}", "--config.steps=100000")
     first.kill()
     first.communicate()
     assert second.returncode == 2
