@@ -137,7 +137,8 @@ def rival(config, folder: str, grouped: bool) -> Callable[[int], int]:
     return run
 
 
-OURS, RANDOM, GROUPED = PROGRAMS = ("ours", "transformers (a)", "transformers (b)")
+OURS, RANDOM, GROUPED = "ours", "transformers (a)", "transformers (b)"
+RIVALS = {"transformers": (RANDOM, GROUPED), "a": (RANDOM,), "b": (GROUPED,), "none": ()}
 
 
 def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, folder: str) -> None:
@@ -176,7 +177,7 @@ def running(*arguments):
 
 def measured(args, dtype: str, folder: str) -> dict[str, list[float]]:
     """Residues a second of each program, round by round in turn."""
-    names = PROGRAMS if args.rival == "transformers" else (OURS,)
+    names = (OURS, *RIVALS[args.rival])
     with contextlib.ExitStack() as stack:
         programs = {
             name: stack.enter_context(running(name, args.model, dtype, args.rows, folder))
@@ -227,7 +228,7 @@ def origins(program: str) -> dict[str, str]:
 def main(argv: list[str]) -> None:
     parser = Parser("(benchmark)", "Training speed.", "python benchmarks/train.py --fasta F")
     parser.add_argument("--fasta", required=True)
-    parser.add_argument("--rival", choices=("transformers", "none"), default="transformers")
+    parser.add_argument("--rival", choices=RIVALS, default="transformers", help="a or b: only that")
     parser.add_argument("--model", choices=sorted(MODELS), default="full")
     parser.add_argument("--rows", type=int, default=8, help="of 512 tokens, in an update")
     parser.add_argument("--rounds", type=int, default=3)
@@ -257,7 +258,10 @@ def main(argv: list[str]) -> None:
         try:
             rates = {dtype: measured(args, dtype, folder) for dtype in dtypes}
         except EOFError:
-            raise UserError("a program failed; is pip install -e '.[bench]' done?") from None
+            raise UserError(
+                "a program ended; is pip install -e '.[bench]' done, and is there memory for all? "
+                "--rival a and --rival b take less"
+            ) from None
     print(f"\n{args.model} model, residues/s, median of {args.rounds} rounds (least to most)")
     for dtype, of_programs in rates.items():
         ours = statistics.median(of_programs[OURS])
