@@ -38,9 +38,9 @@ def test_a_lost_peer_ends_the_others_and_is_named(tmp_path, how, victim):
 def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
     """The straight run is the witness; the launcher starts the other again by itself."""
     options = ("--config.steps=80", "--config.checkpoint.every=5")
-    slow = processes.slow_data(tmp_path / "slow", seconds=0.1)  # the kill comes before the end
     with Run(tmp_path / "straight", 2, *options) as run:
         assert run.wait() == 0, run.text
+    slow = processes.slow_data(tmp_path / "slow", seconds=0.1)  # the kill comes before the end
     with Run(tmp_path / "killed", 2, *options, restarts=2, PYTHONPATH=slow) as run:
         run.until(lambda: run.updates() >= 8)
         run.signal(1, signal.SIGKILL)
@@ -77,20 +77,7 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path, n):
 
 def test_a_process_that_stands_still_makes_all_dump_their_stacks_and_leave(tmp_path):
     """A data set on a disk that hangs, for one process: its reads never come back."""
-    stuck = tmp_path / "stuck"
-    stuck.mkdir()
-    (stuck / "sitecustomize.py").write_text(
-        "import os, time\n"
-        "if os.environ.get('JAX_PROCESS_ID') == '1':\n"
-        "    from esm1nv_jax.data import pipeline\n"
-        "    real = pipeline.train_batches\n"
-        "    def hang(*args):\n"
-        "        for i, item in enumerate(real(*args)):\n"
-        "            if i == 20: time.sleep(1e6)\n"
-        "            yield item\n"
-        "    pipeline.train_batches = hang\n"
-    )
-    path = f"{stuck}:{processes.ROOT}"
+    path = processes.slow_data(tmp_path / "stuck", seconds=1e6, process=1, after=20)
     with Run(tmp_path / "run", 2, *LONG, "--config.cluster.stall_timeout=20", PYTHONPATH=path) as r:
         r.until(lambda: r.updates() >= 15)
         began = time.monotonic()

@@ -29,8 +29,11 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     }
 
 
-def slow_data(folder: Path, seconds: float, process: int = 0) -> str:
-    """A PYTHONPATH under which `process` waits `seconds` for each batch; their contents stay."""
+def slow_data(folder: Path, seconds: float, process: int = 0, after: int = 0) -> str:
+    """A PYTHONPATH under which `process` waits `seconds` for each batch but the first `after`.
+
+    What is in the batches stays as it is.
+    """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         "import os, time\n"
@@ -38,8 +41,8 @@ def slow_data(folder: Path, seconds: float, process: int = 0) -> str:
         "    from esm1nv_jax.data import pipeline\n"
         "    real = pipeline.train_batches\n"
         "    def drag(*args):\n"
-        "        for item in real(*args):\n"
-        f"            time.sleep({seconds})\n"
+        "        for i, item in enumerate(real(*args)):\n"
+        f"            if i >= {after}: time.sleep({seconds})\n"
         "            yield item\n"
         "    pipeline.train_batches = drag\n"
     )
