@@ -15,8 +15,14 @@ EXTRAS = {
     "bench": ["torch>=2.4", "transformers>=4.44"],
     # Witnesses: independent implementations that the tests and benchmarks compare with.
     "test": [
-        "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "biopython>=1.83", "ruff>=0.12",
-        "zstandard>=0.23", "pyarrow>=17", "h5py>=3.11",
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "biopython>=1.83",
+        "ruff>=0.12",
+        "zstandard>=0.23",
+        "pyarrow>=17",
+        "h5py>=3.11",
     ],
     # With them the tests compare with transformers, on random and on real weights.
     "interchange-test": ["torch>=2.6", "transformers>=5", "antiberty==0.1.3"],

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from esm1nv_jax.checkpoints import average, manager
 from esm1nv_jax.model import encoder
-from esm1nv_jax.weights import average, checkpoint
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     if options.orbax:
         began = time.perf_counter()
         for member in members:
-            checkpoint.read_params(member.run, member.step)
+            manager.read_params(member.run, member.step)
         found["orbax_reading_alone_seconds"] = time.perf_counter() - began
     for name, value in found.items():
         print(f"{name:<28} {value:.3g}" if isinstance(value, float) else f"{name:<28} {value}")
@@ -59,7 +59,7 @@ def make(folder: str, members: int) -> None:
     """Checkpoints 1..members, unless they are there."""
     config = {"config": {"model": vars(encoder.EncoderConfig())}, "code": "benchmark"}
     place = {"epoch": 0, "window": 0, "row": 0, "data": "none"}
-    checkpoints = checkpoint.Checkpoints(folder, keep=members)
+    checkpoints = manager.Checkpoints(folder, keep=members)
     params = None
     for step in range(1, members + 1):
         if step not in checkpoints.steps():

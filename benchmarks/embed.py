@@ -16,9 +16,9 @@ import time
 
 import numpy as np
 
-from esm1nv_jax import arguments, process
-from esm1nv_jax.arguments import Parser
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common import arguments, runtime
+from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.errors import UserError
 
 CUT = 510
 BATCH_TOKENS = 4_096
@@ -42,16 +42,16 @@ def ours(sequences: list[bytes], precision: str, deterministic: bool = False):
     import jax
 
     from esm1nv_jax.data import tokenizer
-    from esm1nv_jax.inference.encode import Want, encode
+    from esm1nv_jax.inference.engine import Want, encode
     from esm1nv_jax.inference.model import Model
     from esm1nv_jax.model import encoder
 
     config = encoder.EncoderConfig()
     model = Model(config, jax.device_put(encoder.init(config, 0)), {}, precision)
     ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
-    return lambda: encode(
-        model.placed, ids, Want(("mean",)), model.longest, deterministic
-    )["mean_-1"]  # fmt: skip
+    return lambda: encode(model.placed, ids, Want(("mean",)), model.longest, deterministic)[
+        "mean_-1"
+    ]
 
 
 def rival(sequences: list[bytes], bf16: bool):
@@ -61,7 +61,7 @@ def rival(sequences: list[bytes], bf16: bool):
     from transformers import EsmModel
 
     from esm1nv_jax.data import tokenizer
-    from esm1nv_jax.model.config import EncoderConfig
+    from esm1nv_jax.model.encoder_config import EncoderConfig
 
     config = rivals.config_of(EncoderConfig())
     torch.manual_seed(0)  # the same weights in fp32 and bf16
@@ -139,8 +139,10 @@ def main(argv: list[str]) -> None:
         median = statistics.median(seconds[name])
         near = accuracy(means[name], exact[name.split()[0]])
         rows[name] = {"tokens/s": tokens / median, "ratio": base / median, **near}
-        print(f"{name:<26} {tokens / median:8,.0f} {base / median:21.2f} "
-              f"{near['least cosine']:13.6f} {near['largest difference']:15.2e}")  # fmt: skip
+        print(
+            f"{name:<26} {tokens / median:8,.0f} {base / median:21.2f} "
+            f"{near['least cosine']:13.6f} {near['largest difference']:15.2e}"
+        )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"proteins": len(sequences), "tokens": tokens, "programs": rows}, file)
@@ -149,5 +151,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
-    process.keep_freed_memory()  # as `esm1nv embed` does
+    runtime.keep_freed_memory()  # as `esm1nv embed` does
     sys.exit(arguments.run(main, sys.argv[1:]))

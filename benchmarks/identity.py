@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from esm1nv_jax.inference.sources import read_fasta
+from esm1nv_jax.inference.protein_source import read_fasta
 
 LOW, MIDDLE, HIGH = "identity under 30 %", "identity 30 to 50 %", "identity over 50 %"
 
@@ -40,11 +40,31 @@ def main() -> None:
         write(folder / "train.fasta", train)
         write(folder / "test.fasta", [test])
         subprocess.run(
-            ["mmseqs", "easy-search", "test.fasta", "train.fasta", "hits.tsv", "scratch",
-             "--format-output", "query,fident,qcov", "-c", "0.5", "--cov-mode", "2",
-             "-s", "5.7", "--max-seqs", "300", "--threads", str(options.threads), "-v", "1"],
-            cwd=folder, check=True,
-        )  # fmt: skip
+            [
+                "mmseqs",
+                "easy-search",
+                "test.fasta",
+                "train.fasta",
+                "hits.tsv",
+                "scratch",
+                "--format-output",
+                "query,fident,qcov",
+                "-c",
+                "0.5",
+                "--cov-mode",
+                "2",
+                "-s",
+                "5.7",
+                "--max-seqs",
+                "300",
+                "--threads",
+                str(options.threads),
+                "-v",
+                "1",
+            ],
+            cwd=folder,
+            check=True,
+        )
         best: dict[str, float] = {}
         for line in (folder / "hits.tsv").read_text().splitlines():
             number, identity, _ = line.split("\t")

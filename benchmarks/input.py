@@ -19,10 +19,10 @@ import grain
 import numpy as np
 
 from esm1nv_jax.data import packing, tokenizer
-from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.order import Order
 from esm1nv_jax.data.pipeline import StreamConfig, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
+from esm1nv_jax.data.source import open_split
 
 ROWS = 256
 NEEDED = 25_000  # sequences a core-second that a host of fast devices asks for
@@ -30,9 +30,13 @@ NEEDED = 25_000  # sequences a core-second that a host of fast devices asks for
 
 def stream(source, batches: int, row_length: int, packed: bool, crop: str) -> dict:
     config = StreamConfig(
-        seed=0, rows=ROWS, row_length=row_length, max_residues=row_length - 2,
-        packed=packed, crop=crop,
-    )  # fmt: skip
+        seed=0,
+        rows=ROWS,
+        row_length=row_length,
+        max_residues=row_length - 2,
+        packed=packed,
+        crop=crop,
+    )
     made = train_batches(source, config)
     next(made)
     sequences = tokens = 0
@@ -78,9 +82,13 @@ def grain_padded(source, batches: int, row_length: int) -> dict:
         return {"tokens": tokens, "positions": np.arange(row_length, dtype=np.int32)}
 
     made = iter(
-        grain.MapDataset.source(source).seed(0).shuffle().map(row).batch(ROWS)
+        grain.MapDataset.source(source)
+        .seed(0)
+        .shuffle()
+        .map(row)
+        .batch(ROWS)
         .to_iter_dataset(grain.ReadOptions(num_threads=0))
-    )  # fmt: skip
+    )
     next(made)
     began = time.thread_time()
     for _ in range(batches):

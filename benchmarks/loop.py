@@ -20,8 +20,8 @@ from pathlib import Path
 
 import jax
 
-from esm1nv_jax import arguments, configuration, process
-from esm1nv_jax.arguments import Parser
+from esm1nv_jax.common import arguments, config_file, runtime
+from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.training import train
 
 SHORT, LONG, TRACED = 100, 300, "41-80"
@@ -29,7 +29,7 @@ SHORT, LONG, TRACED = 100, 300, "41-80"
 
 def cpu_seconds(path: str, steps: int, workdir: Path, profile: str = "") -> float:
     """Of the main thread, in a run of so many updates."""
-    config = configuration.load(path, f"steps={steps}")
+    config = config_file.load(path, f"steps={steps}")
     with config.unlocked():
         config.evaluation.every = config.checkpoint.every = steps
         config.profile = profile
@@ -67,13 +67,15 @@ def main(argv: list[str]) -> None:
     idle = [after[0] - before[1] for before, after in pairwise(spans)]
     every = statistics.median(after[0] - before[0] for before, after in pairwise(spans))
     found = {"update": every, "host": host, "idle": statistics.median(idle), "longest": max(idle)}
-    print(f"an update {1e3 * every:.1f} ms; the main thread's CPU time {1e3 * host:.2f} ms; the "
-          f"device idle {1e3 * found['idle']:.2f} ms between two of {len(spans)} (longest "
-          f"{1e3 * found['longest']:.2f} ms)")  # fmt: skip
+    print(
+        f"an update {1e3 * every:.1f} ms; the main thread's CPU time {1e3 * host:.2f} ms; the "
+        f"device idle {1e3 * found['idle']:.2f} ms between two of {len(spans)} (longest "
+        f"{1e3 * found['longest']:.2f} ms)"
+    )
     if args.json:
         Path(args.json).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    process.set_up()
+    runtime.set_up()
     sys.exit(arguments.run(main, sys.argv[1:]))

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from esm1nv_jax import process
+from esm1nv_jax.common import runtime
 
 FACTOR = 1.5
 SHAPES = {  # arguments of configs/pretrain_small.py, and fields
@@ -39,21 +39,26 @@ def main() -> int:
     options = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["JAX_PLATFORMS"] = "cpu"
-    process.set_up()
+    runtime.set_up()
     from esm1nv_jax.planning import chips
 
     this = chips.measured_cpu(clock=time.process_time)
     chips.measured_cpu = lambda: this
-    print(f"{this.flops / 1e9:.0f} GFLOP/s in products, {this.vector / 1e9:.0f} outside of them, "
-          f"{this.bandwidth / 1e9:.1f} GB/s")  # fmt: skip
+    print(
+        f"{this.flops / 1e9:.0f} GFLOP/s in products, {this.vector / 1e9:.0f} outside of them, "
+        f"{this.bandwidth / 1e9:.1f} GB/s"
+    )
     print(f"{'':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}")
     found = {}
     for name in options.shapes.split(","):
         arguments, fields = SHAPES[name]
         predicted, measured = seconds(arguments, fields, options.updates)
         found[name] = {"predicted": predicted, "measured": measured}
-        print(f"{name:<12}{predicted * 1e3:>9.0f} ms{measured * 1e3:>9.0f} ms"
-              f"{measured / predicted:>8.2f}", flush=True)  # fmt: skip
+        print(
+            f"{name:<12}{predicted * 1e3:>9.0f} ms{measured * 1e3:>9.0f} ms"
+            f"{measured / predicted:>8.2f}",
+            flush=True,
+        )
     if options.json:
         Path(options.json).write_text(json.dumps(found))
     ratios = [figures["measured"] / figures["predicted"] for figures in found.values()]
@@ -64,26 +69,27 @@ def seconds(arguments: str, fields: list[str], updates: int) -> tuple[float, flo
     """Of one update: as planned, and the quickest of `updates` that were run."""
     import jax
 
-    from esm1nv_jax import configuration
-    from esm1nv_jax.data.config import stream_config
-    from esm1nv_jax.data.dataset import open_split
+    from esm1nv_jax.common import config_file
     from esm1nv_jax.data.pipeline import Place, train_batches
+    from esm1nv_jax.data.source import open_split
+    from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.planning import chips
     from esm1nv_jax.planning.plan import plan
-    from esm1nv_jax.training import settings, sharding, step, train
+    from esm1nv_jax.training import run_config, sharding, step, train
 
-    config = configuration.load("configs/pretrain_small.py", arguments)
+    config = config_file.load("configs/pretrain_small.py", arguments)
     fields = ["--config.data.path=sample", "--config.compute.dtype=float32", *fields]
-    config = configuration.override(config, fields)
+    config = config_file.override(config, fields)
     planned = plan(config, chips.THIS_CPU)
     device = jax.devices()[0]
-    settled = settings.fitted(settings.step_config(config), config, device)
+    settled = run_config.fitted(run_config.step_config(config), config, device)
     mesh = sharding.make_mesh([device])
     layout = sharding.sharding(mesh, "state")
     state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settled)
     update, _ = step.compiled(settled, mesh)
-    batches = train_batches(open_split("sample", "train"), stream_config(config, planned.rows),
-                            Place())  # fmt: skip
+    batches = train_batches(
+        open_split("sample", "train"), stream_config(config, planned.rows), Place()
+    )
     times = []
     for _ in range(updates + 1):  # the first one compiles
         batch = jax.block_until_ready(train.on_devices(next(batches)[0], mesh))

@@ -90,8 +90,19 @@ def report(asked: argparse.Namespace, folder: Path) -> None:
     held_out = ["--validation", str(sequences // 1000), "--test", str(sequences // 50)]
 
     def prepared(workers: int) -> list[str]:
-        return [sys.executable, "-m", "esm1nv_jax", "prepare", "--fasta", str(source), "--out",
-                str(folder / "set"), "--workers", str(workers), *held_out]  # fmt: skip
+        return [
+            sys.executable,
+            "-m",
+            "esm1nv_jax",
+            "prepare",
+            "--fasta",
+            str(source),
+            "--out",
+            str(folder / "set"),
+            "--workers",
+            str(workers),
+            *held_out,
+        ]
 
     bare = [sys.executable, "-c", BARE, str(source), str(folder / "bare")]
     runs = {

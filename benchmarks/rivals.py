@@ -10,19 +10,28 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD
-from esm1nv_jax.model.config import EncoderConfig
+from esm1nv_jax.model.encoder_config import EncoderConfig
 
 
 def config_of(model: EncoderConfig) -> EsmConfig:
     """The same architecture, with our token ids, as `esm1nv convert` writes it."""
     return EsmConfig(
-        vocab_size=tokenizer.VOCABULARY, pad_token_id=PAD, mask_token_id=MASK,
-        hidden_size=model.width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        intermediate_size=model.ffn, max_position_embeddings=model.positions + PAD + 1,
-        hidden_dropout_prob=model.dropout, attention_probs_dropout_prob=model.attention_dropout,
-        layer_norm_eps=model.norm_epsilon, position_embedding_type="absolute",
-        emb_layer_norm_before=False, token_dropout=False, attn_implementation="sdpa",
-    )  # fmt: skip
+        vocab_size=tokenizer.VOCABULARY,
+        pad_token_id=PAD,
+        mask_token_id=MASK,
+        hidden_size=model.width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        intermediate_size=model.ffn,
+        max_position_embeddings=model.positions + PAD + 1,
+        hidden_dropout_prob=model.dropout,
+        attention_probs_dropout_prob=model.attention_dropout,
+        layer_norm_eps=model.norm_epsilon,
+        position_embedding_type="absolute",
+        emb_layer_norm_before=False,
+        token_dropout=False,
+        attn_implementation="sdpa",
+    )
 
 
 def padded(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,9 +62,12 @@ class Trainer:
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         self.adamw = torch.optim.AdamW(
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=optimizer.peak_lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay, fused=True,
-        )  # fmt: skip
+            lr=optimizer.peak_lr,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
 
     def update(self, sequences: list[np.ndarray], rate: float | None = None) -> float:
         """One update, at this learning rate if one is given; returns the loss."""

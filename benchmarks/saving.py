@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esm1nv_jax.checkpoints import manager
 from esm1nv_jax.model import encoder
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer
-from esm1nv_jax.weights import checkpoint
 
 LOOP_SECONDS = 15.0
 
@@ -35,7 +35,7 @@ def main() -> None:
     rest = {"step": np.int32(0), "opt_state": optimizer(OptimizerConfig()).init(params)}
     square = jnp.ones((1024, 1024))
     product = jax.jit(lambda x: x @ x / 1024)
-    checkpoints = checkpoint.Checkpoints(options.folder, keep=1)
+    checkpoints = manager.Checkpoints(options.folder, keep=1)
 
     def loop() -> int:
         """Products in so many seconds."""
@@ -68,7 +68,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:<36} {value:.3g}")
     if options.json:
-        Path(options.json).write_text(json.dumps(found ))
+        Path(options.json).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

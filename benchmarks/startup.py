@@ -26,19 +26,19 @@ def start(path: str) -> dict[str, float]:
         nonlocal began
         phases[name], began = time.time() - began, time.time()
 
-    from esm1nv_jax import process
+    from esm1nv_jax.common import runtime
 
-    process.set_up()
+    runtime.set_up()
     import jax
 
-    from esm1nv_jax import configuration
-    from esm1nv_jax.data.config import stream_config
+    from esm1nv_jax.common import config_file
     from esm1nv_jax.data.pipeline import Place
+    from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.training import sharding, step, train
-    from esm1nv_jax.training.settings import fitted, global_rows, step_config
+    from esm1nv_jax.training.run_config import fitted, global_rows, step_config
 
     phase("Python and imports")
-    config = configuration.load(path)
+    config = config_file.load(path)
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
     settings = fitted(step_config(config), config, mesh.devices.flat[0])
     source, _ = train.open_data(config)
@@ -71,8 +71,10 @@ def main() -> None:
             done = subprocess.run(
                 [sys.executable, __file__, "--child", "--config", options.config],
                 env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "BEGAN": str(time.time())},
-                stdout=subprocess.PIPE, text=True, check=True,
-            )  # fmt: skip
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             found[name] = json.loads(done.stdout.splitlines()[-1])
     for phase in found["first start"]:
         print(f"{phase:<24}" + "".join(f"{found[name][phase]:8.1f} s" for name in found))

@@ -29,18 +29,19 @@ import rivals
 import torch
 from train import Ours, config_of
 
-from esm1nv_jax import arguments, process
-from esm1nv_jax.arguments import Parser
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common import arguments, runtime
+from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.config import stream_config
-from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.prepare import Preparation, prepare
+from esm1nv_jax.data.source import open_split
+from esm1nv_jax.data.stream_config import stream_config
+from esm1nv_jax.interchange import convert
 from esm1nv_jax.model import masking
-from esm1nv_jax.model.products import multiplies_bf16
+from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.training import metrics, sharding, train
-from esm1nv_jax.training.settings import step_config
-from esm1nv_jax.weights import convert, folder
+from esm1nv_jax.training.run_config import step_config
 
 HELD_OUT = 300
 Curve = list[tuple[float, float]]  # (seconds, perplexity)
@@ -143,7 +144,9 @@ def initial_weights(args, run: Run) -> str:
         config = configured(args, run)
         settings = step_config(config)
         params = jax.device_get(train.step.create_state(settings).params)
-        folder.write(model, folder.Weights(params, settings.model, {"config": config.to_dict()}))
+        model_folder.write(
+            model, model_folder.Weights(params, settings.model, {"config": config.to_dict()})
+        )
         convert.to_hf(model, start)
     return start
 
@@ -176,7 +179,7 @@ def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, tor
 def alone(run: Callable[..., Curve], *arguments) -> Curve:
     """`run` in a process of its own, which keeps its freed memory: the rival, too, gains by it."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=process.keep_freed_memory) as pool:
+    with ProcessPoolExecutor(1, spawn, initializer=runtime.keep_freed_memory) as pool:
         return pool.submit(run, *arguments).result()
 
 
@@ -260,8 +263,10 @@ def main(argv: list[str]) -> None:
     target = curves["transformers"][-1]
     reached = next((s for s, p in curves["ours"] if p <= target[1]), None)
     said = "not reached" if reached is None else f"{reached:.0f} s, {reached / target[0]:.2f} of it"
-    print(f"transformers: {target[1]:.3f} after {target[0]:.0f} s; ours: {said}, "
-          f"{curves['ours'][-1][1]:.3f} at its end")  # fmt: skip
+    print(
+        f"transformers: {target[1]:.3f} after {target[0]:.0f} s; ours: {said}, "
+        f"{curves['ours'][-1][1]:.3f} at its end"
+    )
     plot(out / "curves.png", curves)
 
 

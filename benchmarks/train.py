@@ -29,17 +29,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from esm1nv_jax import arguments, configuration, process
-from esm1nv_jax.arguments import Parser
+from esm1nv_jax.common import arguments, config_file, runtime
+from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.config import stream_config
-from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.pipeline import Place
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.data.prepare import Preparation, prepare
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.data.source import open_split
+from esm1nv_jax.data.stream_config import stream_config
 from esm1nv_jax.training import sharding, step, train
-from esm1nv_jax.training.settings import fitted, step_config
+from esm1nv_jax.training.run_config import fitted, step_config
 
 CUT = 510
 MODELS = {"full": dict(), "small": dict(layers=5, width=256, heads=4, ffn=1024)}
@@ -48,7 +48,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 def config_of(model: str, dtype: str, rows: int):
     """`pretrain_small` with rows of 512 tokens."""
-    config = configuration.load(CONFIGS / "pretrain_small.py", f"hf,max_length={CUT},batch={rows}")
+    config = config_file.load(CONFIGS / "pretrain_small.py", f"hf,max_length={CUT},batch={rows}")
     with config.unlocked():
         config.model.update(**MODELS[model])
         config.compute.dtype = dtype
@@ -108,10 +108,12 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
     bf16, fp32 = losses.values()
     a, b = gradients.values()
     apart = np.abs(bf16 - fp32) / fp32
-    print(f"{model} model, {updates} updates of the same batches: losses in bf16 and fp32 differ "
-          f"by {apart.mean():.1e} on average, {apart.max():.1e} at most; mean of the last 20: "
-          f"{bf16[-20:].mean():.4f} and {fp32[-20:].mean():.4f}; cosine of the first gradients "
-          f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.6f}")  # fmt: skip
+    print(
+        f"{model} model, {updates} updates of the same batches: losses in bf16 and fp32 differ "
+        f"by {apart.mean():.1e} on average, {apart.max():.1e} at most; mean of the last 20: "
+        f"{bf16[-20:].mean():.4f} and {fp32[-20:].mean():.4f}; cosine of the first gradients "
+        f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.6f}"
+    )
 
 
 def rival(config, folder: str, grouped: bool) -> Callable[[int], int]:
@@ -145,7 +147,7 @@ def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, fol
     """In a process of its own: makes as many updates as it is asked for, until it hears 0."""
     config = config_of(model, dtype, rows)
     if program == OURS:
-        process.keep_freed_memory()  # as esm1nv_jax.main does
+        runtime.keep_freed_memory()  # as esm1nv_jax.main does
         ours = Ours(config, folder)
         run, end = ours.run, ours.batches.close
     else:
@@ -208,9 +210,7 @@ def profile(ours: Ours, updates: int) -> list[tuple[str, float]]:
                     spent[stats["hlo_op"]] += event.duration_ns
     total = sum(spent.values())
     origin = origins(ours.step.as_text())
-    return [
-        (f"{name} {origin.get(name, '')}", ns / total) for name, ns in spent.most_common(10)
-    ]
+    return [(f"{name} {origin.get(name, '')}", ns / total) for name, ns in spent.most_common(10)]
 
 
 def origins(program: str) -> dict[str, str]:
@@ -267,8 +267,10 @@ def main(argv: list[str]) -> None:
         ours = statistics.median(of_programs[OURS])
         for name, rate in of_programs.items():
             middle = statistics.median(rate)
-            print(f"{dtype:<9} {name:<17} {middle:8,.0f}   ({min(rate):,.0f} to {max(rate):,.0f})"
-                  + ("" if name == OURS else f"   ours to it: {ours / middle:.2f}"))  # fmt: skip
+            print(
+                f"{dtype:<9} {name:<17} {middle:8,.0f}   ({min(rate):,.0f} to {max(rate):,.0f})"
+                + ("" if name == OURS else f"   ours to it: {ours / middle:.2f}")
+            )
     if args.json:
         Path(args.json).write_text(json.dumps({"model": args.model, "rates": rates}, indent=1))
 
@@ -276,5 +278,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
-    process.keep_freed_memory()  # as esm1nv_jax.main does
+    runtime.keep_freed_memory()  # as esm1nv_jax.main does
     sys.exit(arguments.run(main, sys.argv[1:]))

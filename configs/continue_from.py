@@ -12,19 +12,17 @@ import dataclasses
 
 from ml_collections import config_dict
 
-from esm1nv_jax.configuration import arguments, parent
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.weights import folder
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common.config_file import arguments, parent
+from esm1nv_jax.common.errors import UserError
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
     args = arguments(arg, model="", batch=0, steps=10_000, seed=0)
     if not args["model"]:
         raise UserError("name the model to go on with: --config=configs/continue_from.py:model=DIR")
-    config = parent(
-        __file__, "pretrain_small.py", f"batch={args['batch']},steps={args['steps']}"
-    )
-    model = folder.read(args["model"]).model
+    config = parent(__file__, "pretrain_small.py", f"batch={args['batch']},steps={args['steps']}")
+    model = model_folder.read(args["model"]).model
     config.seed = args["seed"]
     config.init_from = args["model"]
     config.model.update(dataclasses.asdict(model))

@@ -7,7 +7,7 @@ Arguments: steps=, seed=, hf (the variant that converts to transformers exactly)
 
 from ml_collections import config_dict
 
-from esm1nv_jax.configuration import arguments, parent
+from esm1nv_jax.common.config_file import arguments, parent
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-from esm1nv_jax import __version__, arguments, process
-from esm1nv_jax.errors import UserError
+from esm1nv_jax import __version__
+from esm1nv_jax.common import arguments, runtime
+from esm1nv_jax.common.errors import UserError
 
 # verb: (module with a `main(argv)`, what it does)
 VERBS = {
@@ -15,13 +16,16 @@ VERBS = {
     "plan": ("esm1nv_jax.planning.plan", "memory and time of a step on chips you do not have"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
     "compare": ("esm1nv_jax.training.compare", "set runs side by side: configs, curves, seeds"),
-    "average": ("esm1nv_jax.inference.averaging", "the mean of checkpoints, as a model folder"),
+    "average": (
+        "esm1nv_jax.inference.average_report",
+        "the mean of checkpoints, as a model folder",
+    ),
     "evaluate": ("esm1nv_jax.inference.evaluate", "perplexity beside baselines, and a report"),
     "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
-    "doctor": ("esm1nv_jax.weights.doctor", "check the checkpoints of a run, byte for byte"),
-    "convert": ("esm1nv_jax.weights.convert", "to and from Hugging Face transformers"),
+    "doctor": ("esm1nv_jax.checkpoints.verify", "check the checkpoints of a run, byte for byte"),
+    "convert": ("esm1nv_jax.interchange.convert", "to and from Hugging Face transformers"),
 }
 
 COMPUTING = ("embed", "score", "evaluate", "probe")  # and train, which does the same by itself
@@ -54,7 +58,7 @@ def dispatch(argv: list[str]) -> int | None:
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)} (esm1nv --help)")
     if verb in COMPUTING:
-        process.set_up()
+        runtime.set_up()
     return importlib.import_module(VERBS[verb][0]).main(rest)
 
 

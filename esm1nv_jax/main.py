@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from esm1nv_jax import arguments, process
+from esm1nv_jax.common import arguments, runtime
 
 
 def main(argv: list[str]) -> int:
@@ -21,12 +21,12 @@ def main(argv: list[str]) -> int:
     )
     options, overrides = parser.parse_known_args(argv)
 
-    process.set_up()
-    from esm1nv_jax import configuration
+    runtime.set_up()
+    from esm1nv_jax.common import config_file
     from esm1nv_jax.training.train import train
 
     path, _, arg = options.config.partition(":")
-    config = configuration.override(configuration.load(path, arg), overrides)
+    config = config_file.override(config_file.load(path, arg), overrides)
     return train(config, options.workdir or f"runs/{Path(path).stem}", options.strict)
 
 

@@ -19,11 +19,19 @@ ROOT = Path(__file__).parents[1]
 def on_gpu(code: str, timeout=900) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
     ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-        env=environment | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                           "XLA_FLAGS": " ".join(launch_flags())},  # as a run and its plan have
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=environment
+        | {
+            "PYTHONPATH": str(ROOT),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "XLA_FLAGS": " ".join(launch_flags()),
+        },  # as a run and its plan have
         check=False,
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr[-4000:]
     return ended.stdout.strip().splitlines()[-1]
 
@@ -78,16 +86,16 @@ def test_every_backend_equals_the_reference(gpu):
 
 STEPS = """
 import json, sys, jax
-from esm1nv_jax import configuration
-from esm1nv_jax.data.dataset import open_split
-from esm1nv_jax.data.config import stream_config
+from esm1nv_jax.common import config_file
+from esm1nv_jax.data.source import open_split
+from esm1nv_jax.data.stream_config import stream_config
 from esm1nv_jax.data.pipeline import Place, train_batches
-from esm1nv_jax.training import settings, sharding, step, train
-config = configuration.load("configs/pretrain_small.py")
+from esm1nv_jax.training import run_config, sharding, step, train
+config = config_file.load("configs/pretrain_small.py")
 device = jax.devices()[0]
 source = open_split("sample", "train")
 mesh = sharding.make_mesh([device])
-settled = settings.fitted(settings.step_config(config), config, device)
+settled = run_config.fitted(run_config.step_config(config), config, device)
 stream = stream_config(config, settings.global_rows(config, source.lengths, 1))
 update, _ = step.compiled(settled, mesh)
 layout = sharding.sharding(mesh, "state")

@@ -7,36 +7,65 @@ import jax
 import numpy as np
 import pytest
 
-from esm1nv_jax import configuration
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common import config_file
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model.encoder import EncoderConfig, parameter_count
 from esm1nv_jax.training import optimizer, sharding, step
-from esm1nv_jax.training.settings import global_rows, step_config
+from esm1nv_jax.training.run_config import global_rows, step_config
 from esm1nv_jax.training.train import train
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs/pretrain_small.py"
 QUICK = (
-    "--config.data.path=sample", "--config.compute.dtype=float32", "--config.log.every=1",
-    "--config.evaluation.batches=1", "--config.data.row_length=64",
-)  # fmt: skip
+    "--config.data.path=sample",
+    "--config.compute.dtype=float32",
+    "--config.log.every=1",
+    "--config.evaluation.batches=1",
+    "--config.data.row_length=64",
+)
 
 # What the card and the framework's configuration say, as plain values.
 PUBLISHED = {
-    "model.layers": 6, "model.width": 768, "model.heads": 12, "model.ffn": 3072,
-    "model.norm": "pre", "model.norm_epsilon": 1e-5, "model.ffn_activation": "gelu_tanh",
-    "model.head_activation": "gelu_erf", "model.dropout": 0.1, "model.attention_dropout": 0.1,
-    "optimizer.peak_lr": 2e-4, "optimizer.min_lr": 2e-5, "optimizer.warmup": 500,
-    "optimizer.constant": 50_000, "optimizer.constant_at": "min_lr",
-    "optimizer.horizon": 1_000_000, "optimizer.beta1": 0.9, "optimizer.beta2": 0.98,
-    "optimizer.weight_decay": 0.01, "optimizer.clip_norm": 1.0,
-    "batch.sequences_per_device": 370, "data.crop": "prefix", "checkpoint.keep": 47,
-    "evaluation.every": 1500, "evaluation.batches": 50,
-}  # fmt: skip
-CARD = {"masking.recipe": "card", "masking.rate": 0.15, "data.max_residues": 1024,
-        "model.positions": 1026, "data.packed": True, "steps": 1_000_000}  # fmt: skip
-SHIPPED = CARD | {"masking.recipe": "shipped", "masking.rate": 0.10, "data.max_residues": 510,
-                  "model.positions": 512}  # fmt: skip
+    "model.layers": 6,
+    "model.width": 768,
+    "model.heads": 12,
+    "model.ffn": 3072,
+    "model.norm": "pre",
+    "model.norm_epsilon": 1e-5,
+    "model.ffn_activation": "gelu_tanh",
+    "model.head_activation": "gelu_erf",
+    "model.dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "optimizer.peak_lr": 2e-4,
+    "optimizer.min_lr": 2e-5,
+    "optimizer.warmup": 500,
+    "optimizer.constant": 50_000,
+    "optimizer.constant_at": "min_lr",
+    "optimizer.horizon": 1_000_000,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.98,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 1.0,
+    "batch.sequences_per_device": 370,
+    "data.crop": "prefix",
+    "checkpoint.keep": 47,
+    "evaluation.every": 1500,
+    "evaluation.batches": 50,
+}
+CARD = {
+    "masking.recipe": "card",
+    "masking.rate": 0.15,
+    "data.max_residues": 1024,
+    "model.positions": 1026,
+    "data.packed": True,
+    "steps": 1_000_000,
+}
+SHIPPED = CARD | {
+    "masking.recipe": "shipped",
+    "masking.rate": 0.10,
+    "data.max_residues": 510,
+    "model.positions": 512,
+}
 READINGS = {
     "": CARD,
     "card": CARD,
@@ -50,7 +79,7 @@ READINGS = {
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_a_reading_resolves_to_the_published_values(reading):
-    found = configuration.flat(configuration.load(RECIPE, reading))
+    found = config_file.flat(config_file.load(RECIPE, reading))
     print(f"{RECIPE.name}:{reading}\n{json.dumps(found, indent=1)}")
     expected = PUBLISHED | READINGS[reading]
     assert {name: found[name] for name in expected} == expected
@@ -58,11 +87,11 @@ def test_a_reading_resolves_to_the_published_values(reading):
 
 @pytest.mark.parametrize(("reading", "parameters"), [("card", 44_007_296), ("shipped", 43_612_544)])
 def test_the_parameter_counts_are_those_of_the_original(reading, parameters):
-    assert parameter_count(EncoderConfig(**configuration.load(RECIPE, reading).model)) == parameters
+    assert parameter_count(EncoderConfig(**config_file.load(RECIPE, reading).model)) == parameters
 
 
 def test_the_rate_at_the_points_the_card_names():
-    rate = optimizer.schedule(step_config(configuration.load(RECIPE)).optimizer)
+    rate = optimizer.schedule(step_config(config_file.load(RECIPE)).optimizer)
     cosine = 2e-5 + 0.5 * 1.8e-4 * (1 + np.cos(np.pi * (349_500 - 500) / (950_000 - 500)))
     expected = {0: 0, 250: 1e-4, 500: 2e-4, 349_500: cosine, 950_000: 2e-5, 957_610: 2e-5}
     np.testing.assert_allclose([rate(n) for n in expected], list(expected.values()), rtol=1e-5)
@@ -71,39 +100,47 @@ def test_the_rate_at_the_points_the_card_names():
 def test_a_device_sees_370_sequences_packed_or_padded():
     lengths = np.full(5000, 286)
     for reading, rows in (("card", round(370 * 288 / 1152)), ("padded", 370)):
-        config = configuration.load(RECIPE, reading)
+        config = config_file.load(RECIPE, reading)
         assert global_rows(config, lengths, devices=176) == 176 * rows
 
 
 @pytest.mark.parametrize(
     ("arg", "expected"),
     [
-        ("max_length=254", {"data.max_residues": 254, "model.positions": 256,
-                            "data.row_length": 256}),
+        (
+            "max_length=254",
+            {"data.max_residues": 254, "model.positions": 256, "data.row_length": 256},
+        ),
         ("batch=32,steps=7,seed=3", {"batch.rows": 32, "steps": 7, "seed": 3}),
-        ("width=256,layers=2", {"model.width": 256, "model.heads": 4, "model.ffn": 1024,
-                                "model.layers": 2}),
+        (
+            "width=256,layers=2",
+            {"model.width": 256, "model.heads": 4, "model.ffn": 1024, "model.layers": 2},
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_argument_sets_its_fields_and_no_other(arg, expected):
-    base, found = (configuration.flat(configuration.load(RECIPE, a)) for a in ("", arg))
+    base, found = (config_file.flat(config_file.load(RECIPE, a)) for a in ("", arg))
     assert {k: v for k, v in found.items() if base[k] != v} == expected
 
 
 @pytest.mark.parametrize(
     ("arg", "said"),
-    [("card,shipped", "exclude"), ("phase1,phase2", "exclude"), ("width=x", "int"),
-     ("cards", "unknown")],
-)  # fmt: skip
+    [
+        ("card,shipped", "exclude"),
+        ("phase1,phase2", "exclude"),
+        ("width=x", "int"),
+        ("cards", "unknown"),
+    ],
+)
 def test_a_wrong_argument_is_one_line(arg, said):
     with pytest.raises(UserError, match=said) as error:
-        configuration.load(RECIPE, arg)
+        config_file.load(RECIPE, arg)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(520, 40), (20, 2), (1, 0)])
 def test_a_quickstart_may_be_short(steps, warmup):
-    config = configuration.load(ROOT / "configs/quickstart.py", f"steps={steps}")
+    config = config_file.load(ROOT / "configs/quickstart.py", f"steps={steps}")
     assert step_config(config).optimizer.warmup == warmup
 
 
@@ -123,9 +160,9 @@ def test_every_ablation_is_known_here():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing_and_can_be_trained(name):
-    parent = configuration.flat(configuration.load(RECIPE, "shipped,width=64"))
-    config = configuration.load(ROOT / f"configs/ablations/{name}.py", "shipped,width=64")
-    found = configuration.flat(config)
+    parent = config_file.flat(config_file.load(RECIPE, "shipped,width=64"))
+    config = config_file.load(ROOT / f"configs/ablations/{name}.py", "shipped,width=64")
+    found = config_file.flat(config)
     assert {k for k in found if found[k] != parent[k]} == ABLATIONS[name]
     step.create_state(step_config(config))
 
@@ -136,8 +173,8 @@ def test_two_phases_on_fewer_devices_are_one_run(tmp_path, monkeypatch):
     losses = {}
     for phase, devices, stop in (("phase1", 4, 3), ("phase2", 3, 5)):
         monkeypatch.setattr(sharding, "devices_of", lambda _, n=devices: jax.devices("cpu")[:n])
-        config = configuration.override(
-            configuration.load(RECIPE, f"{phase},{tiny}"),
+        config = config_file.override(
+            config_file.load(RECIPE, f"{phase},{tiny}"),
             [*QUICK, f"--config.steps={stop}", "--config.batch.sequences_per_device=4"],
         )
         assert train(config, str(tmp_path)) == 0

@@ -38,9 +38,12 @@ def test_the_whole_recipe(tmp_path):
     esm1nv("prepare", "--fasta", str(proteins), "--out", data, "--validation", "40", "--test", "60")
 
     options = [
-        f"--workdir={run}", f"--config.data.path={data}", "--config.checkpoint.every=1",
-        "--config.optimizer.warmup=5", "--config.evaluation.batches=2",
-    ]  # fmt: skip
+        f"--workdir={run}",
+        f"--config.data.path={data}",
+        "--config.checkpoint.every=1",
+        "--config.optimizer.warmup=5",
+        "--config.evaluation.batches=2",
+    ]
     for phase, devices, steps in (("phase1", 4, 30), ("phase2", 3, 60)):
         config = RECIPE.format(phase=phase, steps=steps)
         said = esm1nv("train", f"--config={config}", *options, devices=devices)
@@ -53,8 +56,18 @@ def test_the_whole_recipe(tmp_path):
     assert "47 checkpoints, updates 14 to 60" in said
     found = tmp_path / "evaluation.json"
     page = tmp_path / "evaluation.html"
-    esm1nv("evaluate", "--checkpoint", model, "--data", f"{data}:test", "--json", str(found),
-           "--report", str(page), devices=2)  # fmt: skip
+    esm1nv(
+        "evaluate",
+        "--checkpoint",
+        model,
+        "--data",
+        f"{data}:test",
+        "--json",
+        str(found),
+        "--report",
+        str(page),
+        devices=2,
+    )
     result = json.loads(found.read_text())
     assert result["sequences"] == 60 and 10 < result["overall"]["perplexity_mask"] < 31
     assert result["provenance"]["steps"] == list(range(14, 61))
@@ -66,7 +79,18 @@ def test_the_whole_recipe(tmp_path):
     text = [f"{r},{r.count('L') / len(r)},{s}" for r, s in zip(rows, splits, strict=True)]
     table.write_text("\n".join(["sequence,label,split", *text]))
     found = tmp_path / "probe.json"
-    esm1nv("probe", "--checkpoint", model, "--task", "regression", "--csv", str(table), "--seeds",
-           "1", "--json", str(found))  # fmt: skip
+    esm1nv(
+        "probe",
+        "--checkpoint",
+        model,
+        "--task",
+        "regression",
+        "--csv",
+        str(table),
+        "--seeds",
+        "1",
+        "--json",
+        str(found),
+    )
     rows = {(r["head"], r["features"]): r for r in json.loads(found.read_text())["rows"]}
     assert rows["linear", "one-hot"]["spearman"] > 0.8

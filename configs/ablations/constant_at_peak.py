@@ -7,7 +7,7 @@ and scale with nothing: in a short run set --config.optimizer.constant and .hori
 Arguments are those of the parent.
 """
 
-from esm1nv_jax.configuration import parent
+from esm1nv_jax.common.config_file import parent
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ runs at one rate, by `esm1nv evaluate --masking card`: the runs' own figures are
 Other rates: --config.masking.rate=0.4. Arguments are those of the parent.
 """
 
-from esm1nv_jax.configuration import parent
+from esm1nv_jax.common.config_file import parent
 
 
 def get_config(arg: str = ""):

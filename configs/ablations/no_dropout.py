@@ -6,7 +6,7 @@ The original trained for hundreds of epochs; in a short run without repetition d
 Arguments are those of the parent.
 """
 
-from esm1nv_jax.configuration import parent
+from esm1nv_jax.common.config_file import parent
 
 
 def get_config(arg: str = ""):

@@ -7,7 +7,7 @@ The parent packs sequences into rows; this puts one in each, as the original. Wi
 against hours should not. Arguments are those of the parent.
 """
 
-from esm1nv_jax.configuration import parent
+from esm1nv_jax.common.config_file import parent
 
 
 def get_config(arg: str = ""):

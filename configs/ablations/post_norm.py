@@ -6,7 +6,7 @@ Post-LN is known to need its warm-up and to bear lower peaks; look at the gradie
 thousand updates before reading anything into the end. Arguments are those of the parent.
 """
 
-from esm1nv_jax.configuration import parent
+from esm1nv_jax.common.config_file import parent
 
 
 def get_config(arg: str = ""):

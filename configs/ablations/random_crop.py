@@ -6,7 +6,7 @@ The original crops to a prefix; this draws another window in every epoch. The di
 come from sequences longer than max_length. Arguments are those of the parent.
 """
 
-from esm1nv_jax.configuration import parent
+from esm1nv_jax.common.config_file import parent
 
 
 def get_config(arg: str = ""):

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from isal import isal_zlib
 
-from esm1nv_jax.data.archive import Archive, BrokenArchive
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.hashing import fold
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold
+from esm1nv_jax.data.compression import Archive, BrokenArchive
 
 
 def digests(names: Sequence[bytes]) -> np.ndarray:

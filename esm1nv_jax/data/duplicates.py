@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import clusters, fasta
-from esm1nv_jax.data.archive import Archive
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.data.compression import Archive
 
 SAME, OTHER = "duplicate record", "duplicate id, other sequence"
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from isal import igzip
 
-from esm1nv_jax.data.archive import BrokenArchive
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.compression import BrokenArchive
 from esm1nv_jax.data.tokenizer import RESIDUES
-from esm1nv_jax.errors import UserError
 
 CHUNK = 1 << 20  # bytes of text parsed together
 _LONGEST = 1 << 30  # bytes of one record; titin has 4e4

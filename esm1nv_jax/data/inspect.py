@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from esm1nv_jax import configuration
-from esm1nv_jax.arguments import Parser
+from esm1nv_jax.common import config_file
+from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import manifest, tokenizer
-from esm1nv_jax.data.config import stream_config
-from esm1nv_jax.data.dataset import SAMPLE, SPLITS, Source, open_split
 from esm1nv_jax.data.pipeline import Batch, StreamConfig, rows_for, train_batches
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.data.source import SAMPLE, SPLITS, Source, open_split
+from esm1nv_jax.data.stream_config import stream_config
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue")
 _BAR = 40  # characters
@@ -103,7 +103,7 @@ def speed(source: Source, config: StreamConfig, batches: int = 20) -> Table:
 def configured(given: str, overrides: list[str]) -> ConfigDict:
     """The config of a run."""
     path, _, arg = given.partition(":")
-    return configuration.override(configuration.load(path, arg), overrides)
+    return config_file.override(config_file.load(path, arg), overrides)
 
 
 def stream_of(config: ConfigDict, source: Source) -> StreamConfig:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax.data import layout, scan
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import first_pass, split_writer
 from esm1nv_jax.data.records import decode, disk_error, open_shard, sequence_of
-from esm1nv_jax.errors import UserError
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -19,13 +19,13 @@ FORMAT = 1
 HISTOGRAM_EDGES = (*range(0, 1024, 64), *(1 << i for i in range(10, 17)))
 
 
-def describe(folder: Path, split: layout.Split) -> dict:
+def describe(folder: Path, split: split_writer.Split) -> dict:
     """The manifest's entry for a split whose files are written."""
     (lengths,) = split.lengths
     shards = [
         {"file": path.name, "examples": count, "bytes": path.stat().st_size, "sha256": checksum}
         for path, count, checksum in zip(
-            split.shards, layout.shard_counts(split), split.checksums, strict=True
+            split.shards, split_writer.shard_counts(split), split.checksums, strict=True
         )
     ]
     return {
@@ -35,7 +35,7 @@ def describe(folder: Path, split: layout.Split) -> dict:
         "longest": int(lengths.max(initial=0)),
         "length_histogram": histogram(lengths),
         "composition": {
-            letter: int(n) for letter, n in zip(scan.LETTERS, split.letters, strict=True) if n
+            letter: int(n) for letter, n in zip(first_pass.LETTERS, split.letters, strict=True) if n
         },
         "fingerprint": fingerprint([shard["sha256"] for shard in shards]),
         "shards": shards,
@@ -62,7 +62,7 @@ def write(folder: Path, manifest: dict) -> None:
     shards = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
     try:
         others = sorted(p for p in folder.iterdir() if p.name not in shards and p.name != FILE)
-        manifest["files"] = {path.name: scan.checksum(path) for path in others}
+        manifest["files"] = {path.name: first_pass.checksum(path) for path in others}
         (folder / FILE).write_text(json.dumps(manifest, indent=1) + "\n")
     except OSError as failure:
         raise disk_error(folder, failure) from failure
@@ -87,8 +87,7 @@ def read(folder: Path) -> dict:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(
-            f"{folder / FILE} has format {found}, this program reads {FORMAT};"
-            " prepare it again"
+            f"{folder / FILE} has format {found}, this program reads {FORMAT}; prepare it again"
         )
     return manifest
 
@@ -103,9 +102,11 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda read: None) -> 
         _compare(folder / name, "checksum", _checksum(folder / name), checksum)
     ids: list[np.ndarray] = []
     for name, entry in manifest["splits"].items():
-        lengths = np.load(folder / layout.lengths_file(name), mmap_mode="r")
-        _compare(folder / layout.lengths_file(name), "number", len(lengths), entry["examples"])
-        letters, start = np.zeros(len(scan.LETTERS), np.int64), 0
+        lengths = np.load(folder / split_writer.lengths_file(name), mmap_mode="r")
+        _compare(
+            folder / split_writer.lengths_file(name), "number", len(lengths), entry["examples"]
+        )
+        letters, start = np.zeros(len(first_pass.LETTERS), np.int64), 0
         for shard in entry["shards"]:
             path = folder / shard["file"]
             _compare(path, "checksum", _checksum(path), shard["sha256"])
@@ -113,8 +114,8 @@ def verify(folder: Path, advance: Callable[[int], None] = lambda read: None) -> 
             letters += _read_shard(path, here, ids)
             start += shard["examples"]
             advance(shard["bytes"])
-        _compare(folder / layout.lengths_file(name), "number", start, len(lengths))
-        composition = {a: int(n) for a, n in zip(scan.LETTERS, letters, strict=True) if n}
+        _compare(folder / split_writer.lengths_file(name), "number", start, len(lengths))
+        composition = {a: int(n) for a, n in zip(first_pass.LETTERS, letters, strict=True) if n}
         _compare(folder, f"composition of {name}", composition, entry["composition"])
         _compare(folder, f"residues of {name}", int(letters.sum()), entry["residues"])
         checksums = [shard["sha256"] for shard in entry["shards"]]
@@ -130,7 +131,7 @@ def _read_shard(path: Path, lengths: np.ndarray, ids: list[np.ndarray]) -> np.nd
 
     reader = open_shard(path)
     _compare(path, "number of records", reader.num_records(), len(lengths))
-    letters = np.zeros(len(scan.LETTERS), np.int64)
+    letters = np.zeros(len(first_pass.LETTERS), np.int64)
     for start in range(0, len(lengths), 512):
         records = reader.read(start, min(start + 512, len(lengths)))
         sequences = [
@@ -143,14 +144,14 @@ def _read_shard(path: Path, lengths: np.ndarray, ids: list[np.ndarray]) -> np.nd
                     f"{path}, record {start + i}: length"
                     f" {len(decode(records[i])[1])}, the lengths file says {lengths[start + i]}"
                 )
-        letters += scan.composition(b"".join(sequences))
+        letters += first_pass.composition(b"".join(sequences))
         ids.append(digests([decode(record)[0] for record in records]))
     return letters
 
 
 def _checksum(path: Path) -> str:
     try:
-        return scan.checksum(path)
+        return first_pass.checksum(path)
     except OSError as failure:
         raise UserError(f"cannot read {path}: {failure.strerror}; prepare it again") from failure
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from esm1nv_jax.hashing import fold, fold_all, purpose
+from esm1nv_jax.common.hashing import fold, fold_all, purpose
 
 _ROUNDS = 4  # of two half-rounds each; two would already pass the tests of this file
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold, fold_all, purpose
 from esm1nv_jax.data import packing
-from esm1nv_jax.data.config import SPECIALS, Place, StreamConfig
-from esm1nv_jax.data.dataset import Source
+from esm1nv_jax.data.fill import Batch, Segments, Window, fill
 from esm1nv_jax.data.order import Order, permute
-from esm1nv_jax.data.rows import Batch, Segments, Window, fill
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.hashing import fold, fold_all, purpose
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.data.stream_config import SPECIALS, Place, StreamConfig
 
 START = Place()
 _NO_KEY = np.uint32(0)
@@ -185,7 +185,11 @@ def _plan(
     return Window(
         rows,
         Segments(
-            example, residues[item], row[item].astype(np.int64), segment,
-            mask_key=fold(mask_key, word), crop_key=fold(crop_key, word),
+            example,
+            residues[item],
+            row[item].astype(np.int64),
+            segment,
+            mask_key=fold(mask_key, word),
+            crop_key=fold(crop_key, word),
         ),
     )

@@ -23,11 +23,19 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax import __version__
-from esm1nv_jax.arguments import Parser
-from esm1nv_jax.console import bar, console
-from esm1nv_jax.data import clusters, duplicates, layout, manifest, scan, splits, workers
+from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import (
+    clusters,
+    duplicates,
+    first_pass,
+    manifest,
+    split_writer,
+    splits,
+    worker_pool,
+)
 from esm1nv_jax.data.records import disk_error
-from esm1nv_jax.errors import UserError
 
 _COPY = "copy-of-"
 _SMALLEST, _LARGEST = 4 << 20, 128 << 20  # bytes of text in a unit, and so in a shard
@@ -46,7 +54,7 @@ class Preparation:
     validation: int = 5_000
     test: int = 1_000_000
     seed: int = 0
-    workers: int = 1
+    worker_pool: int = 1
     min_length: int = 1
     max_length: int | None = None
     groups: str | None = None
@@ -74,7 +82,7 @@ def prepare(wanted: Preparation) -> dict:
     with _folder_in_the_making(Path(wanted.out)) as (folder, lock):
         sources = tuple(_source(name, i, folder) for i, name in enumerate(wanted.fasta))
         size = sum(path.stat().st_size for path in sources)
-        job = scan.Job(
+        job = first_pass.Job(
             sources=sources,
             names=tuple("standard input" if name == "-" else name for name in wanted.fasta),
             folder=folder,
@@ -87,26 +95,32 @@ def prepare(wanted: Preparation) -> dict:
             skip=wanted.on_error == "skip",
             map=_save_map(wanted.groups, folder),
         )
-        scanned = workers.run(job, lock, size)
+        scanned = worker_pool.run(job, lock, size)
         chosen = _Chosen(wanted, job, scanned)
         if chosen.too_few:  # the guess was wrong: again, and anything may be held out
             console.print("more sequences must be held out than were set apart: reading again")
             for unit in scanned.units:
-                scan.shard(folder, unit.number).unlink(missing_ok=True)
-                scan.maybe_shard(folder, unit.number).unlink(missing_ok=True)
-            job = dataclasses.replace(job, held_below=workers.ALL)
-            scanned = workers.run(job, lock, size)
+                first_pass.shard(folder, unit.number).unlink(missing_ok=True)
+                first_pass.maybe_shard(folder, unit.number).unlink(missing_ok=True)
+            job = dataclasses.replace(job, held_below=worker_pool.ALL)
+            scanned = worker_pool.run(job, lock, size)
             chosen = _Chosen(wanted, job, scanned)
         with bar("hold out", int(chosen.maybe.sum()), "sequences") as shown:
-            made = layout.lay_out(
-                folder, scanned.units, chosen.split, chosen.maybe, chosen.lengths, chosen.keys,
-                job.unit_bytes, shown.advance,
+            made = split_writer.lay_out(
+                folder,
+                scanned.units,
+                chosen.split,
+                chosen.maybe,
+                chosen.lengths,
+                chosen.keys,
+                job.unit_bytes,
+                shown.advance,
             )
         if job.map:
             job.map.unlink()
         for path in folder.glob(f"{_COPY}*"):
             path.unlink()
-        layout.save(folder, made, with_clusters=job.map is not None)
+        split_writer.save(folder, made, with_clusters=job.map is not None)
         content = _content(wanted, scanned, chosen, made, folder)
         content["seconds"] = round(time.monotonic() - began, 1)
         manifest.write(folder, content)
@@ -116,7 +130,7 @@ def prepare(wanted: Preparation) -> dict:
 class _Chosen:
     """The split of every sequence. Arrays are [kept], in the order of the input."""
 
-    def __init__(self, wanted: Preparation, job: scan.Job, scanned: workers.Scanned):
+    def __init__(self, wanted: Preparation, job: first_pass.Job, scanned: worker_pool.Scanned):
         ids, contents = scanned.take("ids"), scanned.take("contents")
         same, other = duplicates.find(ids, contents)
         if other.size and not job.skip:
@@ -137,7 +151,7 @@ class _Chosen:
         splits.check_sizes(kept, wanted.validation, wanted.test)
         held = np.flatnonzero(self.maybe & (self.split != splits.DROPPED))
         self.too_few = (
-            held.size < wanted.validation + wanted.test and job.held_below != workers.ALL
+            held.size < wanted.validation + wanted.test and job.held_below != worker_pool.ALL
         )
         if not self.too_few and held.size:
             self.split[held] = splits.choose(
@@ -146,8 +160,11 @@ class _Chosen:
 
 
 def _content(
-    wanted: Preparation, scanned: workers.Scanned, chosen: _Chosen,
-    made: dict[str, layout.Split], folder: Path,
+    wanted: Preparation,
+    scanned: worker_pool.Scanned,
+    chosen: _Chosen,
+    made: dict[str, split_writer.Split],
+    folder: Path,
 ) -> dict:
     """The manifest."""
     skipped = Counter(scanned.of_files.skipped) + chosen.skipped
@@ -267,7 +284,7 @@ def _held_below(wanted: Preparation, size: int) -> int:
     """The key under which about `_MARGIN` times as many sequences lie as are held out."""
     sequences = max(1, size / _BYTES_PER_SEQUENCE)
     share = _MARGIN * (wanted.validation + wanted.test) / sequences
-    return workers.ALL if share >= 1 else int(share * (1 << 64))
+    return worker_pool.ALL if share >= 1 else int(share * (1 << 64))
 
 
 def main(argv: list[str]) -> None:

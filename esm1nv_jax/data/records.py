@@ -16,7 +16,7 @@ from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 
 _OPTIONS = "group_size:1,uncompressed"  # records are read one at a time, at random
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"

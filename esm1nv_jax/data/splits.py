@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.hashing import fold, fold_all, purpose
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold, fold_all, purpose
 
 TRAIN, VALIDATION, TEST, DROPPED = range(4)
 NAMES = ("train", "validation", "test")

@@ -14,8 +14,8 @@ import functools
 
 import numpy as np
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
 
 # Other names of our special tokens: ESM-2's, and BERT's.
 OURS = {

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax import output
-from esm1nv_jax.arguments import Parser
-from esm1nv_jax.console import bar, console
-from esm1nv_jax.errors import EXIT_SAVED, UserError
-from esm1nv_jax.inference import writers
+from esm1nv_jax.common import files
+from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import EXIT_SAVED, UserError
+from esm1nv_jax.inference import formats
+from esm1nv_jax.inference.embed_options import KINDS, Request
+from esm1nv_jax.inference.parts import Reader, Spool, disk
 from esm1nv_jax.inference.proteins import Proteins, scan
-from esm1nv_jax.inference.request import KINDS, Request
-from esm1nv_jax.inference.spool import Reader, Spool, disk
 
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
@@ -31,7 +31,7 @@ def embed(request: Request) -> str | None:
     Raises UserError with everything finished so far kept in `OUT.parts`.
     """
     spool = Spool(Path(request.out))
-    output.check(request.out)
+    files.check(request.out)
     if spool.out.exists() and not spool.folder.exists() and not request.overwrite:
         raise UserError(f"{spool.out} exists; add --overwrite, or choose another --out")
     advice = "mend it, or pass over such faults with --on_error=skip"
@@ -57,7 +57,7 @@ def embed(request: Request) -> str | None:
 def merge(out: str, overwrite: bool = False) -> str:
     """Joins the parts that shards have made; returns the hash of the contents."""
     spool = Spool(Path(out))
-    writers.choose(spool.out)
+    formats.choose(spool.out)
     spool.resume()
     if spool.out.exists() and not overwrite:
         raise UserError(f"{out} exists; add --overwrite")
@@ -77,7 +77,7 @@ def assemble(spool: Spool) -> str:
     temporary = spool.out.with_name(spool.out.name + ".tmp")
     try:
         with disk(spool.out, spool.folder):
-            writers.choose(spool.out)(temporary, reader, settings)
+            formats.choose(spool.out)(temporary, reader, settings)
             os.replace(temporary, spool.out)
     finally:
         temporary.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class _Work:
     """The model, and the FASTA cut into parts."""
 
     def __init__(self, request: Request, proteins: Proteins):
-        from esm1nv_jax.inference.encode import Want
+        from esm1nv_jax.inference.engine import Want
         from esm1nv_jax.inference.model import check_layers, load
 
         self.request, self.proteins = request, proteins
@@ -106,8 +106,10 @@ class _Work:
         self.part_residues = self._part_residues()
 
     def _tell_of_long_ones(self) -> None:
-        n, limit, long = int(np.sum(self.proteins.lengths > self.limit)), self.limit, (
-            self.request.long
+        n, limit, long = (
+            int(np.sum(self.proteins.lengths > self.limit)),
+            self.limit,
+            (self.request.long),
         )
         if not n:
             return
@@ -185,7 +187,7 @@ class _Work:
 
     def _compute(self, records: list[tuple[str, bytes]]) -> dict[str, np.ndarray]:
         from esm1nv_jax.data import tokenizer
-        from esm1nv_jax.inference.encode import encode
+        from esm1nv_jax.inference.engine import encode
 
         names = [name for name, _ in records]
         kept = [s if self.request.long == "window" else s[: self.limit] for _, s in records]

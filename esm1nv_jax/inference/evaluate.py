@@ -10,17 +10,18 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax import __version__, arguments, output
-from esm1nv_jax.console import bar, console
-from esm1nv_jax.data.dataset import Source
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.inference import masks, perplexity
+from esm1nv_jax import __version__
+from esm1nv_jax.common import arguments, files
+from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.html import plus_minus
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.inference import fixed_masks, perplexity
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
-from esm1nv_jax.inference.pseudo import pseudo_perplexity
-from esm1nv_jax.inference.sources import open_source
+from esm1nv_jax.inference.protein_source import open_source
+from esm1nv_jax.inference.pseudo_perplexity import pseudo_perplexity
 from esm1nv_jax.inference.substitution import ORDER, substitution
 from esm1nv_jax.model.masking import RECIPES, recipe
-from esm1nv_jax.page import plus_minus
 
 
 def main(argv: list[str]) -> None:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     add("--json", metavar="FILE", help="write all figures")
     add("--report", metavar="FILE.html", help="write a page with plots")
     options = parser.parse_args(argv)
-    output.check(options.json, options.report, options.masks_out)
+    files.check(options.json, options.report, options.masks_out)
 
     records = None
     if options.masks is not None:
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 f"--masks brings its own proteins and masks; leave out {' and '.join(given)}"
             )
-        (source, records), name = masks.read(options.masks), options.masks
+        (source, records), name = fixed_masks.read(options.masks), options.masks
     else:
         source, name = open_source(options.data, options.fasta)
     groups = read_groups(options.groups) if options.groups else None
@@ -75,12 +76,12 @@ def main(argv: list[str]) -> None:
     found = {"checkpoint": options.checkpoint, "data": name} | found
     show(found)
     if options.json:
-        output.write(options.json, to_json(found))
+        files.write(options.json, to_json(found))
         console.print(f"figures  {options.json}", markup=False)
     if options.report:
-        from esm1nv_jax.inference import report
+        from esm1nv_jax.inference import evaluation_report
 
-        output.write(options.report, report.page(found).text())
+        files.write(options.report, evaluation_report.page(found).text())
         console.print(f"report   {options.report}", markup=False)
 
 
@@ -90,7 +91,7 @@ def figures(
     masking: str = "card",
     seed: int = 0,
     max_residues: int | None = None,
-    records: list[masks.Record] | None = None,
+    records: list[fixed_masks.Record] | None = None,
     groups: dict[str, str] | None = None,
     pseudo: bool = False,
     masks_out: str | None = None,
@@ -112,15 +113,15 @@ def figures(
     """
     stream = perplexity.stream_of(model, seed, max_residues)
     if records is None:
-        corrupted = masks.drawn(source, stream, recipe(masking), model.config.vocabulary)
+        corrupted = fixed_masks.drawn(source, stream, recipe(masking), model.config.vocabulary)
     else:
-        corrupted = masks.given(source, stream, records)
+        corrupted = fixed_masks.given(source, stream, records)
     result = None
     with ExitStack() as stack:
         if masks_out:
-            stack.enter_context(output.writing(masks_out))
+            stack.enter_context(files.writing(masks_out))
             file = stack.enter_context(open(masks_out, "w"))
-            corrupted = masks.written(file, source, corrupted)
+            corrupted = fixed_masks.written(file, source, corrupted)
         task = stack.enter_context(bar("evaluating", len(source.lengths), "proteins", show))
         for result in perplexity.evaluate(model, source, stream, corrupted, groups):
             task.update(result.sequences)

@@ -27,9 +27,14 @@ def draw(path: Path, wild_type: str, names: list[str], scores: np.ndarray, offse
     for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):
         first, last = line * ACROSS, min((line + 1) * ACROSS, len(wild_type))
         image = axes.imshow(
-            values[:, first:last], cmap="RdBu", vmin=-span, vmax=span, aspect="auto",
-            extent=(first - 0.5, last - 0.5, len(ORDER) - 0.5, -0.5), interpolation="nearest",
-        )  # fmt: skip
+            values[:, first:last],
+            cmap="RdBu",
+            vmin=-span,
+            vmax=span,
+            aspect="auto",
+            extent=(first - 0.5, last - 0.5, len(ORDER) - 0.5, -0.5),
+            interpolation="nearest",
+        )
         own = [(i, ORDER.index(wild_type[i])) for i in range(first, last) if wild_type[i] in ORDER]
         axes.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
         axes.set_xlim(first - 0.5, first + min(ACROSS, len(wild_type)) - 0.5)

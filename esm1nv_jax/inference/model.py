@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.inference import fitness
-from esm1nv_jax.inference.encode import Placed, Want, encode
+from esm1nv_jax.inference import variant_scores
+from esm1nv_jax.inference.engine import Placed, Want, encode
 from esm1nv_jax.inference.mutants import parse_all
-from esm1nv_jax.inference.rows import Shapes
+from esm1nv_jax.inference.row_shapes import Shapes
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
+from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
-from esm1nv_jax.model.products import multiplies_bf16
-from esm1nv_jax.weights import folder
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Tokens in a batch on one device: enough to keep its matrix units full.
@@ -208,7 +208,7 @@ class Model:
             )
         wild_type = tokenizer.clean(sequence).sequence.decode()
         parsed = parse_all(_several(mutants), wild_type, offset)
-        return fitness.scores(
+        return variant_scores.scores(
             self.placed, wild_type, parsed, self.longest, mode, additive, tell
         )
 
@@ -252,10 +252,8 @@ def load(path: str, precision: str = "fp32") -> Model:
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
-    weights = folder.read(path)
-    return Model(
-        weights.model, jax.device_put(weights.params), weights.provenance, precision
-    )
+    weights = model_folder.read(path)
+    return Model(weights.model, jax.device_put(weights.params), weights.provenance, precision)
 
 
 def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:

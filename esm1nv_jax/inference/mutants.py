@@ -6,8 +6,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
-from esm1nv_jax.errors import UserError
 
 MODES = ("masked-marginals", "wt-marginals", "pseudo-perplexity")  # of scoring them, see `fitness`
 AMINO_ACIDS = RESIDUES[:STANDARD]

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.config import SPECIALS, StreamConfig
-from esm1nv_jax.data.dataset import Source
 from esm1nv_jax.data.pipeline import Batch
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.data.stream_config import SPECIALS, StreamConfig
 from esm1nv_jax.data.vocabulary import vocabulary
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.inference.grouped_mean import Tally
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.tally import Tally
 from esm1nv_jax.model import baselines, encoder
 from esm1nv_jax.model.masking import Masked
 
@@ -74,9 +74,13 @@ def _row(tallies: dict[str, Tally], k: int) -> dict[str, float]:
         "positions": int(tallies["loss"].positions[k]),
         "positions_mask": int(tallies["loss_mask"].positions[k]),
     }
-    names = {"loss": "perplexity", "loss_mask": "perplexity_mask",
-             "loss_mask_20": "perplexity_mask_20", "unigram": "unigram_mask",
-             "composition": "composition_mask"}  # fmt: skip
+    names = {
+        "loss": "perplexity",
+        "loss_mask": "perplexity_mask",
+        "loss_mask_20": "perplexity_mask_20",
+        "unigram": "unigram_mask",
+        "composition": "composition_mask",
+    }
     for quantity, name in names.items():
         if quantity in tallies:
             found[name], found[f"{name}_se"] = tallies[quantity].perplexity(k)
@@ -215,9 +219,7 @@ def _positions(
         "gain": composition - loss,  # of the model over the composition of the protein, paired
     }
     where = {q: mask for q in QUANTITIES} | {"loss": np.ones_like(mask), "loss_mask_20": standard}
-    return _Positions(
-        batch["example_ids"][rows, at], letter, mask, values, where, np.exp(amino)
-    )
+    return _Positions(batch["example_ids"][rows, at], letter, mask, values, where, np.exp(amino))
 
 
 def _count(found: Evaluation, source: Source, batch: Batch, p: _Positions, group_of) -> None:
@@ -243,4 +245,3 @@ def _count(found: Evaluation, source: Source, batch: Batch, p: _Positions, group
         found.by_residue[quantity].add(np.arange(size) % baselines.LETTERS, n, total)
     standard = p.masked & (p.letter < STANDARD)
     np.add.at(found.substitution, p.letter[standard], p.share[standard])
-

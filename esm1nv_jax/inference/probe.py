@@ -16,30 +16,37 @@ import numpy as np
 from rich.table import Table
 from scipy import stats
 
-from esm1nv_jax import __version__, arguments, output
-from esm1nv_jax.console import bar, console
-from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.inference import downstream, heads
-from esm1nv_jax.inference.downstream import Split, Task
-from esm1nv_jax.inference.encode import Want, encode
+from esm1nv_jax import __version__
+from esm1nv_jax.common import arguments, files
+from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.html import plus_minus
+from esm1nv_jax.data import labeled_data, tokenizer
+from esm1nv_jax.data.labeled_data import Split, Task
+from esm1nv_jax.inference import probe_heads
+from esm1nv_jax.inference.engine import Want, encode
 from esm1nv_jax.inference.evaluate import to_json
-from esm1nv_jax.inference.heads import GRID, Data
+from esm1nv_jax.inference.grouped_mean import Tally
 from esm1nv_jax.inference.model import Model, load
-from esm1nv_jax.inference.tally import Tally
+from esm1nv_jax.inference.probe_heads import GRID, Data
 from esm1nv_jax.model import encoder
-from esm1nv_jax.page import plus_minus
 
 KINDS = ONE_HOT, UNTRAINED, TRAINED = "one-hot", "untrained encoder", "this encoder"
 HEADS = {"secondary_structure": ("linear", "cnn")}  # else linear and mlp
 CHUNK = 256  # proteins embedded together
 # Published with the same test set, probes and frozen encoders; keyed by Task.fingerprint.
 PUBLISHED = {
-    "934afca90a280e41": ("FLIP secondary structure, sampled", "accuracy, CNN",
-            {"one-hot": 0.643, "ESM-1nv": 0.773, "ESM-2 650M": 0.855}),
-    "045cf08365f3db58": ("FLIP GB1, two_vs_rest", "MSE, MLP",
-            {"one-hot": 2.56, "ESM-1nv": 1.58, "ESM-2 650M": 1.67}),
-}  # fmt: skip
+    "934afca90a280e41": (
+        "FLIP secondary structure, sampled",
+        "accuracy, CNN",
+        {"one-hot": 0.643, "ESM-1nv": 0.773, "ESM-2 650M": 0.855},
+    ),
+    "045cf08365f3db58": (
+        "FLIP GB1, two_vs_rest",
+        "MSE, MLP",
+        {"one-hot": 2.56, "ESM-1nv": 1.58, "ESM-2 650M": 1.67},
+    ),
+}
 
 
 def main(argv: list[str]) -> None:
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run, a step, or a model folder")
-    add("--task", required=True, choices=downstream.TASKS)
+    add("--task", required=True, choices=labeled_data.TASKS)
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins to train on, always the same")
@@ -61,20 +68,20 @@ def main(argv: list[str]) -> None:
     for name, least in (("seeds", 1), ("limit", 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} {value} must be {least} or more")
-    output.check(options.json)
-    task = downstream.read(options.csv, options.task, options.limit)
+    files.check(options.json)
+    task = labeled_data.read(options.csv, options.task, options.limit)
     found = probe(load(options.checkpoint), task, options.seeds, show=True)
     found = {"checkpoint": options.checkpoint, "csv": options.csv, "limit": options.limit} | found
     show(found)
     if options.json:
-        output.write(options.json, to_json(found))
+        files.write(options.json, to_json(found))
         console.print(f"figures  {options.json}", markup=False)
 
 
 def probe(model: Model, task: Task, seeds: int, show: bool = False) -> dict[str, Any]:
     """Figures of every head on every kind of features, on the test split."""
     chosen = HEADS.get(task.name, ("linear", "mlp"))
-    settings: dict[tuple[str, str], heads.Setting] = {}
+    settings: dict[tuple[str, str], probe_heads.Setting] = {}
     tried: dict[tuple[str, str], list[np.ndarray]] = {}
     total = seeds * 3 * len(chosen) + 3 * len(chosen) * (len(GRID) - 1)
     with bar("probing", total, "heads", show) as progress:
@@ -87,10 +94,15 @@ def probe(model: Model, task: Task, seeds: int, show: bool = False) -> dict[str,
                     grid = GRID if seed == 0 else (settings[where],)
                     best = -math.inf
                     for setting in grid:
-                        score, predict = heads.fit(
-                            head, len(task.classes), data["train"], data["valid"], setting, seed,
+                        score, predict = probe_heads.fit(
+                            head,
+                            len(task.classes),
+                            data["train"],
+                            data["valid"],
+                            setting,
+                            seed,
                             functools.partial(main_figure, task),
-                        )  # fmt: skip
+                        )
                         progress.advance(note=f"{head} on {kind}")
                         if score > best or setting is grid[0]:
                             best, settings[where] = score, setting
@@ -215,8 +227,13 @@ def gain(task: Task, head: str, tried: dict[tuple[str, str], list[np.ndarray]]) 
     error = math.hypot(proteins, _error(per_seed.tolist()) if len(per_seed) > 1 else 0.0)
     name = "mse" if task.name == "regression" else "accuracy"
     mean = float(per_seed.mean())
-    return {"head": head, "figure": name, "difference": mean, "se": error,
-            "standard_errors": mean / error if error else math.nan}  # fmt: skip
+    return {
+        "head": head,
+        "figure": name,
+        "difference": mean,
+        "se": error,
+        "standard_errors": mean / error if error else math.nan,
+    }
 
 
 def _each(task: Task, predicted: np.ndarray) -> np.ndarray:
@@ -255,8 +272,9 @@ def show(found: dict[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("head", "features") else "right")
     for row in found["rows"]:
         cells = (plus_minus(row[n], row[f"{n}_se_seeds"], 3) for n in names)
-        table.add_row(row["head"], row["features"], *cells,
-                      style="bold" if row["features"] == TRAINED else "")  # fmt: skip
+        table.add_row(
+            row["head"], row["features"], *cells, style="bold" if row["features"] == TRAINED else ""
+        )
     console.print(table)
     for difference in found["differences"]:
         console.print(

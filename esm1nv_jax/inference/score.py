@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax import output
-from esm1nv_jax.arguments import Parser
-from esm1nv_jax.console import bar, console
-from esm1nv_jax.data.archive import Archive, BrokenArchive
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common import files
+from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.compression import Archive, BrokenArchive
 from esm1nv_jax.inference import mutants as mutants_lib
 from esm1nv_jax.inference.mutants import MODES
+from esm1nv_jax.inference.parts import disk
 from esm1nv_jax.inference.proteins import scan
-from esm1nv_jax.inference.spool import disk
 
 COLUMN, SCORE = "mutant", "score"
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
@@ -138,7 +138,7 @@ def main(argv: list[str]) -> int | None:
     for path in (out, picture) if args.all_singles else (out,):
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; add --overwrite, or choose another --out")
-    output.check(args.out)
+    files.check(args.out)
     if args.additive and args.mode != MODES[0]:
         raise UserError(f"--additive is for --mode={MODES[0]}, found --mode={args.mode}")
     name, wild_type = protein(args.fasta)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import dropout as dropout_lib
-from esm1nv_jax.model.products import laid_out, operand, precision, turned
+from esm1nv_jax.model.kernels.matmul import laid_out, operand, precision, turned
 
 BACKENDS = ("cudnn", "pallas", "splash", "xla")  # in order of preference
 AUTO = "auto"  # the first that is fit, once the device is known
@@ -104,7 +104,7 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
         return _xla(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B)
     qkv_BTCNH = qkv_BTCNH.astype(dtype)
     if backend == "pallas":
-        from esm1nv_jax.model.flash import flash_attention
+        from esm1nv_jax.model.kernels.flash_gpu import flash_attention
 
         return flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B)
     if backend not in BACKENDS or rate:
@@ -210,9 +210,7 @@ def _cudnn(qkv_BTCNH, segment_ids_BT):
 
 def _splash(qkv_BTCNH, segment_ids_BT):
     """JAX's own kernel for TPUs."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel as splash,
-    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, T, _, N, H = qkv_BTCNH.shape

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax import hashing
+from esm1nv_jax.common import hashing
 
 EMBEDDING, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)  # sites; the first has no layer
 
@@ -55,10 +55,9 @@ def dropout(x_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
     if not rate or key is None:
         return x_BTD
     _, T, D = x_BTD.shape
-    element_TD = (
-        jax.lax.broadcasted_iota(jnp.uint32, (T, D), 0) * np.uint32(D)
-        + jax.lax.broadcasted_iota(jnp.uint32, (T, D), 1)
-    )
+    element_TD = jax.lax.broadcasted_iota(jnp.uint32, (T, D), 0) * np.uint32(
+        D
+    ) + jax.lax.broadcasted_iota(jnp.uint32, (T, D), 1)
     kept = keep(key.rows(layer, site)[:, None, None], element_TD, rate)
     # A product, no selection: XLA would write the zeros to memory and read them at every site.
     return x_BTD * (kept * np.float32(1 / (1 - rate)))

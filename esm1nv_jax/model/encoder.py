@@ -19,12 +19,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.model import dropout as drop
-from esm1nv_jax.model import foreign
+from esm1nv_jax.model import esm2
 from esm1nv_jax.model.attention import FUSED_ATTENTION, attention
-from esm1nv_jax.model.between import layer_norm, recomputed, rematerialised, stored, take
-from esm1nv_jax.model.config import ACTIVATIONS, DTYPES, Compute, EncoderConfig
 from esm1nv_jax.model.dropout import DropoutKey, dropout
-from esm1nv_jax.model.products import product
+from esm1nv_jax.model.encoder_config import ACTIVATIONS, DTYPES, Compute, EncoderConfig
+from esm1nv_jax.model.kernels.layer_norm import layer_norm, recomputed, rematerialised, stored, take
+from esm1nv_jax.model.kernels.matmul import product
 
 _QKV, _FFN = "qkv", "ffn"  # with fused attention, all that remat `dots` keeps of a block
 INIT_STD = 0.02
@@ -83,7 +83,7 @@ class Block(nnx.Module):
         N, rate = self.config.heads, self.config.attention_dropout
         qkv_BTCNH = checkpoint_name(self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N), _QKV)
         if turn is not None:
-            qkv_BTCNH = foreign.rotate(qkv_BTCNH, turn)
+            qkv_BTCNH = esm2.rotate(qkv_BTCNH, turn)
         row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         mixed_BTNH = attention(
             qkv_BTCNH, segment_ids_BT, compute.operands, rate, row_keys_B, compute.attention
@@ -143,7 +143,7 @@ class Encoder(nnx.Module):
         if config.position_kind == "learned":
             self.position_embedding = normal(config.positions)
         else:
-            self.rotary_frequency = nnx.Param(jnp.asarray(foreign.frequencies(D // config.heads)))
+            self.rotary_frequency = nnx.Param(jnp.asarray(esm2.frequencies(D // config.heads)))
         self.blocks = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
         if config.embedding_norm:
             self.embedding_norm = LayerNorm(D, config.norm_epsilon)
@@ -154,9 +154,9 @@ class Encoder(nnx.Module):
         self.head_bias = nnx.Param(jnp.zeros(self.tokens.size))
 
     def embed(self, tokens_BT, segment_ids_BT, positions_BT, key: DropoutKey | None):
-        x_BTD = self.token_embedding[...][foreign.readable(self.config.vocabulary, tokens_BT)]
+        x_BTD = self.token_embedding[...][esm2.readable(self.config.vocabulary, tokens_BT)]
         if self.config.token_dropout:
-            x_BTD = foreign.token_dropout(x_BTD, tokens_BT, segment_ids_BT)
+            x_BTD = esm2.token_dropout(x_BTD, tokens_BT, segment_ids_BT)
         if self.config.position_kind == "learned":
             x_BTD = x_BTD + self.position_embedding[...][positions_BT]
         if self.config.embedding_norm:
@@ -203,7 +203,7 @@ def forward(
     x_BTD = model.embed(tokens_BT, segment_ids_BT, positions_BT, dropout_key)
     turn = None
     if config.position_kind == "rotary":
-        turn = foreign.rotation(positions_BT, model.rotary_frequency[...])
+        turn = esm2.rotation(positions_BT, model.rotary_frequency[...])
     hidden = {0: x_BTD}
     for i, block in enumerate(model.blocks):
         graph, state = nnx.split(block)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax import hashing
+from esm1nv_jax.common import hashing
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
 
 _KIND, _LETTER = (np.uint32(hashing.purpose(p)) for p in ("mask kind", "mask letter"))
 

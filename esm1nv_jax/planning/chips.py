@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 
 GIB = 2**30
 THIS_CPU = "this-cpu"

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from esm1nv_jax import arguments, figures
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common import arguments, metrics_log
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.planning import chips
 
 SPARE = 0.10  # of a device's memory that should stay free
@@ -70,20 +70,20 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     """
     import jax
 
-    from esm1nv_jax.data.config import stream_config
-    from esm1nv_jax.data.dataset import SAMPLE, open_split
     from esm1nv_jax.data.pipeline import Place, train_batches
-    from esm1nv_jax.model.flash import Blocks
-    from esm1nv_jax.planning.estimate import estimate, load_of
-    from esm1nv_jax.planning.program import Program
-    from esm1nv_jax.training import settings, sharding, step
+    from esm1nv_jax.data.source import SAMPLE, open_split
+    from esm1nv_jax.data.stream_config import stream_config
+    from esm1nv_jax.model.kernels.flash_gpu import Blocks
+    from esm1nv_jax.planning.hlo import Program
+    from esm1nv_jax.planning.roofline import estimate, load_of
+    from esm1nv_jax.training import run_config, sharding, step
     from esm1nv_jax.training.metrics import training_flops
 
     chip = chips.chip(chip_name)
     devices = chips.devices(chip, hosts, per_host)
-    settled = settings.fitted(settings.step_config(config), config, devices[0])
+    settled = run_config.fitted(run_config.step_config(config), config, devices[0])
     source = open_split(config.data.path or SAMPLE, "train")
-    rows = settings.global_rows(config, source.lengths, len(devices))
+    rows = run_config.global_rows(config, source.lengths, len(devices))
     stream = stream_config(config, rows)
     batch, _ = next(train_batches(source, stream, Place(), slice(0, rows // len(devices))))
     load = load_of(batch, settled.masking.rate, Blocks())
@@ -92,13 +92,18 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     state, compiled, seconds = compile_step(settled, mesh, rows, config.data.row_length, step)
     program = Program(compiled.as_text())
     found = estimate(
-        program, chip, load, settled.model.heads, settled.model.attention_dropout,
-        settled.microbatches, hosts, per_host,
-    )  # fmt: skip
+        program,
+        chip,
+        load,
+        settled.model.heads,
+        settled.model.attention_dropout,
+        settled.microbatches,
+        hosts,
+        per_host,
+    )
     memory = memory_of(compiled, program, state, jax)
     useful = training_flops(
-        settled.model,
-        {"tokens": load.tokens, "squares": load.squares, "selected": load.selected},
+        settled.model, {"tokens": load.tokens, "squares": load.squares, "selected": load.selected}
     )
     return Plan(
         chip=chip.name,
@@ -124,8 +129,8 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
             if t.kernel.kind == "collective"
         ],
         kernels=[
-            {"phase": phase, "kind": kind} | figures
-            for (phase, kind), figures in sorted(
+            {"phase": phase, "kind": kind} | metrics_log
+            for (phase, kind), metrics_log in sorted(
                 found.classes().items(), key=lambda item: -item[1]["seconds"]
             )
         ],
@@ -215,9 +220,11 @@ def compared(config, field: str) -> list[tuple[str, Any]]:
 
 def measured(workdir: str) -> dict[str, float]:
     """Median figures of the training lines of a run: seconds_per_update, mfu where it is known."""
-    if not (Path(workdir) / figures.FILE).is_file():
-        raise UserError(f"--against {workdir} holds no {figures.FILE}; name the folder of a run")
-    lines = figures.read(workdir)
+    if not (Path(workdir) / metrics_log.FILE).is_file():
+        raise UserError(
+            f"--against {workdir} holds no {metrics_log.FILE}; name the folder of a run"
+        )
+    lines = metrics_log.read(workdir)
     lines = [line for line in lines if line["kind"] == "train"][1:]  # the first one compiled
     if not lines:
         raise UserError(f"{workdir} has fewer than two lines of training; let the run go on")
@@ -260,31 +267,31 @@ def main(argv: list[str]) -> int | None:
     timings = measured(options.against) if options.against else None
     flags = chips.prepare_environment(options.chip)
 
-    from esm1nv_jax import configuration
-    from esm1nv_jax.planning import report
+    from esm1nv_jax.common import config_file
+    from esm1nv_jax.planning import plan_report
 
     if options.config:
         path, _, arg = options.config.partition(":")
-        config = configuration.load(path, arg)
+        config = config_file.load(path, arg)
     else:
         config = config_of(options.against)
-    config = configuration.override(config, overrides)
+    config = config_file.override(config, overrides)
     where = (options.chip, options.hosts, options.devices_per_host)
     if options.compare:
         fields = options.compare.split(",")
         plans = [attempt(*variant, where) for f in fields for variant in compared(config, f)]
-        shown = [{"variant": name} | report.as_dict(found) for name, found in plans]
+        shown = [{"variant": name} | plan_report.as_dict(found) for name, found in plans]
     else:
         found = plan(config, *where)
-        shown = report.as_dict(found) | {"flags": flags}
+        shown = plan_report.as_dict(found) | {"flags": flags}
         if timings:
             shown["measured"] = timings
     if options.json:
         print(json.dumps(shown, indent=1))
     elif options.compare:
-        report.show_comparison(plans)
+        plan_report.show_comparison(plans)
     else:
-        report.show(found, flags, timings)
+        plan_report.show(found, flags, timings)
     return 0
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax import arguments, configuration, figures, output
-from esm1nv_jax.console import console
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.page import Page, figure
+from esm1nv_jax.common import arguments, config_file, files, metrics_log
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.html import Page, figure
 from esm1nv_jax.training.workdir import CONFIG
 
 FIGURE = "perplexity_mask"  # the one figure in which recipes can be compared
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
     parser.add_argument("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
     options = parser.parse_args(argv)
-    output.check(options.out)
+    files.check(options.out)
     if options.out and Path(options.out).suffix not in (".html", ".png"):
         raise UserError(f"--out {options.out} must end in .html or .png")
     runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
@@ -74,10 +74,10 @@ def main(argv: list[str]) -> None:
     console.print(shown)
     if options.out:
         if options.out.endswith(".png"):
-            with output.writing(options.out):
+            with files.writing(options.out):
                 curves(runs).savefig(options.out, dpi=110)
         else:
-            output.write(options.out, page(runs, differences, table).text())
+            files.write(options.out, page(runs, differences, table).text())
         console.print(f"wrote  {options.out}", markup=False)
 
 
@@ -87,8 +87,8 @@ def read(paths: list[str]) -> list[Run]:
     for path, name in zip(paths, _names(paths), strict=True):
         folder = Path(path)
         try:
-            config = configuration.flat(json.loads((folder / CONFIG).read_text()))
-            lines = figures.read(folder)
+            config = config_file.flat(json.loads((folder / CONFIG).read_text()))
+            lines = metrics_log.read(folder)
         except OSError as error:
             raise UserError(
                 f"{path} is not a run: {Path(error.filename).name} is not there; give the "
@@ -153,8 +153,14 @@ def curves(runs: list[Run]):
         known = run.recipe in colour_of
         colour = colour_of.setdefault(run.recipe, COLOURS[len(colour_of) % len(COLOURS)])
         points = [(x["step"], x[FIGURE]) for x in run.validation]
-        axis.plot(*zip(*points, strict=True), "o-" if not known else "o--", color=colour,
-                  label=run.name, ms=3, lw=1.2)  # fmt: skip
+        axis.plot(
+            *zip(*points, strict=True),
+            "o-" if not known else "o--",
+            color=colour,
+            label=run.name,
+            ms=3,
+            lw=1.2,
+        )
     axis.set(xlabel="update", ylabel="validation perplexity, <mask> only")
     axis.legend(frameon=False, fontsize=8)
     learned = [x[FIGURE] for run in runs for x in run.validation if x["step"] > 0]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 
 CONSTANT_AT = ("min_lr", "peak")
 

@@ -7,8 +7,8 @@ import re
 import jax
 from etils import epath
 
-from esm1nv_jax.console import console
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.errors import UserError
 
 
 def updates(wanted: str) -> tuple[int, int]:
@@ -48,8 +48,10 @@ class Profile:
     def _write(self) -> None:
         self.tracing = False
         jax.profiler.stop_trace()
-        console.print(f"profile    of updates {self.first} to {self.last} in {self.folder}: open "
-                      "it with xprof, or its .json.gz at ui.perfetto.dev")  # fmt: skip
+        console.print(
+            f"profile    of updates {self.first} to {self.last} in {self.folder}: open "
+            "it with xprof, or its .json.gz at ui.perfetto.dev"
+        )
 
     def __enter__(self) -> Profile:
         return self

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 
 DATA = "data"
 PLATFORMS = ("auto", "cpu", "gpu", "tpu")

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from esm1nv_jax.model import encoder, foreign, loss, masking
+from esm1nv_jax.model import encoder, esm2, loss, masking
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
 from esm1nv_jax.training.scalars import Scalars
@@ -71,7 +71,7 @@ def fresh_state(config: StepConfig, params: dict) -> TrainState:
 
 def batch_sums(config: StepConfig, params, batch, dropout_key):
     """Sums over some rows: what the loss and every figure are made of. fp32 scalars."""
-    tokens = foreign.readable(config.model.vocabulary, batch["tokens"])
+    tokens = esm2.readable(config.model.vocabulary, batch["tokens"])
     masked = masking.mask(config.masking, tokens, batch["segment_ids"], batch["mask_bits"])
     output = encoder.forward(
         config.model,

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from esm1nv_jax import figures as kept
-from esm1nv_jax.console import console
+from esm1nv_jax.common import metrics_log as kept
+from esm1nv_jax.common.console import console
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.pipeline import evaluation_batches, rows_for
 from esm1nv_jax.model import baselines, masking

@@ -9,21 +9,30 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from esm1nv_jax import __version__, configuration
-from esm1nv_jax.console import bar, console
-from esm1nv_jax.data.config import stream_config
-from esm1nv_jax.data.dataset import Source, open_split
+from esm1nv_jax import __version__
+from esm1nv_jax.checkpoints import manager, model_folder
+from esm1nv_jax.common import config_file
+from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
 from esm1nv_jax.data.prefetch import Prefetch
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.training import cluster, hosts, metrics, sharding, step, summary, workdir
-from esm1nv_jax.training.cluster_watchdog import Watchdog
-from esm1nv_jax.training.curves import Writer
-from esm1nv_jax.training.leaving import Leaving
+from esm1nv_jax.data.source import Source, open_split
+from esm1nv_jax.data.stream_config import stream_config
+from esm1nv_jax.training import (
+    host_metrics,
+    metrics,
+    process_group,
+    sharding,
+    step,
+    summary,
+    workdir,
+)
+from esm1nv_jax.training.checkpoint_policy import Saving
+from esm1nv_jax.training.metrics_writer import Writer
+from esm1nv_jax.training.preemption import Leaving
 from esm1nv_jax.training.profiling import Profile
-from esm1nv_jax.training.saving import Saving
-from esm1nv_jax.training.settings import fitted, global_rows, step_config
-from esm1nv_jax.weights import checkpoint, folder
+from esm1nv_jax.training.run_config import fitted, global_rows, step_config
+from esm1nv_jax.training.watchdog import Watchdog
 
 
 def train(config: ConfigDict, path: str, strict: bool = False) -> int:
@@ -38,7 +47,7 @@ def train(config: ConfigDict, path: str, strict: bool = False) -> int:
     """
     settings = step_config(config)
     limits = config.cluster
-    with cluster.join(limits.start_timeout, limits.stall_timeout) as (team, watchdog):
+    with process_group.join(limits.start_timeout, limits.stall_timeout) as (team, watchdog):
         return run(config, settings, path, strict, team, watchdog)
 
 
@@ -47,7 +56,7 @@ def run(
     settings: step.StepConfig,
     path: str,
     strict: bool,
-    team: cluster.Team,
+    team: process_group.Team,
     watchdog: Watchdog,
 ) -> int:
     """The run of one process of `team`."""
@@ -57,11 +66,11 @@ def run(
     stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
     origin = open_origin(config, settings)
     fingerprints = f"{source.fingerprint} {held_out.fingerprint}"
-    watchdog.hosts = cluster.agree(team, mesh.size, configuration.flat(config), fingerprints)
+    watchdog.hosts = process_group.agree(team, mesh.size, config_file.flat(config), fingerprints)
 
     with (
         workdir.hold(path, team) as run_folder,
-        hosts.log(run_folder, team, watchdog) as log,
+        host_metrics.log(run_folder, team, watchdog) as log,
         contextlib.ExitStack() as at_the_end,
     ):
         if team.process == 0:
@@ -78,12 +87,22 @@ def run(
         done = int(state.step)
         layout = {"devices": mesh.size, "processes": team.processes, "rows": stream.rows}
         if team.process == 0:
-            summary.show_start(config, settings, stream, source, mesh, run_folder, done,
-                               watchdog.hosts, before, layout)  # fmt: skip
+            summary.show_start(
+                config,
+                settings,
+                stream,
+                source,
+                mesh,
+                run_folder,
+                done,
+                watchdog.hosts,
+                before,
+                layout,
+            )
 
         writer = at_the_end.enter_context(Writer(run_folder, done, team.process == 0))
         window = metrics.Window(settings.model, mesh.devices.flat)
-        clock = hosts.HostClock(team, mesh.local_devices[0])
+        clock = host_metrics.HostClock(team, mesh.local_devices[0])
 
         def validate() -> dict[str, float]:
             """Figures on held-out sequences: the same ones, masked alike, every time."""
@@ -114,7 +133,7 @@ def run(
                 writer.write(number, "train", found)
                 by_host = clock.take(batches.waited)
                 writer.write(number, "hosts", by_host)
-                hosts.note(log, number, by_host)
+                host_metrics.note(log, number, by_host)
                 task.note = summary.line(found)
             task.update(number, task.note)
             return True
@@ -184,22 +203,22 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
     return open_split(config.data.path, "train"), open_split(config.data.path, "validation")
 
 
-def open_origin(config: ConfigDict, settings: step.StepConfig) -> folder.Weights | None:
+def open_origin(config: ConfigDict, settings: step.StepConfig) -> model_folder.Weights | None:
     """Weights to start from, if `config.init_from` names any; they must fit the config's model."""
     if not config.init_from:
         return None
-    origin = folder.read(config.init_from)
-    folder.check(origin.params, settings.model, f"init_from={config.init_from}")
+    origin = model_folder.read(config.init_from)
+    model_folder.check(origin.params, settings.model, f"init_from={config.init_from}")
     return origin
 
 
 def first_state(
     settings: step.StepConfig,
     mesh: jax.sharding.Mesh,
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: manager.Checkpoints,
     source: Source,
-    origin: folder.Weights | None,
-    team: cluster.Team,
+    origin: model_folder.Weights | None,
+    team: process_group.Team,
     strict: bool,
 ) -> tuple[step.TrainState, Place, dict | None]:
     """From the newest good checkpoint; else from another model's weights; else fresh.
@@ -210,7 +229,7 @@ def first_state(
     run_folder = checkpoints.folder.parent
 
     def choose() -> str:
-        found = checkpoint.newest_good(run_folder, strict, console.print)
+        found = manager.newest_good(run_folder, strict, console.print)
         if found is None:
             return ""
         checkpoints.set_aside(after=found)
@@ -218,14 +237,14 @@ def first_state(
 
     chosen = team.announce("checkpoint", choose)
     if chosen:
-        shapes = checkpoint.abstract(jax.eval_shape(lambda: step.create_state(settings)), layout)
+        shapes = manager.abstract(jax.eval_shape(lambda: step.create_state(settings)), layout)
         params, rest, place = checkpoints.restore(int(chosen), *in_parts(shapes))
         if place.pop("data") != source.fingerprint:
             raise UserError(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
-        before = checkpoint.read_config(run_folder, int(chosen)).get("layout")
+        before = manager.read_config(run_folder, int(chosen)).get("layout")
         return step.TrainState(params=params, **rest), Place(**place), before
     if origin is not None:
         start = jax.jit(step.fresh_state, static_argnums=0, out_shardings=layout)

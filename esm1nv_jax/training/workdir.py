@@ -14,12 +14,12 @@ from typing import IO, Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from esm1nv_jax import configuration
-from esm1nv_jax.console import console
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.training.cluster import Team
-from esm1nv_jax.training.settings import MAY_CHANGE
-from esm1nv_jax.weights import checkpoint, checksums
+from esm1nv_jax.checkpoints import checksums, manager
+from esm1nv_jax.common import config_file
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training.process_group import Team
+from esm1nv_jax.training.run_config import MAY_CHANGE
 
 CONFIG, LOCK, NONCE = "config.json", "run.lock", ".nonce"
 NONCE_SECONDS = 30.0  # a network file system may show a new file so much later
@@ -34,7 +34,7 @@ def hold(workdir: str, team: Team):
     once they have read there what process 0 has just written.
     """
     folder = epath.Path(workdir)
-    if not checkpoint.remote(folder):
+    if not manager.remote(folder):
         folder = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
     with contextlib.ExitStack() as stack:
         if team.process == 0:
@@ -72,7 +72,7 @@ def shared_by_all(folder: epath.Path, team: Team) -> None:
 def _locked(folder: epath.Path):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = None if checkpoint.remote(folder) else open(folder / LOCK, "a+")  # noqa: SIM115, see below
+        lock = None if manager.remote(folder) else open(folder / LOCK, "a+")  # noqa: SIM115, see below
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -91,8 +91,10 @@ def _locked(folder: epath.Path):
                 "stop it, or choose another with --workdir=DIR"
             ) from None
         except OSError as error:  # a network file system without locks
-            console.print(f"workdir {folder} cannot be locked ({error.strerror}): nothing stops "
-                          "another run from using it too")  # fmt: skip
+            console.print(
+                f"workdir {folder} cannot be locked ({error.strerror}): nothing stops "
+                "another run from using it too"
+            )
         lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         job = os.environ.get("SLURM_JOB_ID")
@@ -104,7 +106,7 @@ def _locked(folder: epath.Path):
 
 def appending(path: epath.Path) -> IO[bytes]:
     """The file, to be appended to; without a buffer, where its disk is one of this host."""
-    return path.open("ab") if checkpoint.remote(path) else open(path, "ab", buffering=0)
+    return path.open("ab") if manager.remote(path) else open(path, "ab", buffering=0)
 
 
 def settle(folder: epath.Path, config: ConfigDict) -> None:
@@ -115,20 +117,20 @@ def settle(folder: epath.Path, config: ConfigDict) -> None:
     path = folder / CONFIG
     if path.exists():
         try:
-            old = configuration.flat(json.loads(path.read_text()))
+            old = config_file.flat(json.loads(path.read_text()))
         except ValueError:
             raise UserError(
                 f"{path} is not readable as JSON; remove it if {folder} is a run and the command "
                 "the one it began with, or choose another with --workdir=DIR"
             ) from None
-        changed = differing(old, configuration.flat(config.to_dict()))
+        changed = differing(old, config_file.flat(config.to_dict()))
         if changed:
             shown = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)
             raise UserError(
                 f"workdir {folder} holds another run, which differs in {shown}; "
                 "choose another with --workdir=DIR"
             )
-    checksums.write_atomically(path, configuration.to_json(config))
+    checksums.write_atomically(path, config_file.to_json(config))
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from esm1nv_jax.data.dataset import open_split
+from esm1nv_jax.checkpoints import manager
 from esm1nv_jax.data.pipeline import Place, StreamConfig, train_batches
-from esm1nv_jax.weights import checkpoint
+from esm1nv_jax.data.source import open_split
 from tests.cluster.runs import Run, losses, parameters
 
 LAYOUTS = {"1x8": (1, 8), "2x2": (2, 2), "4x1": (4, 1)}  # processes x devices of each
@@ -28,8 +28,11 @@ pipeline.train_batches = spied
 
 
 def options(steps=STEPS, dtype="float32"):
-    return (f"--config.steps={steps}", "--config.checkpoint.every=50",
-            f"--config.compute.dtype={dtype}")  # fmt: skip
+    return (
+        f"--config.steps={steps}",
+        "--config.checkpoint.every=50",
+        f"--config.compute.dtype={dtype}",
+    )
 
 
 def relative(a: dict, b: dict) -> float:
@@ -67,8 +70,10 @@ def spied_run(folder, processes, devices, steps=STEPS, dtype="float32"):
 
 def rows_seen(folder, updates):
     """Hashes of the rows of the first batches, in order, whoever made them."""
-    files = sorted((path for path in (folder / "spy").iterdir() if path.name.isdigit()),
-                   key=lambda path: int(path.name))  # fmt: skip
+    files = sorted(
+        (path for path in (folder / "spy").iterdir() if path.name.isdigit()),
+        key=lambda path: int(path.name),
+    )
     each = 8 // len(files)
     made = [path.read_text().split() for path in files]
     return [row for n in range(updates) for part in made for row in part[n * each : (n + 1) * each]]
@@ -114,14 +119,19 @@ def test_a_batch_given_per_device_shrinks_with_the_devices_and_skips_nothing(tmp
     for steps, devices in ((5, 4), (9, 3)):
         with Run(tmp_path / "run", 1, *sizes, *options(steps), devices=devices) as run:
             assert run.wait() == 0, run.text
-    layouts = [checkpoint.read_config(tmp_path / "run", s)["layout"] for s in (5, 9)]
+    layouts = [manager.read_config(tmp_path / "run", s)["layout"] for s in (5, 9)]
     rows = [layout["rows"] for layout in layouts]
     assert rows[0] * 3 == rows[1] * 4
     assert f"from {rows[0]} rows on 4 device(s)" in run.text
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     data = config["data"]
-    single = StreamConfig(seed=config["seed"], rows=1, row_length=data["row_length"],
-                          max_residues=data["max_residues"], crop=data["crop"])  # fmt: skip
+    single = StreamConfig(
+        seed=config["seed"],
+        rows=1,
+        row_length=data["row_length"],
+        max_residues=data["max_residues"],
+        crop=data["crop"],
+    )
     walk = train_batches(open_split("sample", "train"), single, Place())
     for _ in range(5 * rows[0] + 4 * rows[1]):
         _, place = next(walk)

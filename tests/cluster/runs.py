@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax.weights import checkpoint
+from esm1nv_jax.checkpoints import manager
 from tests.training import processes
 
 LOCAL = processes.ROOT / "launch" / "local.sh"
@@ -31,9 +31,13 @@ class Run:
         run[0] = python or run[0]
         with self.output.open("a") as out:
             self.process = subprocess.Popen(
-                [*launcher, *run], env=processes.environment(**env), cwd=processes.ROOT,
-                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                [*launcher, *run],
+                env=processes.environment(**env),
+                cwd=processes.ROOT,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     @property
     def text(self) -> str:
@@ -99,9 +103,9 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    from esm1nv_jax.weights.folder import flatten
+    from esm1nv_jax.checkpoints.model_folder import flatten
 
-    return flatten(checkpoint.read_params(workdir, step))
+    return flatten(manager.read_params(workdir, step))
 
 
 def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

@@ -76,10 +76,19 @@ class Slurm:
             host=self.host, folder=self.folder, ctld_port=free_port(), d_port=free_port()
         )
         (self.folder / "slurm.conf").write_text(text.lstrip())
-        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munge.pid",
-                 "log-file": "munge.log", "seed-file": "munge.seed"}  # fmt: skip
-        self._start("munged", "--foreground", "--force",
-                    *(f"--{option}={self.folder}/{file}" for option, file in files.items()))
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "pid-file": "munge.pid",
+            "log-file": "munge.log",
+            "seed-file": "munge.seed",
+        }
+        self._start(
+            "munged",
+            "--foreground",
+            "--force",
+            *(f"--{option}={self.folder}/{file}" for option, file in files.items()),
+        )
         self._until(lambda: (self.folder / "munge.socket").exists(), "munge's socket")
         self._start("slurmctld", "-D")
         self._start("slurmd", "-D")
@@ -110,9 +119,12 @@ class Slurm:
 
     def call(self, *command: str, check: bool = True, **env: str) -> str:
         done = subprocess.run(
-            command, env=self.env | env, cwd=Path(__file__).parents[2],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            command,
+            env=self.env | env,
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+        )
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from esm1nv_jax.training import cluster
+from esm1nv_jax.training import process_group
 from tests.cluster.runs import Run
 from tests.training import processes
 
@@ -49,8 +49,11 @@ def test_another_config(tmp_path):
 def copy(tmp_path):
     """A second checkout of the package."""
     there = tmp_path / "checkout"
-    shutil.copytree(processes.ROOT / "esm1nv_jax", there / "esm1nv_jax",
-                    ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    shutil.copytree(
+        processes.ROOT / "esm1nv_jax",
+        there / "esm1nv_jax",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
     return there
 
 
@@ -94,8 +97,8 @@ def test_fewer_devices_than_promised(tmp_path):
 
 def test_what_slurm_promises():
     environ = {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_NUM_NODES": "22"}
-    assert cluster.promised_devices(22, environ) == 176
-    assert cluster.promised_devices(4, {}) == 4
+    assert process_group.promised_devices(22, environ) == 176
+    assert process_group.promised_devices(4, {}) == 4
 
 
 def test_a_live_run_is_named_and_unharmed(tmp_path):
@@ -116,8 +119,8 @@ def test_a_process_that_never_comes_ends_the_start(tmp_path):
 
 
 def test_alone_every_note_comes_back_at_once():
-    team = cluster.Team()
+    team = process_group.Team()
     assert team.gather("a", "note") == ["note"]
     assert team.announce("b", lambda: "said") == "said"
     team.together("c")
-    assert cluster.agree(team, 1, {"seed": 1}, "data") == [team.host]
+    assert process_group.agree(team, 1, {"seed": 1}, "data") == [team.host]

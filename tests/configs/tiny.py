@@ -2,7 +2,7 @@
 
 from ml_collections import config_dict
 
-from esm1nv_jax.configuration import arguments, parent
+from esm1nv_jax.common.config_file import arguments, parent
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:

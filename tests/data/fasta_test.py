@@ -13,9 +13,9 @@ from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, tokenizer
-from esm1nv_jax.data.archive import Archive, BrokenArchive
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.data.compression import Archive, BrokenArchive
 
 
 def read(blocks, size=fasta.CHUNK):
@@ -45,10 +45,7 @@ def split(text: bytes, at: list[int]) -> list[bytes]:
 # The other reader also strips what Unicode, not ASCII, calls white space.
 ANY = st.binary(max_size=6).map(lambda b: b.translate(None, b"\x1c\x1d\x1e\x1f\x85\xa0"))
 LINE = st.one_of(
-    st.sampled_from(
-        b"|MKV|mkv|M-K.V|MKV*|M*K|*|--|MJX|M1|K\xe9| M K".split(b"|")
-    ),
-    ANY,
+    st.sampled_from(b"|MKV|mkv|M-K.V|MKV*|M*K|*|--|MJX|M1|K\xe9| M K".split(b"|")), ANY
 )
 HEAD = st.one_of(
     st.sampled_from(
@@ -113,8 +110,12 @@ def test_stored_sequences_are_clean(body):
 
 
 @settings(max_examples=400, deadline=None)
-@given(data=st.binary(max_size=400), kind=st.sampled_from(["plain", "gz", "xz", "zst"]),
-       cut=st.integers(0, 30), flip=st.integers(0, 400))
+@given(
+    data=st.binary(max_size=400),
+    kind=st.sampled_from(["plain", "gz", "xz", "zst"]),
+    cut=st.integers(0, 30),
+    flip=st.integers(0, 400),
+)
 def test_a_damaged_archive_is_an_error_of_one_kind(tmp_path_factory, data, kind, cut, flip):
     pack = {"plain": bytes, "gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
     blob = bytearray(pack[kind](b">a\n" + data))

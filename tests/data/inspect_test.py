@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm1nv_jax import arguments
 from esm1nv_jax.cli import dispatch
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.errors import EXIT_USER
 from esm1nv_jax.data import inspect, tokenizer
-from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.pipeline import StreamConfig, train_batches
-from esm1nv_jax.errors import EXIT_USER
+from esm1nv_jax.data.source import open_split
 from esm1nv_jax.model import masking
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm1nv_jax.data import packing
-from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.order import Order, permute
+from esm1nv_jax.data.source import open_split
 
 
 @settings(deadline=None)

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold, fold_all, purpose
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.clusters import Groups
-from esm1nv_jax.data.dataset import MemorySource, open_split
 from esm1nv_jax.data.pipeline import (
     Place,
     StreamConfig,
@@ -21,8 +22,7 @@ from esm1nv_jax.data.pipeline import (
     train_batches,
 )
 from esm1nv_jax.data.prefetch import Prefetch
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.hashing import fold, fold_all, purpose
+from esm1nv_jax.data.source import MemorySource, open_split
 
 CONFIG = StreamConfig(seed=5, rows=88, row_length=512, max_residues=510)
 ARRAYS = ("tokens", "segment_ids", "positions", "example_ids", "mask_bits")
@@ -116,8 +116,13 @@ def test_every_token_is_accounted_for(lengths, rows, max_residues, packed, crop,
     """Three epochs, token by token, against a plain reading of the contract."""
     source = source_of(lengths)
     config = StreamConfig(
-        seed=1, rows=rows, row_length=max_residues + 2 + len(lengths) % 5,
-        max_residues=max_residues, packed=packed, crop=crop, block=block,
+        seed=1,
+        rows=rows,
+        row_length=max_residues + 2 + len(lengths) % 5,
+        max_residues=max_residues,
+        packed=packed,
+        crop=crop,
+        block=block,
     )
     seen = []
     for batch, _ in itertools.islice(train_batches(source, config), 3 * len(lengths)):
@@ -175,9 +180,7 @@ def test_random_crops_move_with_the_epoch_and_reach_both_ends():
 def test_evaluation_covers_each_once_whatever_the_order_and_the_hosts():
     source = open_split("sample", "validation")
     shuffled = np.random.default_rng(1).permutation(500)
-    other = MemorySource(
-        list(zip(source.ids(shuffled), source.sequences(shuffled), strict=True))
-    )
+    other = MemorySource(list(zip(source.ids(shuffled), source.sequences(shuffled), strict=True)))
     config = dataclasses.replace(CONFIG, max_residues=200, crop="random")
 
     def bits(data):

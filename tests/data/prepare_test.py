@@ -20,12 +20,12 @@ import zstandard
 from Bio import SeqIO
 from tensorflow_datasets.proto import tf_example_pb2
 
-from esm1nv_jax import arguments
 from esm1nv_jax.cli import dispatch
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.errors import EXIT_USER, UserError
 from esm1nv_jax.data import manifest, prepare, records, splits
-from esm1nv_jax.data.dataset import open_split
 from esm1nv_jax.data.prepare import Preparation
-from esm1nv_jax.errors import EXIT_USER, UserError
+from esm1nv_jax.data.source import open_split
 from tests.data.made_up import fasta, made_up
 
 SIZES = {"validation": 100, "test": 500}
@@ -66,7 +66,9 @@ def folder(tmp_path_factory, fasta_file):
 def test_tfds_reads_what_biopython_reads(folder, fasta_file):
     found = read_back(folder)
     assert {split: len(found[split]) for split in found} == {
-        "train": 14_400, "validation": 100, "test": 500,
+        "train": 14_400,
+        "validation": 100,
+        "test": 500,
     }
     together = {}
     for split in found.values():
@@ -167,8 +169,12 @@ def test_the_manifest_tells_the_truth(folder, fasta_file, proteins):
     assert histogram["128-191"] == sum(128 <= n < 192 for n in lengths)
     md5 = subprocess.run(["md5sum", fasta_file], capture_output=True, text=True).stdout.split()[0]
     assert content["sources"] == [
-        {"file": str(fasta_file), "bytes": fasta_file.stat().st_size, "md5": md5,
-         "sequences": 15_000}
+        {
+            "file": str(fasta_file),
+            "bytes": fasta_file.stat().st_size,
+            "md5": md5,
+            "sequences": 15_000,
+        }
     ]
 
 
@@ -248,7 +254,9 @@ def test_a_split_without_sequences(tmp_path):
 
 def test_records_are_what_protobuf_writes():
     for name, sequence, description in [
-        (b"a", b"M", b""), (b"UniRef50_A", b"MK" * 100, b"x" * 200), (b"\xe9", b"K" * 70_000, b"d"),
+        (b"a", b"M", b""),
+        (b"UniRef50_A", b"MK" * 100, b"x" * 200),
+        (b"\xe9", b"K" * 70_000, b"d"),
     ]:
         example = tf_example_pb2.Example()
         for key, value in (("id", name), ("sequence", sequence), ("description", description)):
@@ -277,7 +285,8 @@ def test_every_kind_of_input(tmp_path, kind):
     if kind == "-":
         done = subprocess.run(
             [sys.executable, "-m", "esm1nv_jax", "prepare", "--fasta", "-", *map(str, words)],
-            input=gzip.compress(text), capture_output=True,
+            input=gzip.compress(text),
+            capture_output=True,
         )
         status, said = done.returncode, done.stderr.decode()
     else:
@@ -305,15 +314,27 @@ BAD = {  # name: (content, line in the message, words in it, counted as)
     "lost_line_end": (with_line(TEXT, 5, b"MK>x y"), "line 6", "'>'", "bad character"),
     "non_ascii": (with_line(TEXT, 5, "MKé".encode()), "line 6", r"'\xc3'", "bad character"),
     "empty": (b"", "line 1", "empty", "empty file"),
-    "binary": (os.urandom(1000).replace(b">", b"").replace(b"\n", b"") , "line 1", "FASTA?",
-               "text before the first header"),
+    "binary": (
+        os.urandom(1000).replace(b">", b"").replace(b"\n", b""),
+        "line 1",
+        "FASTA?",
+        "text before the first header",
+    ),
     "cut_gzip": (gzip.compress(TEXT)[:-200], "line", "too early", "broken archive"),
     "cut_zstd": (zstandard.compress(TEXT)[:-200], "line", "too early", "broken archive"),
     "cut_xz": (lzma.compress(TEXT)[:-200], "line", "too early", "broken archive"),
-    "bad_gzip": (gzip.compress(TEXT)[:3000] + b"xxxxxxxx" + gzip.compress(TEXT)[3008:], "line",
-                 "compressed file", "broken archive"),
-    "twice": (TEXT + b">UniRef50_A00007 again\nMKV\n", "line 401", "line 15",
-              "duplicate id, other sequence"),
+    "bad_gzip": (
+        gzip.compress(TEXT)[:3000] + b"xxxxxxxx" + gzip.compress(TEXT)[3008:],
+        "line",
+        "compressed file",
+        "broken archive",
+    ),
+    "twice": (
+        TEXT + b">UniRef50_A00007 again\nMKV\n",
+        "line 401",
+        "line 15",
+        "duplicate id, other sequence",
+    ),
 }
 
 
@@ -323,8 +344,18 @@ def test_bad_input_stops_with_file_line_and_reason_or_is_counted(tmp_path, name,
     good, bad = tmp_path / "good.fasta", tmp_path / "bad.fasta"
     good.write_bytes(fasta([(b"x" + i, d, s) for i, d, s in made_up(200, seed=1)]))
     bad.write_bytes(content)
-    argv = ["prepare", "--fasta", str(good), str(bad), "--out", str(tmp_path / "set"),
-            "--validation", "5", "--test", "5"]
+    argv = [
+        "prepare",
+        "--fasta",
+        str(good),
+        str(bad),
+        "--out",
+        str(tmp_path / "set"),
+        "--validation",
+        "5",
+        "--test",
+        "5",
+    ]
     assert arguments.run(dispatch, argv) == EXIT_USER
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert str(bad) in said and line in said and words in said and "--on_error=skip" in said
@@ -415,8 +446,11 @@ def test_what_can_be_mended_is_counted(tmp_path):
     path = tmp_path / "a"
     giant = b"MKVLAWGGRT" * 4000
     path.write_bytes(
-        b"\xef\xbb\xbf" + fasta(made_up(100), end=b"\r\n")
-        + b">giant\n" + giant + b"\n>low\nmkv\n>gap\nM-K..V\n>stop\nMKV*\n>both\nMKV\n>both\nMKV\n"
+        b"\xef\xbb\xbf"
+        + fasta(made_up(100), end=b"\r\n")
+        + b">giant\n"
+        + giant
+        + b"\n>low\nmkv\n>gap\nM-K..V\n>stop\nMKV*\n>both\nMKV\n>both\nMKV\n"
     )
     wanted = Preparation((str(path),), str(tmp_path / "set"), validation=5, test=5)
     content = prepare.prepare(wanted)
@@ -435,8 +469,9 @@ def test_a_single_line_of_100_megabytes(tmp_path):
     path = tmp_path / "a"
     giant = b"MKVLAWGGRT" * 10_000_000
     path.write_bytes(fasta(made_up(100)) + b">giant\n" + giant + b"\n>last\nMKV\n")
-    status, said = esm1nv("prepare", "--fasta", path, "--out", tmp_path / "set",
-                          "--validation", 5, "--test", 5)
+    status, said = esm1nv(
+        "prepare", "--fasta", path, "--out", tmp_path / "set", "--validation", 5, "--test", 5
+    )
     assert status == 0, said
     sources = [open_split(str(tmp_path / "set"), split) for split in splits.NAMES]
     source = max(sources, key=lambda source: source.lengths.max())
@@ -453,7 +488,8 @@ def test_lengths_out_of_bounds_are_left_out(tmp_path):
     )
     lengths = np.array([len(s) for _, _, s in proteins])
     assert content["skipped"] == {
-        "shorter than 100": (lengths < 100).sum(), "longer than 200": (lengths > 200).sum(),
+        "shorter than 100": (lengths < 100).sum(),
+        "longer than 200": (lengths > 200).sum(),
     }
     manifest.verify(tmp_path / "set")
 
@@ -492,8 +528,9 @@ def test_clusters_are_not_divided(tmp_path, workers):
     table.write_bytes(
         gzip.compress(b"".join(b"%b\tx\t%b\n" % (i[9:], c) for i, c in cluster.items()))
     )
-    wanted = Preparation((str(path),), str(tmp_path / "set"), groups=str(table), workers=workers,
-                         **SIZES)
+    wanted = Preparation(
+        (str(path),), str(tmp_path / "set"), groups=str(table), workers=workers, **SIZES
+    )
     content = prepare.prepare(wanted)
     found = read_back(tmp_path / "set")
     clusters = {split: {cluster[i] for i in found[split]} for split in found}
@@ -544,10 +581,24 @@ def group_lives(group):
 @pytest.mark.parametrize("after", [0.7, 1.2, 2.0, 3.0])
 def test_killed_at_any_moment_and_run_again(tmp_path, fasta_file, after):
     out = tmp_path / "set"
-    words = ["prepare", "--fasta", fasta_file, "--out", out, "--workers", 2,
-             "--validation", 100, "--test", 500]
-    process = subprocess.Popen([sys.executable, "-m", "esm1nv_jax", *map(str, words)],
-                               stderr=subprocess.DEVNULL, start_new_session=True)
+    words = [
+        "prepare",
+        "--fasta",
+        fasta_file,
+        "--out",
+        out,
+        "--workers",
+        2,
+        "--validation",
+        100,
+        "--test",
+        500,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esm1nv_jax", *map(str, words)],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -577,15 +628,27 @@ def run_with_little_space(words, limit):
     import resource
 
     return subprocess.run(
-        [sys.executable, "-m", "esm1nv_jax", *map(str, words)], capture_output=True, text=True,
+        [sys.executable, "-m", "esm1nv_jax", *map(str, words)],
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
 
 
 def test_a_file_too_large_for_the_disk(tmp_path, fasta_file):
     done = run_with_little_space(
-        ["prepare", "--fasta", fasta_file, "--out", tmp_path / "set", "--validation", 100,
-         "--test", 500], 1 << 20,
+        [
+            "prepare",
+            "--fasta",
+            fasta_file,
+            "--out",
+            tmp_path / "set",
+            "--validation",
+            100,
+            "--test",
+            500,
+        ],
+        1 << 20,
     )
     assert done.returncode == EXIT_USER
     assert one_error(done.stderr) and "no space left" in done.stderr
@@ -601,8 +664,17 @@ def test_a_full_disk(tmp_path, fasta_file, size):
     if mounted.returncode:
         pytest.skip("mount is not allowed here")
     try:
-        status, said = esm1nv("prepare", "--fasta", fasta_file, "--out", tmp_path / "set",
-                              "--validation", 100, "--test", 500)
+        status, said = esm1nv(
+            "prepare",
+            "--fasta",
+            fasta_file,
+            "--out",
+            tmp_path / "set",
+            "--validation",
+            100,
+            "--test",
+            500,
+        )
         assert status == EXIT_USER
         assert one_error(said) and "no space left" in said
         assert list(tmp_path.iterdir()) == []
@@ -611,10 +683,20 @@ def test_a_full_disk(tmp_path, fasta_file, size):
 
 
 def test_two_at_once(tmp_path, fasta_file):
-    words = ["prepare", "--fasta", fasta_file, "--out", tmp_path / "set", "--validation", "100",
-             "--test", "500"]
-    first = subprocess.Popen([sys.executable, "-m", "esm1nv_jax", *map(str, words)],
-                             stderr=subprocess.DEVNULL)
+    words = [
+        "prepare",
+        "--fasta",
+        fasta_file,
+        "--out",
+        tmp_path / "set",
+        "--validation",
+        "100",
+        "--test",
+        "500",
+    ]
+    first = subprocess.Popen(
+        [sys.executable, "-m", "esm1nv_jax", *map(str, words)], stderr=subprocess.DEVNULL
+    )
     while not list(tmp_path.glob(".set*")):
         time.sleep(0.01)
     time.sleep(0.2)

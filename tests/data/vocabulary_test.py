@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.vocabulary import ESM1NV, ESM2, vocabulary
-from esm1nv_jax.errors import UserError
 
 
 def test_ours_is_the_identity():
@@ -19,8 +19,15 @@ def test_esm2():
     known = vocabulary(ESM2)
     assert len(known.tokens) == 33
     # ids of fair-esm's alphabet, as its documentation and files have them
-    for token, own, row in [("<cls>", 0, 1), ("<pad>", 1, 3), ("<eos>", 2, 2), ("<unk>", 3, 0),
-                            ("L", 4, 5), ("C", 23, 23), ("<mask>", 32, 4)]:  # fmt: skip
+    for token, own, row in [
+        ("<cls>", 0, 1),
+        ("<pad>", 1, 3),
+        ("<eos>", 2, 2),
+        ("<unk>", 3, 0),
+        ("L", 4, 5),
+        ("C", 23, 23),
+        ("<mask>", 32, 4),
+    ]:
         assert known.tokens.index(token) == own
         assert known.rows[own] == row
         assert known.own_id(row) == own

@@ -18,13 +18,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from esm1nv_jax import arguments, cli
-from esm1nv_jax.errors import UserError
+from esm1nv_jax import cli
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import embed as embed_lib
 from esm1nv_jax.inference.embed import Request, embed, merge
+from esm1nv_jax.inference.parts import Spool
 from esm1nv_jax.inference.proteins import scan
-from esm1nv_jax.inference.spool import Spool
-from esm1nv_jax.weights import folder
 from tests.inference.models import make_proteins, write_fasta
 
 PROTEINS = make_proteins(40, seed=11, longest=150)  # some longer than the model's 64 residues
@@ -32,8 +33,8 @@ EVERYTHING = ("mean", "per_residue", "cls", "logits")
 
 
 def request(model_path, folder, proteins=PROTEINS, out="out.npz", **options):
-    fasta = write_fasta(folder / "in.fasta", proteins)
-    return Request(model_path, fasta, str(folder / out), **options)
+    fasta = write_fasta(model_folder / "in.fasta", proteins)
+    return Request(model_path, fasta, str(model_folder / out), **options)
 
 
 def read_npz(path):
@@ -46,8 +47,9 @@ def by_protein(path, name):
     found = read_npz(path)
     offsets = found["offsets"]
     return {
-        str(i): found[name][offsets[k] : offsets[k + 1]] if len(found[name]) > len(offsets) else
-        found[name][k]
+        str(i): found[name][offsets[k] : offsets[k + 1]]
+        if len(found[name]) > len(offsets)
+        else found[name][k]
         for k, i in enumerate(found["id"])
     }
 
@@ -105,9 +107,9 @@ def test_a_protein_does_not_depend_on_what_else_is_in_the_file(model_path, tmp_p
     for deterministic in (False, True):
         options = {"include": ("mean", "per_residue"), "deterministic": deterministic}
         for name, proteins in (("all", PROTEINS), ("some", others)):
-            folder = tmp_path / f"{name}{deterministic}"
-            folder.mkdir()
-            embed(request(model_path, folder, proteins, **options))
+            model_folder = tmp_path / f"{name}{deterministic}"
+            model_folder.mkdir()
+            embed(request(model_path, model_folder, proteins, **options))
         for field in ("mean_-1", "per_residue_-1"):
             everything = by_protein(tmp_path / f"all{deterministic}" / "out.npz", field)
             some = by_protein(tmp_path / f"some{deterministic}" / "out.npz", field)
@@ -142,14 +144,15 @@ def test_shards_merge_into_the_file_of_one_job(model_path, tmp_path, small_parts
 
 RUN = """
 import sys, time
-from esm1nv_jax import arguments, cli
-from esm1nv_jax.inference import embed, spool
+from esm1nv_jax import cli
+from esm1nv_jax.common import arguments
+from esm1nv_jax.inference import embed, parts
 embed.PART_RESIDUES, embed.PART_BATCHES = 300, 0
-write = spool.Spool.write
+write = parts.Spool.write
 def slow(self, part, arrays):
     write(self, part, arrays)
     time.sleep({pause})
-spool.Spool.write = slow
+parts.Spool.write = slow
 sys.exit(arguments.run(cli.dispatch, sys.argv[1:]))
 """
 
@@ -157,17 +160,31 @@ sys.exit(arguments.run(cli.dispatch, sys.argv[1:]))
 def start(argv, pause=0.0):
     code = RUN.format(pause=pause)
     return subprocess.Popen(
-        [sys.executable, "-c", code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        [sys.executable, "-c", code, *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
 
 
 def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
 
     def argv(out):
-        return ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out),
-                "--include", "mean,per_residue", "--layers", "-1,1"]  # fmt: skip
+        return [
+            "embed",
+            "--checkpoint",
+            model_path,
+            "--fasta",
+            fasta,
+            "--out",
+            str(out),
+            "--include",
+            "mean,per_residue",
+            "--layers",
+            "-1,1",
+        ]
 
     undisturbed = start(argv(tmp_path / "a.h5"))
     killed = start(argv(tmp_path / "b.h5"), pause=0.5)
@@ -206,16 +223,27 @@ def test_sigterm_says_what_is_kept(model_path, tmp_path):
 
 def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
-    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out",
-            str(tmp_path / "o.npz"), "--include", "per_residue"]  # fmt: skip
+    argv = [
+        "embed",
+        "--checkpoint",
+        model_path,
+        "--fasta",
+        fasta,
+        "--out",
+        str(tmp_path / "o.npz"),
+        "--include",
+        "per_residue",
+    ]
     # Files may grow to 100 kB: parts of 300 residues fit, the joined file does not.
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
     code = limit + RUN.format(pause=0)
     done = subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True,
+        [sys.executable, "-c", code, *argv],
+        capture_output=True,
+        text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     assert done.returncode == 2, done.stderr
     assert "no space left" in done.stderr and "o.npz.parts" in done.stderr
     assert "Traceback" not in done.stderr
@@ -252,7 +280,7 @@ def test_float16_is_stored_and_overflow_is_not(model, model_path, tmp_path):
     params = jax.tree.map(np.array, model.params)
     params["outer_norm"]["scale"] *= 1e6
     large = str(tmp_path / "large")
-    folder.write(large, folder.Weights(params, model.config, {}))
+    model_folder.write(large, model_folder.Weights(params, model.config, {}))
     embed(dataclasses.replace(exact, checkpoint=large, include=("mean",), overwrite=True))
     with pytest.raises(UserError, match=r"mean_-1 of .* is not finite in float16"):
         embed(dataclasses.replace(half, checkpoint=large, include=("mean",), overwrite=True))
@@ -410,8 +438,12 @@ def test_memory_does_not_grow_with_the_file(model_path, tmp_path, ending):
         named = [(f"{name}x{i}", sequence) for i, (name, sequence) in enumerate(proteins)]
         fasta = write_fasta(tmp_path / f"{times}.fasta", named)
         out = tmp_path / f"{times}.{ending}"
-        done = subprocess.run([sys.executable, "-c", PEAK, model_path, fasta, str(out)],
-                              capture_output=True, text=True, check=True)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, model_path, fasta, str(out)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         peaks.append(int(done.stdout.split()[-1]))
         sizes.append(out.stat().st_size)
     assert sizes[1] - sizes[0] > 90e6

@@ -10,20 +10,21 @@ import numpy as np
 import pytest
 from Bio.Align import substitution_matrices
 
-from esm1nv_jax import arguments, cli
+from esm1nv_jax import cli
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.dataset import MemorySource, open_split
+from esm1nv_jax.data.source import MemorySource, open_split
 from esm1nv_jax.data.vocabulary import ESM1NV
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.inference import masks
+from esm1nv_jax.inference import fixed_masks
 from esm1nv_jax.inference.evaluate import figures, read_groups, to_json
+from esm1nv_jax.inference.grouped_mean import Tally
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.pseudo import pseudo_perplexity
-from esm1nv_jax.inference.rows import Shapes
+from esm1nv_jax.inference.pseudo_perplexity import pseudo_perplexity
+from esm1nv_jax.inference.row_shapes import Shapes
 from esm1nv_jax.inference.substitution import ORDER, blosum62, substitution
-from esm1nv_jax.inference.tally import Tally
 from esm1nv_jax.model import encoder
-from esm1nv_jax.weights import folder
 
 CONFIG = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=130)
 
@@ -116,9 +117,13 @@ def test_every_figure_is_what_a_loop_over_proteins_gives(model, found, proteins)
         return mean, math.sqrt(k / (k - 1) * ((value - mean * n) ** 2).sum()) / n.sum()
 
     whole = result["overall"]
-    for name, key in (("all", "perplexity"), ("mask", "perplexity_mask"),
-                      ("20", "perplexity_mask_20"), ("unigram", "unigram_mask"),
-                      ("composition", "composition_mask")):  # fmt: skip
+    for name, key in (
+        ("all", "perplexity"),
+        ("mask", "perplexity_mask"),
+        ("20", "perplexity_mask_20"),
+        ("unigram", "unigram_mask"),
+        ("composition", "composition_mask"),
+    ):
         mean, error = mean_and_error(name)
         assert whole[key] == pytest.approx(math.exp(mean), rel=2e-6)
         assert whole[f"{key}_se"] == pytest.approx(math.exp(mean) * error, rel=1e-4)
@@ -166,7 +171,7 @@ def test_another_seed_asks_other_questions(model, found, proteins):
 
 def test_masks_read_back_ask_the_same(model, found):
     result, path, _ = found
-    source, records = masks.read(str(path))
+    source, records = fixed_masks.read(str(path))
     again = figures(model, source, records=records)["overall"]
     # The unknown letters of the file are the same; only the unigram sees cropped proteins now.
     for name in ("perplexity", "perplexity_mask", "perplexity_mask_20", "accuracy_mask"):
@@ -253,7 +258,7 @@ def test_no_nan_reaches_json():
 
 @pytest.fixture
 def saved(tmp_path, params):
-    folder.write(str(tmp_path / "model"), folder.Weights(params, CONFIG, {}))
+    model_folder.write(str(tmp_path / "model"), model_folder.Weights(params, CONFIG, {}))
     return tmp_path / "model"
 
 

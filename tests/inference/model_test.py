@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import esm1nv_jax
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.inference.encode import Want, encode
+from esm1nv_jax.inference.engine import Want, encode
 from esm1nv_jax.inference.windows import windows
 from tests.inference.models import make_proteins
 from tests.model import reference

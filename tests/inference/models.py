@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
+from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.model import encoder
-from esm1nv_jax.weights import folder
 
 CONFIG = encoder.EncoderConfig(
     layers=2, width=32, heads=4, ffn=64, positions=66, dropout=0.0, attention_dropout=0.0
@@ -16,12 +16,10 @@ def make_model(path, recipe="card", config=CONFIG):
     """Writes a model folder with random weights and says where."""
     params = jax.device_get(encoder.init(config, 7))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: (x + rng.normal(0, 0.2, x.shape)).astype(np.float32), params
-    )
+    params = jax.tree.map(lambda x: (x + rng.normal(0, 0.2, x.shape)).astype(np.float32), params)
     data = {"max_residues": config.positions - 2, "crop": "prefix"}
     provenance = {"config": {"data": data, "masking": {"recipe": recipe, "rate": 0.15}}}
-    folder.write(str(path), folder.Weights(params, config, provenance))
+    model_folder.write(str(path), model_folder.Weights(params, config, provenance))
     return str(path)
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm1nv_jax import arguments, cli
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.inference import downstream, heads, probe
-from esm1nv_jax.inference.downstream import Split
-from esm1nv_jax.inference.heads import Data, Scale, Setting
+from esm1nv_jax import cli
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import labeled_data
+from esm1nv_jax.data.labeled_data import Split
+from esm1nv_jax.inference import probe, probe_heads
+from esm1nv_jax.inference.probe_heads import Data, Scale, Setting
 from esm1nv_jax.model import encoder
-from esm1nv_jax.weights import folder
 
 LETTERS = "LASGVERTDIPKNFQYHMCW"
 
@@ -51,7 +53,7 @@ def of_residues(sequences, per_residue=True):
 @pytest.mark.parametrize("head", ["linear", "cnn"])
 def test_a_head_finds_what_stands_in_the_features(head):
     train, valid, test = (of_residues(proteins(40, seed)) for seed in range(3))
-    _, predict = heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+    _, predict = probe_heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
     assert accuracy(test.split, predict(test)) > 0.99
 
 
@@ -64,13 +66,14 @@ def test_only_the_cnn_sees_neighbours():
         at = np.arange(len(starts))
         before = np.where(at - 3 >= starts, at - 3, -1)
         labels = np.where(before >= 0, data.split.labels[before], 0)
-        return Data(Split(data.split.sequences, labels, data.split.used, data.split.sizes),
-                    data.features)  # fmt: skip
+        return Data(
+            Split(data.split.sequences, labels, data.split.used, data.split.sizes), data.features
+        )
 
     train, valid, test = map(shifted, range(3))
     found = {}
     for head in ("linear", "cnn"):
-        _, predict = heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+        _, predict = probe_heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
         found[head] = accuracy(test.split, predict(test))
     assert found["cnn"] > 0.97 and found["linear"] < 0.8
 
@@ -83,10 +86,10 @@ def test_residues_with_mask_0_neither_train_nor_score():
         bad = rng.random(len(data.split.labels)) < 0.7
         data.split.used[:] = ~bad
         data.split.labels[bad] = 1 - data.split.labels[bad]
-    _, predict = heads.fit("linear", 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+    _, predict = probe_heads.fit("linear", 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
     assert accuracy(test.split, predict(test)) > 0.99
     splits = (data.split for data in (train, valid, test))
-    task = downstream.Task("secondary_structure", ("C", "H"), *splits, "")
+    task = labeled_data.Task("secondary_structure", ("C", "H"), *splits, "")
     assert probe.figures(task, test.split, predict(test))["accuracy"] > 0.99
 
 
@@ -104,7 +107,7 @@ def test_an_mlp_regresses_in_units_of_the_label():
 
     errors = {}
     for head in ("linear", "mlp"):
-        _, predict = heads.fit(head, 0, train, valid, Setting(1e-2, 0.0), 0, score)
+        _, predict = probe_heads.fit(head, 0, train, valid, Setting(1e-2, 0.0), 0, score)
         errors[head] = -score(test.split, predict(test))
     assert errors["mlp"] < 0.3 * 50**2 < 0.7 * errors["linear"]
 
@@ -121,7 +124,7 @@ def test_batches_hold_every_label_once_and_padding_is_unused():
     data = of_residues(proteins(30, 4, 3, 300))
     seen = np.zeros(len(data.features), int)
     scale = Scale.of(data, regression=False)
-    for places, batch in heads.batches(data, np.random.default_rng(0).permutation(30), scale):
+    for places, batch in probe_heads.batches(data, np.random.default_rng(0).permutation(30), scale):
         seen[places] += 1
         np.testing.assert_array_equal(batch["x"][batch["real"]], data.features[places])
         np.testing.assert_array_equal(batch["label"][batch["real"]], data.split.labels[places])
@@ -150,7 +153,7 @@ def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model"
     config = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=66)
     params = encoder.init(config, 7)
-    folder.write(str(path), folder.Weights(params, config, {}))
+    model_folder.write(str(path), model_folder.Weights(params, config, {}))
     return str(path)
 
 
@@ -184,11 +187,14 @@ def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path, one_sett
 @pytest.mark.parametrize(
     ("task", "label", "figure"),
     [
-        ("localisation", lambda s: "nucleus" if s.count("K") > s.count("E") else "membrane",
-         "macro_f1"),
+        (
+            "localisation",
+            lambda s: "nucleus" if s.count("K") > s.count("E") else "membrane",
+            "macro_f1",
+        ),
         ("regression", lambda s: str(10 * s.count("L") / len(s)), "spearman"),
     ],
-)  # fmt: skip
+)
 def test_a_task_of_whole_proteins(checkpoint, tmp_path, one_setting, task, label, figure):
     path = write(tmp_path / "task.csv", three(proteins(240, 2), label))
     found = run(checkpoint, task, path, tmp_path, "--limit", "100")
@@ -217,7 +223,7 @@ PLAIN, MASKED = ("sequence", "label", "split"), ("sequence", "label", "mask", "s
 def test_a_wrong_table_is_one_line(tmp_path, task, columns, row, said):
     path = write(tmp_path / "x.csv", [row], columns)
     with pytest.raises(UserError) as error:
-        downstream.read(path, task)
+        labeled_data.read(path, task)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -233,7 +239,7 @@ def test_a_wrong_table_is_one_line(tmp_path, task, columns, row, said):
 def test_labels_that_teach_nothing_are_one_line(tmp_path, task, labels, mask, said):
     rows = [("MK", labels, mask, split) for split in ("train", "valid", "test") * 2]
     with pytest.raises(UserError, match=said):
-        downstream.read(write(tmp_path / "x.csv", rows, MASKED), task)
+        labeled_data.read(write(tmp_path / "x.csv", rows, MASKED), task)
 
 
 def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path):
@@ -241,4 +247,4 @@ def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path):
     path = write(tmp_path / "x.csv", rows, PLAIN)
     text = Path(path).read_text()
     Path(path).write_text(text, encoding="utf-8-sig")
-    assert len(downstream.read(path, "regression").train.sequences) == 2
+    assert len(labeled_data.read(path, "regression").train.sequences) == 2

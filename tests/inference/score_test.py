@@ -8,9 +8,10 @@ import pytest
 from matplotlib.image import imread
 from scipy.stats import spearmanr
 
-from esm1nv_jax import arguments, cli, load
+from esm1nv_jax import cli, load
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
 

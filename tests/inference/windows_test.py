@@ -11,6 +11,7 @@ def farthest(length, limit):
     found = windows(length, limit)
     chosen = []
     for r in range(length):
+
         def distance(w, r=r):
             if not w.start <= r < w.stop:
                 return -1

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import attention
-from esm1nv_jax.model.flash import Blocks, flash_attention, visited
+from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention, visited
 from tests.model import attention_reference as reference
 
 B, T, N, H = 4, 140, 2, 16
@@ -44,15 +44,22 @@ def run(name, qkv, ids, g, rate=0.0, keys=ROW_KEYS):
     keys = jnp.asarray(keys[: len(qkv)]) if rate else None
     if name == "xla":
         function = functools.partial(
-            attention.attention, segment_ids_BT=jnp.asarray(ids), dtype=jnp.float32, rate=rate,
+            attention.attention,
+            segment_ids_BT=jnp.asarray(ids),
+            dtype=jnp.float32,
+            rate=rate,
             row_keys_B=keys,
-        )  # fmt: skip
+        )
     else:
         blocks = {"pallas": SMALL, "pallas uneven": UNEVEN}[name]
         function = functools.partial(
-            flash_attention, segment_ids_BT=jnp.asarray(ids), rate=rate, row_keys_B=keys,
-            blocks=blocks, interpret=True,
-        )  # fmt: skip
+            flash_attention,
+            segment_ids_BT=jnp.asarray(ids),
+            rate=rate,
+            row_keys_B=keys,
+            blocks=blocks,
+            interpret=True,
+        )
 
     @jax.jit
     def both(qkv, g):
@@ -138,9 +145,17 @@ def test_only_blocks_that_share_a_segment_are_visited():
 
 def case(**changes):
     return attention.Case(
-        **{"platform": "gpu", "capability": 8.0, "dtype": "bfloat16", "packed": True, "rate": 0.1,
-           "head_size": 64, "row_length": 1152} | changes
-    )  # fmt: skip
+        **{
+            "platform": "gpu",
+            "capability": 8.0,
+            "dtype": "bfloat16",
+            "packed": True,
+            "rate": 0.1,
+            "head_size": 64,
+            "row_length": 1152,
+        }
+        | changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,6 +222,4 @@ def test_dropout_is_never_left_out_in_silence():
     ids = jnp.ones((1, 128), jnp.int32)
     for name in ("cudnn", "splash"):
         with pytest.raises(ValueError, match="dropout"):
-            attention.attention(
-                qkv, ids, jnp.bfloat16, 0.1, jnp.zeros(1, jnp.uint32), backend=name
-            )
+            attention.attention(qkv, ids, jnp.bfloat16, 0.1, jnp.zeros(1, jnp.uint32), backend=name)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esm1nv_jax import hashing
+from esm1nv_jax.common import hashing
 from esm1nv_jax.model import dropout
 
 

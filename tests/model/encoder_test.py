@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder
 from tests.model import reference
 from tests.model.rows import pack, random_tokens
@@ -32,9 +32,7 @@ def run(config, params, batch, **kwargs):
     return forward(params, {k: batch[k] for k in ("tokens", "segment_ids", "positions")})
 
 
-@pytest.mark.parametrize(
-    ("positions", "count"), [(512, 43_612_544), (1026, 44_007_296)]
-)
+@pytest.mark.parametrize(("positions", "count"), [(512, 43_612_544), (1026, 44_007_296)])
 def test_size_of_esm1nv(positions, count):
     assert encoder.parameter_count(encoder.EncoderConfig(positions=positions)) == count
 
@@ -136,9 +134,11 @@ def test_rematerialisation_changes_nothing(remat):
         def loss(params):
             compute = encoder.Compute(remat=remat)
             output = encoder.forward(
-                SMALL, params, *(batch[k] for k in ("tokens", "segment_ids", "positions")),
+                SMALL,
+                params,
+                *(batch[k] for k in ("tokens", "segment_ids", "positions")),
                 compute=compute,
-            )  # fmt: skip
+            )
             return (output.logits[..., :30] ** 2).sum()
 
         return jax.jit(jax.grad(loss))(params)
@@ -154,9 +154,11 @@ def test_bf16_operands_give_fp32_gradients_close_to_those_of_fp32():
     def gradient(dtype):
         def loss(params):
             output = encoder.forward(
-                SMALL, params, *(batch[k] for k in ("tokens", "segment_ids", "positions")),
+                SMALL,
+                params,
+                *(batch[k] for k in ("tokens", "segment_ids", "positions")),
                 compute=encoder.Compute(dtype=dtype),
-            )  # fmt: skip
+            )
             return jax.nn.log_softmax(output.logits)[0, :32, 5].sum()
 
         return jax.jit(jax.grad(loss))(params)

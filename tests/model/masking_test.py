@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.errors import UserError
 from esm1nv_jax.model import masking
 from tests.model.rows import pack, random_tokens
 
@@ -35,9 +35,7 @@ def test_each_sequence_loses_exactly_its_share_of_smallest_hash(recipe, rate):
         inside = chosen[(chosen >= start) & (chosen < start + len(tokens))]
         assert sorted(by_hash[:count]) == inside.tolist()
         start += len(tokens)
-    assert masked.selected_BM.sum() == sum(
-        max(1, round(rate * (len(t) - 2))) for t in sequences
-    )
+    assert masked.selected_BM.sum() == sum(max(1, round(rate * (len(t) - 2))) for t in sequences)
     np.testing.assert_array_equal(
         masked.targets_BM[0][masked.selected_BM[0]], batch["tokens"][0, chosen]
     )
@@ -95,8 +93,7 @@ def test_a_sequence_is_masked_alike_in_any_row_and_company():
     together = run("card", pack([[one, two, three]], 160))
     apart = run("card", pack([[three], [two, one], []], 160))
     np.testing.assert_array_equal(
-        together.inputs_BT[0, len(one) + len(two) :][: len(three)],
-        apart.inputs_BT[0, : len(three)],
+        together.inputs_BT[0, len(one) + len(two) :][: len(three)], apart.inputs_BT[0, : len(three)]
     )
     np.testing.assert_array_equal(
         together.inputs_BT[0, : len(one)], apart.inputs_BT[1, len(two) :][: len(one)]

@@ -15,9 +15,7 @@ def arguments(settled, mesh, rows: int, row_length: int):
     )
     kinds = {"mask_bits": jnp.uint32}
     batch = {
-        name: jax.ShapeDtypeStruct(
-            (rows, row_length), kinds.get(name, jnp.int32), sharding=split
-        )
+        name: jax.ShapeDtypeStruct((rows, row_length), kinds.get(name, jnp.int32), sharding=split)
         for name in step.ON_DEVICE
     }
     return state, batch

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from esm1nv_jax.model.flash import Blocks
-from esm1nv_jax.planning.estimate import DROPOUT_OPERATIONS, SOFTMAX_OPERATIONS
+from esm1nv_jax.model.kernels.flash_gpu import Blocks
+from esm1nv_jax.planning.roofline import DROPOUT_OPERATIONS, SOFTMAX_OPERATIONS
 
 COMPILE = """
 import jax, jax.numpy as jnp, numpy as np
-from esm1nv_jax.model.flash import flash_attention
+from esm1nv_jax.model.kernels.flash_gpu import flash_attention
 from esm1nv_jax.planning import chips
 mesh = jax.sharding.Mesh(np.asarray(chips.devices(chips.CHIPS["a100-80gb"], 1, 1)), "x")
 whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -49,11 +49,17 @@ def loops(ptx: str) -> list[int]:
 @pytest.mark.parametrize("rate, stated", [(0.1, DROPOUT_OPERATIONS), (0.0, 0)])
 def test_a_probability_takes_the_operations_of_the_estimate(tmp_path, rate, stated):
     ended = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(rate=rate)], capture_output=True, text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
-                          "PYTHONPATH": str(Path(__file__).parents[2])},
+        [sys.executable, "-c", COMPILE.format(rate=rate)],
+        capture_output=True,
+        text=True,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={tmp_path}",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
         check=False,
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     texts = [path.read_text() for path in tmp_path.glob("*.ptx")]
     blocks, threads = Blocks(), 32 * Blocks().warps

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm1nv_jax.model.flash import Blocks
+from esm1nv_jax.model.kernels.flash_gpu import Blocks
 from esm1nv_jax.planning import chips
-from esm1nv_jax.planning.estimate import load_of
+from esm1nv_jax.planning.roofline import load_of
 from tests.planning.command import plan
 
 needs_cuda = pytest.mark.skipif(
@@ -60,9 +60,13 @@ def test_card_on_176_a100s():
 @pytest.mark.slow  # libtpu takes more than ten minutes on two cores
 def test_card_on_a_tpu():
     found = plan(
-        CARD, "--chip=tpu-v5e", "--devices_per_host=8", "--config.model.layers=1",
-        "--config.batch.rows=32", "--config.compute.remat=block",
-    )  # fmt: skip
+        CARD,
+        "--chip=tpu-v5e",
+        "--devices_per_host=8",
+        "--config.model.layers=1",
+        "--config.batch.rows=32",
+        "--config.compute.remat=block",
+    )
     assert found["attention"] == "xla"  # none of TPU's kernels has attention dropout
     assert collectives(found) == {("all-reduce", "f32")}
 
@@ -71,9 +75,13 @@ def test_card_on_a_tpu():
 @pytest.mark.slow
 def test_splash_attention_on_a_tpu():
     found = plan(
-        CARD, "--chip=tpu-v5e", "--devices_per_host=8", "--config.model.layers=1",
-        "--config.batch.rows=32", "--config.model.attention_dropout=0",
-    )  # fmt: skip
+        CARD,
+        "--chip=tpu-v5e",
+        "--devices_per_host=8",
+        "--config.model.layers=1",
+        "--config.batch.rows=32",
+        "--config.model.attention_dropout=0",
+    )
     assert found["attention"] == "splash"
     assert collectives(found) == {("all-reduce", "f32")}
 
@@ -86,10 +94,13 @@ def test_every_backend_compiles_for_gpus(chip, attention):
     if attention == "cudnn" and importlib.util.find_spec("nvidia.cudnn") is None:
         pytest.skip("compiling with cuDNN needs: pip install --no-deps nvidia-cudnn-cu12")
     found = plan(
-        "--config=configs/pretrain_small.py:padded", *SHORT, f"--chip={chip}",
-        "--devices_per_host=8", "--config.model.attention_dropout=0",
+        "--config=configs/pretrain_small.py:padded",
+        *SHORT,
+        f"--chip={chip}",
+        "--devices_per_host=8",
+        "--config.model.attention_dropout=0",
         f"--config.compute.attention={attention}",
-    )  # fmt: skip
+    )
     assert found["attention"] == attention
     assert collectives(found) == {("all-reduce", "f32")}
 
@@ -116,9 +127,12 @@ def test_the_card_fits_with_a_tenth_to_spare(name, chip, changes):
 @pytest.mark.slow
 def test_gradients_in_bfloat16_where_the_config_says_so():
     found = plan(
-        CARD, *SHORT, "--chip=a100-80gb", "--devices_per_host=8",
+        CARD,
+        *SHORT,
+        "--chip=a100-80gb",
+        "--devices_per_host=8",
         "--config.compute.reduce_dtype=bfloat16",
-    )  # fmt: skip
+    )
     sizes = {c["dtype"]: c["bytes"] for c in found["collectives"]}
     assert sizes["bf16"] == pytest.approx(found["memory"]["parameters"] / 2, rel=1e-3)
 
@@ -133,8 +147,12 @@ def test_predictions_hold_on_this_cpu():
     """Within a factor of 1.5: short rows, long rows, and with rematerialisation."""
     ended = subprocess.run(
         [sys.executable, "benchmarks/plan.py", "--shapes=short rows,long rows,remat"],
-        capture_output=True, text=True, check=False, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
@@ -162,8 +180,10 @@ def test_the_bandwidth_of_this_cpu_is_that_of_memory_which_is_there():
 def test_mistakes_are_answered_in_one_line(arguments, said):
     ended = subprocess.run(
         [sys.executable, "-m", "esm1nv_jax", "plan", CARD, *arguments],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert ended.returncode == 2
     noise = ("WARNING: All log messages", "I0000")  # of the CUDA plugin, where it is installed
     (line,) = [x for x in ended.stderr.strip().splitlines() if not x.startswith(noise)]
@@ -171,7 +191,7 @@ def test_mistakes_are_answered_in_one_line(arguments, said):
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
-    from esm1nv_jax.errors import UserError
+    from esm1nv_jax.common.errors import UserError
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for chip, package in (("h100-80gb", "jax-cuda12-plugin"), ("tpu-v5e", "libtpu")):

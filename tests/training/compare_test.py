@@ -6,16 +6,17 @@ import statistics
 
 import pytest
 
-from esm1nv_jax import arguments, cli, configuration
-from esm1nv_jax.errors import UserError
+from esm1nv_jax import cli
+from esm1nv_jax.common import arguments, config_file
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.compare import differing, over_seeds, read
 
 
 def write(folder, arg, figures):
     """`figures`: step to validation perplexity."""
     folder.mkdir(parents=True)
-    config = configuration.load("configs/pretrain_small.py", arg)
-    (folder / "config.json").write_text(configuration.to_json(config))
+    config = config_file.load("configs/pretrain_small.py", arg)
+    (folder / "config.json").write_text(config_file.to_json(config))
     lines = [{"step": 1, "kind": "train", "perplexity_mask": 30.0}]
     lines += [{"step": s, "kind": "validation", "perplexity_mask": p} for s, p in figures.items()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from etils import epath
 
-from esm1nv_jax.training.curves import Writer
+from esm1nv_jax.training.metrics_writer import Writer
 
 
 @pytest.fixture

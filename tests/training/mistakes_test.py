@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from esm1nv_jax import configuration
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.training import settings
+from esm1nv_jax.common import config_file
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training import run_config
 from tests.training import processes
 
 SYNTAX = "def get_config(:\n"
@@ -22,7 +22,7 @@ FROM_NOTHING = """from ml_collections import config_dict
 def get_config(arg=""):
     return config_dict.ConfigDict({"seed": 0})
 """
-FIELD_TOO_MANY = f"""from esm1nv_jax.configuration import parent
+FIELD_TOO_MANY = f"""from esm1nv_jax.common.config_file import parent
 def get_config(arg=""):
     config = parent("/", "{processes.TINY}").unlock()
     config.model.depth = 3
@@ -67,13 +67,13 @@ def test_of_options(tmp_path, options, words):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", settings.LEAST)
+@pytest.mark.parametrize("name", run_config.LEAST)
 def test_of_numbers_that_are_too_small(name):
-    least = settings.LEAST[name]
-    config = configuration.load(processes.TINY)
-    settings.step_config(configuration.override(config, [f"--config.{name}={least}"]))
+    least = run_config.LEAST[name]
+    config = config_file.load(processes.TINY)
+    run_config.step_config(config_file.override(config, [f"--config.{name}={least}"]))
     with pytest.raises(UserError, match=f"{name}={least - 1} must be at least {least}"):
-        settings.step_config(configuration.override(config, [f"--config.{name}={least - 1}"]))
+        run_config.step_config(config_file.override(config, [f"--config.{name}={least - 1}"]))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,12 @@ def test_the_table_of_verbs_is_quick_and_unknown_verbs_are_named():
     imported = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
     assert not heavy & imported
     unknown = subprocess.run(
-        [sys.executable, "-m", "esm1nv_jax", "trian"], env=processes.environment(),
-        cwd=processes.ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "esm1nv_jax", "trian"],
+        env=processes.environment(),
+        cwd=processes.ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert_refused(unknown, "no verb 'trian'; there are ")
 
 

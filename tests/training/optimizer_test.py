@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esm1nv_jax.errors import UserError
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.optimizer import OptimizerConfig, decays, optimizer, phases, schedule
 
 CARD = OptimizerConfig()
@@ -45,8 +45,10 @@ def test_the_other_reading_holds_the_peak(update, rate):
 
 def test_phases_are_named_in_order():
     assert phases(CARD) == [
-        ("warm-up", 0, 500), ("cosine", 500, 950_000), ("constant", 950_000, 1_000_000)
-    ]  # fmt: skip
+        ("warm-up", 0, 500),
+        ("cosine", 500, 950_000),
+        ("constant", 950_000, 1_000_000),
+    ]
     peak = OptimizerConfig(constant_at="peak")
     assert [name for name, _, _ in phases(peak)] == ["warm-up", "constant", "cosine"]
 
@@ -68,12 +70,19 @@ def test_adamw_equals_a_hand_written_one():
         peak_lr=0.1, min_lr=0.0, warmup=2, constant=0, horizon=50, weight_decay=0.2, clip_norm=0.7
     )
     rng = np.random.default_rng(0)
-    params = {"dense": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)},
-              "norm": {"scale": rng.normal(size=2)}}  # fmt: skip
+    params = {
+        "dense": {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)},
+        "norm": {"scale": rng.normal(size=2)},
+    }
     params = jax.tree.map(jnp.float32, params)
-    flat = {k: np.asarray(v, np.float64) for k, v in
-            (("kernel", params["dense"]["kernel"]), ("bias", params["dense"]["bias"]),
-             ("scale", params["norm"]["scale"]))}  # fmt: skip
+    flat = {
+        k: np.asarray(v, np.float64)
+        for k, v in (
+            ("kernel", params["dense"]["kernel"]),
+            ("bias", params["dense"]["bias"]),
+            ("scale", params["norm"]["scale"]),
+        )
+    }
     m, v = ({k: np.zeros_like(x) for k, x in flat.items()} for _ in range(2))
     tx = optimizer(config)
     state = tx.init(params)
@@ -97,8 +106,8 @@ def test_adamw_equals_a_hand_written_one():
 
 
 def test_biases_and_norms_do_not_decay():
+    from esm1nv_jax.checkpoints.model_folder import flatten
     from esm1nv_jax.model import encoder
-    from esm1nv_jax.weights.folder import flatten
 
     config = encoder.EncoderConfig(layers=1, width=8, heads=2, ffn=8, positions=8)
     mask = flatten(decays(encoder.abstract(config)))

@@ -52,16 +52,24 @@ def slow_data(folder: Path, seconds: float, process: int = 0, after: int = 0) ->
 def run(*options: str, config: str | Path = TINY, cwd=None, **env) -> subprocess.CompletedProcess:
     """Runs training to its end."""
     return subprocess.run(
-        command(*options, config=config), env=environment(**env), cwd=cwd or ROOT,
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        command(*options, config=config),
+        env=environment(**env),
+        cwd=cwd or ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def start(*options: str, config: str | Path = TINY, **env) -> subprocess.Popen:
     return subprocess.Popen(
-        command(*options, config=config), env=environment(**env), cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        command(*options, config=config),
+        env=environment(**env),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_until(ready, process: subprocess.Popen, seconds: float = 300) -> None:

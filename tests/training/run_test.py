@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from esm1nv_jax.weights import checkpoint, folder
+from esm1nv_jax.checkpoints import manager, model_folder
 from tests.training import processes
 
 
@@ -17,7 +17,7 @@ def lines(run, kind=None):
 
 
 def params(run, step):
-    return folder.flatten(checkpoint.read_params(run, step))
+    return model_folder.flatten(manager.read_params(run, step))
 
 
 def assert_same(a, b):
@@ -37,7 +37,7 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(straight):
     run, process = straight
-    assert checkpoint.steps(run) == [4, 8, 12]
+    assert manager.steps(run) == [4, 8, 12]
     assert json.loads((run / "config.json").read_text())["model"]["width"] == 16
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10, 12]
@@ -45,12 +45,28 @@ def test_a_run_leaves_what_it_promises(straight):
     assert [line["step"] for line in validated] == [0, 6, 12]
     assert validated[0]["perplexity_mask"] == pytest.approx(30, rel=0.15)
     assert validated[-1]["perplexity_mask"] < validated[0]["perplexity_mask"]
-    for name in ("perplexity", "perplexity_mask", "accuracy_mask", "gradient_norm", "update_norm",
-                 "parameter_norm", "learning_rate", "tokens_per_second", "sequences_per_update",
-                 "padding_share"):  # fmt: skip
+    for name in (
+        "perplexity",
+        "perplexity_mask",
+        "accuracy_mask",
+        "gradient_norm",
+        "update_norm",
+        "parameter_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "sequences_per_update",
+        "padding_share",
+    ):
         assert np.isfinite(lines(run, "train")[0][name]), name
-    for words in ("untrained model", "unigram", "composition", "this model, update 12",
-                  "metrics.jsonl", "--config.steps=24", "tokens/s"):  # fmt: skip
+    for words in (
+        "untrained model",
+        "unigram",
+        "composition",
+        "this model, update 12",
+        "metrics.jsonl",
+        "--config.steps=24",
+        "tokens/s",
+    ):
         assert words in process.stderr, words
 
 
@@ -61,11 +77,11 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
     run = tmp_path / "run"
     slow = processes.slow_data(tmp_path / "slow", seconds=0.5)  # the signal comes before the end
     process = processes.start(f"--workdir={run}", PYTHONPATH=slow)
-    processes.wait_until(lambda: checkpoint.steps(run), process)
+    processes.wait_until(lambda: manager.steps(run), process)
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == status, output
-    reached = checkpoint.steps(run)[-1]
+    reached = manager.steps(run)[-1]
     assert 4 <= reached < 12, f"too late to prove anything: {reached}"
     if number != signal.SIGKILL:
         assert f"saved update {reached}" in output
@@ -92,7 +108,7 @@ def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
     assert other.returncode == 2
     assert "model.heads: 2 there, 4 here" in other.stderr
     assert "optimizer.peak_lr: 0.004 there, 0.01 here" in other.stderr
-    assert checkpoint.steps(run)[-1] == 12
+    assert manager.steps(run)[-1] == 12
 
 
 def test_starting_from_another_model(tmp_path, straight):
@@ -113,7 +129,7 @@ def test_starting_from_another_model(tmp_path, straight):
 def test_a_live_run_is_not_disturbed(tmp_path):
     run = tmp_path / "run"
     first = processes.start(f"--workdir={run}", "--config.steps=100000")
-    processes.wait_until(lambda: checkpoint.steps(run), first)
+    processes.wait_until(lambda: manager.steps(run), first)
     second = processes.run(f"--workdir={run}", "--config.steps=100000")
     first.kill()
     first.communicate()
@@ -122,10 +138,10 @@ def test_a_live_run_is_not_disturbed(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
-    weights = folder.read(str(straight[0]))
+    weights = model_folder.read(str(straight[0]))
     block = weights.params["blocks"]["0"]["qkv"]
     block["bias"] = np.full_like(block["bias"], np.inf)
-    folder.write(str(tmp_path / "broken"), weights)
+    model_folder.write(str(tmp_path / "broken"), weights)
     run = tmp_path / "run"
     process = processes.run(f"--workdir={run}", f"--config.init_from={tmp_path / 'broken'}")
     assert process.returncode == 1, process.stderr

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from esm1nv_jax.errors import UserError
-from esm1nv_jax.training.saving import Saving
-from esm1nv_jax.weights import checkpoint
+from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training.checkpoint_policy import Saving
 
 POLICY = {"every": 100, "minutes": 0, "keep": 2, "keep_every": 0, "on_error": "continue"}
 STATE = ({"x": np.ones(3, np.float32)}, {"step": np.int32(1)}, {"row": 1}, {"config": {}})
@@ -39,17 +39,17 @@ def test_the_best_is_kept_apart_and_known_after_a_restart(tmp_path):
         first.save_if_best(loss, step, *STATE)
         first.save(step, *STATE)
     first.close()
-    assert checkpoint.steps(tmp_path, checkpoint.BEST) == [2]
-    assert checkpoint.steps(tmp_path) == [2, 3]
+    assert manager.steps(tmp_path, manager.BEST) == [2]
+    assert manager.steps(tmp_path) == [2, 3]
     second = saving(tmp_path)
     second.save_if_best(2.6, 4, *STATE)
     second.save_if_best(float("nan"), 5, *STATE)
     second.close()
-    assert checkpoint.steps(tmp_path, checkpoint.BEST) == [2]
+    assert manager.steps(tmp_path, manager.BEST) == [2]
     second.save_if_best(2.4, 6, *STATE)
     second.close()
-    assert checkpoint.steps(tmp_path, checkpoint.BEST) == [6]
-    found = checkpoint.read_config(tmp_path, 6, checkpoint.BEST)
+    assert manager.steps(tmp_path, manager.BEST) == [6]
+    found = manager.read_config(tmp_path, 6, manager.BEST)
     assert found == {"config": {}, "loss_mask": 2.4}
 
 
@@ -62,10 +62,10 @@ def test_a_damaged_best_is_told_and_set_aside(tmp_path, capsys):
         Saving(tmp_path, ConfigDict(POLICY), strict=True)
     second = saving(tmp_path)
     assert "best/3" in capsys.readouterr().err
-    assert checkpoint.steps(tmp_path, checkpoint.BEST) == []
+    assert manager.steps(tmp_path, manager.BEST) == []
     second.save_if_best(2.7, 4, *STATE)
     second.close()
-    assert checkpoint.steps(tmp_path, checkpoint.BEST) == [4]
+    assert manager.steps(tmp_path, manager.BEST) == [4]
 
 
 @pytest.mark.parametrize("policy", ["continue", "stop"])
@@ -77,14 +77,14 @@ def test_a_save_that_failed_is_told_and_ends_the_run_only_if_asked(tmp_path, cap
     saves.save(2, *STATE)
     saves.checkpoints._thread.join()
     if policy == "stop":
-        with pytest.raises(checkpoint.SaveError, match="the newest whole one is 1; make room"):
+        with pytest.raises(manager.SaveError, match="the newest whole one is 1; make room"):
             saves.check()
     else:
         saves.check()
         assert "training goes on" in capsys.readouterr().err
     saves.save(3, *STATE)  # the next one is tried as if nothing had been
     saves.close()
-    assert checkpoint.steps(tmp_path) == [1, 3]
+    assert manager.steps(tmp_path) == [1, 3]
 
 
 def test_an_unknown_policy(tmp_path):

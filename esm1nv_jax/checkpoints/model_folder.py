@@ -1,0 +1,136 @@
+"""A model at rest: parameters, config and where they came from; and finding one behind a path."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.model import encoder
+
+PARAMETERS, DESCRIPTION = "parameters.safetensors", "model.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters on the host with what they belong to."""
+
+    params: dict  # nested, NumPy float32
+    model: encoder.EncoderConfig
+    provenance: dict[str, Any]  # where they came from: run, steps, data, config, figures
+
+
+def read(path: str) -> Weights:
+    """Weights of a run (its newest checkpoint), one of its checkpoints, its `best`, a model folder,
+    or a folder of `transformers`.
+
+    Raises UserError where there is none, saying what was looked for.
+    """
+    folder = epath.Path(path)
+    if not folder.exists():
+        raise UserError(f"checkpoint {path} does not exist; give a run, a step or a model folder")
+    if (folder / DESCRIPTION).exists():
+        return _read_model(folder)
+    kept = (manager.FOLDER, manager.BEST)
+    if folder.name.isdigit() and folder.parent.name in kept:
+        return _read_step(folder.parent.parent, int(folder.name), folder.parent.name)
+    if folder.name in kept and (steps := manager.steps(folder.parent, folder.name)):
+        return _read_step(folder.parent, steps[-1], folder.name)
+    if steps := manager.steps(folder):
+        return _read_step(folder, steps[-1], manager.FOLDER)
+
+    from esm1nv_jax.interchange import huggingface  # it builds on this file
+
+    if huggingface.is_one(folder):
+        return Weights(*huggingface.read(path))
+    raise UserError(
+        f"{path} holds no model: neither {DESCRIPTION}, {manager.FOLDER}/STEP nor a config.json "
+        "of transformers was found there"
+    )
+
+
+def write(path: str, weights: Weights) -> None:
+    """Writes a model folder; `model.json` comes last, so that a half-made folder is none."""
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {name: np.asarray(value) for name, value in flatten(weights.params).items()}
+    (folder / PARAMETERS).write_bytes(save_safetensors(flat))
+    description = {"model": dataclasses.asdict(weights.model), "provenance": weights.provenance}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
+
+
+def flatten(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    """Leaves under names such as `blocks/0/qkv/kernel`."""
+    found = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            found |= flatten(value, f"{prefix}{name}/")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def unflatten(leaves: dict[str, Any]) -> dict:
+    params: dict = {}
+    for name, value in leaves.items():
+        *parents, leaf = name.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return params
+
+
+def check(params: dict, model: encoder.EncoderConfig, where: str) -> None:
+    """Raises UserError that names the first leaf which is missing, extra or of a wrong shape."""
+    expected = {k: v.shape for k, v in flatten(encoder.abstract(model)).items()}
+    found = {k: v.shape for k, v in flatten(params).items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{where}: parameter {name} has shape {found.get(name, 'none (missing)')}, "
+                f"the model needs {expected.get(name, 'none (it has no such parameter)')}"
+            )
+
+
+def _read_model(folder: epath.Path) -> Weights:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text())
+        model = encoder.EncoderConfig(**description["model"])
+        params = unflatten(load_safetensors((folder / PARAMETERS).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"model folder {folder} cannot be read: {error}") from None
+    check(params, model, str(folder))
+    return Weights(params, model, description.get("provenance", {}))
+
+
+def _read_step(run: epath.Path, step: int, kept: str) -> Weights:
+    if step not in manager.steps(run, kept):
+        raise UserError(
+            f"checkpoint {step} of {run} was never finished; take another, or {run} for the newest"
+        )
+    wrong = [x for item in ("params", "config") for x in manager.verify(run, step, kept, item)]
+    if wrong:
+        raise UserError(
+            f"checkpoint {step} of {run} is damaged: {'; '.join(wrong)}; give an older one, "
+            f"such as {run / kept / 'STEP'} (esm1nv doctor {run} checks all)"
+        )
+    try:
+        description = manager.read_config(run, step, kept)
+        params = manager.read_params(run, step, kept)
+        model = encoder.EncoderConfig(**description["config"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {step} of {run} cannot be read: {error} (esm1nv doctor {run} checks all)"
+        ) from None
+    check(params, model, f"checkpoint {step} of {run}")
+    provenance = {"run": str(run), "steps": [step]} | description
+    return Weights(params, model, provenance)

@@ -1,0 +1,144 @@
+"""Reads a config file, its arguments and the overrides of a command line.
+
+A config is a Python file with `get_config(arg="")` that returns a locked `ConfigDict`. It may build
+on another by `parent(__file__, "other.py")`, found relative to itself, so that configs work from
+any folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from esm1nv_jax.common.errors import UserError
+
+
+def load(path: str | Path, arg: str = "") -> config_dict.ConfigDict:
+    """The config that the file at `path` makes of `arg`. Raises UserError, naming file and line."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist; try --config=configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config(arg) if arg else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a person's file may raise
+        raise UserError(f"config file {_where(path, error)}: {_what(error)}") from None
+    if not isinstance(config, config_dict.ConfigDict):
+        raise UserError(
+            f"config file {path}: get_config returns {type(config).__name__}, "
+            "it must return an ml_collections ConfigDict"
+        )
+    return config.lock()
+
+
+def parent(file: str, name: str, arg: str = "") -> config_dict.ConfigDict:
+    """The config `name`, a path relative to `file`, unlocked for changes of existing fields."""
+    return load(Path(file).resolve().parent / name, arg)
+
+
+def arguments(arg: str, names: tuple[str, ...] = (), **values: Any) -> dict[str, Any]:
+    """Takes `name,key=value` apart: names become True or False, values take their default's type.
+
+    Raises UserError on anything else.
+    """
+    found: dict[str, Any] = {name: False for name in names} | values
+    for item in filter(None, arg.split(",")):
+        key, has_value, text = item.partition("=")
+        if not has_value and key in names:
+            found[key] = True
+        elif has_value and key in values:
+            kind = type(values[key])
+            try:
+                found[key] = kind(text)
+            except ValueError:
+                raise UserError(
+                    f"config argument {key}={text} is not of type {kind.__name__}"
+                ) from None
+        else:
+            allowed = [*names, *(f"{key}=" for key in values)]
+            raise UserError(
+                f"config argument {item!r} is unknown; there are {', '.join(allowed) or 'none'}"
+            )
+    return found
+
+
+def override(config: config_dict.ConfigDict, options: list[str]) -> config_dict.ConfigDict:
+    """Applies `--config.field=value` options, each checked against the type of its field."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    fields = [option.lstrip("-").partition("=")[0] for option in options]
+    for option, field in zip(options, fields, strict=True):
+        if not option.startswith("--") or not field.startswith("config."):
+            raise UserError(f"option {option!r} is unknown; fields are set by --config.field=value")
+        _check_field(config, field)
+        if "=" not in option:
+            raise UserError(f"option {option!r} has no value; write {option}=VALUE")
+    argv = ["esm1nv", *options]
+    values = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(f"{_what(error)}; {_types(config, fields)}") from None
+    return values.config.lock()
+
+
+def _check_field(config, field: str) -> None:
+    node, seen = config, "config"
+    for name in field.split(".")[1:]:
+        if not isinstance(node, config_dict.ConfigDict) or name not in node:
+            known = ", ".join(node) if isinstance(node, config_dict.ConfigDict) else "no fields"
+            raise UserError(f"config has no field {field}; {seen} has {known}")
+        node, seen = node[name], f"{seen}.{name}"
+    if isinstance(node, config_dict.ConfigDict):
+        raise UserError(f"{field} is a group; set one of {', '.join(node)}")
+
+
+def _types(config, fields: list[str]) -> str:
+    def value(field):
+        node = config
+        for name in field.split(".")[1:]:
+            node = node[name]
+        return node
+
+    kinds = [f"{f} is {type(value(f)).__name__}, such as {value(f)!r}" for f in fields]
+    return "; ".join(kinds)
+
+
+def flat(config: config_dict.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """Every field under its dotted name."""
+    found = {}
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def to_json(config: config_dict.ConfigDict) -> str:
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+
+
+def _what(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _where(path: Path, error: Exception) -> str:
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f"{error.filename}, line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)

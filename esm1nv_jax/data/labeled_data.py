@@ -1,0 +1,160 @@
+"""Downstream tasks: a CSV file to splits of sequences with labels."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold_all, purpose
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.compression import Archive, BrokenArchive
+from esm1nv_jax.data.order import permute
+
+SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
+TASKS = ("secondary_structure", "localisation", "regression")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """n proteins and k labels, one a residue or one a protein, in order.
+
+    labels: int64 [k], places among the classes, or float64 [k]. used: bool [k]; the others neither
+    train nor score. sizes: int64 [n], labels of each protein.
+    """
+
+    sequences: list[bytes]
+    labels: np.ndarray
+    used: np.ndarray
+    sizes: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """`classes` is empty for regression; `fingerprint` tells the test set apart from others."""
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    valid: Split
+    test: Split
+    fingerprint: str
+
+    @property
+    def per_residue(self) -> bool:
+        return self.name == "secondary_structure"
+
+
+def read(path: str, name: str, limit: int | None = None) -> Task:
+    """Reads columns `sequence`, `label`, `split`, and for secondary structure `mask` if there.
+
+    Args:
+      path: CSV, plain or compressed.
+      name: one of TASKS. A label is a letter a residue, a class, or a number.
+      limit: at most so many proteins to train on, always the same ones.
+
+    Raises UserError that names the line at fault.
+    """
+    if name not in TASKS:
+        raise UserError(f"--task {name} is unknown; there are {', '.join(TASKS)}")
+    rows: dict[str, list[tuple[bytes, str, str]]] = {"train": [], "valid": [], "test": []}
+    for line, row in _rows(path):
+        split = SPLITS.get(row["split"].strip().lower())
+        if split is None:
+            raise UserError(f"{path}, line {line}: split {row['split']!r} is not train/valid/test")
+        sequence, label = tokenizer.clean(row["sequence"]).sequence, row["label"].strip()
+        mask = row.get("mask")
+        if not sequence:
+            raise UserError(f"{path}, line {line}: the sequence is empty")
+        if name == "secondary_structure":
+            mask = "1" * len(sequence) if mask is None else mask.strip()
+            for what, text in (("label", label), ("mask", mask)):
+                if len(text) != len(sequence):
+                    raise UserError(
+                        f"{path}, line {line}: the {what} has {len(text)} characters, the sequence "
+                        f"{len(sequence)} residues; they must be equally long"
+                    )
+            if set(mask) - {"0", "1"}:
+                raise UserError(f"{path}, line {line}: the mask holds more than 0 and 1")
+        elif name == "regression" and not _is_number(label):
+            raise UserError(f"{path}, line {line}: the label {label!r} is not a number")
+        elif not label:
+            raise UserError(f"{path}, line {line}: the label is empty")
+        rows[split].append((sequence, label, mask or ""))
+    for split, found in rows.items():
+        if len(found) < 2:
+            raise UserError(f"{path} has {len(found)} rows of split {split}; a probe needs some")
+        if name == "secondary_structure" and not any("1" in mask for _, _, mask in found):
+            raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
+    digest = hashlib.sha256()
+    for sequence, label, _ in rows["test"]:
+        digest.update(b"%b %b\n" % (sequence, label.encode()))
+    if limit is not None and limit < len(rows["train"]):
+        n = len(rows["train"])
+        chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
+        rows["train"] = [rows["train"][i] for i in sorted(chosen.tolist())]
+    labels = (row[1] for found in rows.values() for row in found)
+    kinds = tuple(sorted(set("".join(labels) if name == TASKS[0] else labels)))
+    if len(kinds) < 2:
+        raise UserError(f"{path}: every label is {kinds[0]!r}; there is nothing to learn")
+    classes = kinds if name != "regression" else ()
+    splits = {split: _split(found, name, classes) for split, found in rows.items()}
+    return Task(name, classes, **splits, fingerprint=digest.hexdigest()[:16])
+
+
+def _split(rows: list[tuple[bytes, str, str]], name: str, classes: tuple[str, ...]) -> Split:
+    sequences = [row[0] for row in rows]
+    if name == "secondary_structure":
+        place = np.zeros(0x110000 if any(ord(c) > 127 for c in classes) else 128, np.int64)
+        place[[ord(c) for c in classes]] = range(len(classes))
+        text = "".join(row[1] for row in rows)
+        labels = place[np.fromiter(map(ord, text), np.int64, len(text))]
+        used = np.frombuffer("".join(row[2] for row in rows).encode(), np.uint8) == ord("1")
+        return Split(sequences, labels, used, np.array([len(s) for s in sequences]))
+    if name == "regression":
+        labels = np.array([float(row[1]) for row in rows])
+    else:
+        labels = np.array([classes.index(row[1]) for row in rows])
+    ones = np.ones(len(rows), np.int64)
+    return Split(sequences, labels, ones.astype(bool), ones)
+
+
+def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
+    try:
+        text = b"".join(Archive(Path(path))).decode("utf-8-sig")
+    except BrokenArchive as broken:
+        raise UserError(f"{path}: {broken}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text; give a CSV file") from None
+    table = csv.DictReader(io.StringIO(text))
+    try:
+        yield from _checked(path, table)
+    except csv.Error as error:
+        raise UserError(f"{path}, line {table.reader.line_num}: {error}; is it CSV?") from None
+
+
+def _checked(path: str, table: csv.DictReader) -> Iterator[tuple[int, dict[str, str]]]:
+    missing = [c for c in ("sequence", "label", "split") if c not in (table.fieldnames or ())]
+    if missing:
+        raise UserError(
+            f"{path} has no column {', '.join(missing)}; it has "
+            f"{', '.join(table.fieldnames or ()) or 'none'}"
+        )
+    for row in table:
+        if None in row.values() or None in row:
+            raise UserError(f"{path}, line {table.line_num}: not as many fields as the header")
+        yield table.line_num, row
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -1,0 +1,157 @@
+"""A data set at rest: one split, opened, with its lengths and its content at random access."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import fasta, manifest, split_writer
+from esm1nv_jax.data.clusters import Groups
+from esm1nv_jax.data.records import decode, open_shard, sequence_of
+from esm1nv_jax.data.splits import NAMES as SPLITS
+
+SAMPLE = "sample"
+_SAMPLE_HELD_OUT = 500  # sequences in each of validation and test of the sample
+
+
+class Source(Protocol):
+    """A split. `lengths[i]` is the number of residues of example i, uncropped: uint16/uint32 [n].
+
+    `fingerprint` is a hex digest of the content in its order: equal on every host, equal at resume.
+    `groups` are the clusters of the examples, where they are known.
+    """
+
+    lengths: np.ndarray
+    fingerprint: str
+    groups: Groups | None
+
+    def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]: ...
+
+    def sequences(self, indices: Sequence[int] | np.ndarray) -> list[bytes]: ...
+
+
+class MemorySource:
+    """A split that fits in memory."""
+
+    groups = None
+
+    def __init__(self, records: Sequence[tuple[str, bytes]]):
+        self._ids = [name for name, _ in records]
+        self._sequences = [sequence for _, sequence in records]
+        self.lengths = np.array([len(s) for s in self._sequences], np.uint32)
+        digest = hashlib.sha256()
+        for name, sequence in records:
+            digest.update(b"%b\n%b\n" % (name.encode(), sequence))
+        self.fingerprint = digest.hexdigest()
+
+    def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        return [self._ids[i] for i in indices]
+
+    def sequences(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        return [self._sequences[i] for i in indices]
+
+
+class ShardSource:
+    """A split of a prepared folder. Any number of threads may read from it at once.
+
+    Also what Grain calls a random access source: it has a length, and `[i]` is the record as a
+    dictionary, so that `grain.MapDataset.source(open_split(folder, "train"))` works.
+    """
+
+    def __init__(self, folder: Path, split: str):
+        entry = manifest.read(folder)["splits"][split]
+        if not entry["examples"]:
+            raise UserError(
+                f"{folder} was prepared without a sequence in {split}; prepare it again with"
+                f" --{split} 500, for instance"
+            )
+        self.fingerprint = entry["fingerprint"]
+        self._paths = [folder / shard["file"] for shard in entry["shards"]]
+        counts = [shard["examples"] for shard in entry["shards"]]
+        self._ends = np.cumsum(counts)
+        # Opening every shard now shows a truncated one, which would read as empty later on.
+        self._readers = [open_shard(path) for path in self._paths]
+        for path, reader, count in zip(self._paths, self._readers, counts, strict=True):
+            if reader.num_records() != count:
+                raise UserError(
+                    f"{path} holds {reader.num_records():,} records, the manifest says {count:,};"
+                    " it is cut short: copy or prepare the data set again"
+                )
+        self.lengths = _load(folder / split_writer.lengths_file(split))
+        if len(self.lengths) != entry["examples"]:
+            name = split_writer.lengths_file(split)
+            raise UserError(f"{folder / name} is not of this data set; prepare it again")
+        first, member = (folder / name for name in split_writer.groups_files(split))
+        self.groups = Groups(_load(first), _load(member)) if first.exists() else None
+
+    def _records(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        """Records in the order asked for, read in the order in which they lie."""
+        indices = np.asarray(indices, np.int64)
+        out: list[bytes] = [b""] * len(indices)
+        order = np.argsort(indices, kind="stable")
+        wanted = indices[order]
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        local = wanted - np.concatenate(([0], self._ends))[shards]
+        for i, shard, at in zip(order.tolist(), shards.tolist(), local.tolist(), strict=True):
+            # `read([at])` looks at every record of the shard; `read(at, at + 1)` does not.
+            out[i] = self._readers[shard].read(at, at + 1)[0]
+        return out
+
+    def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        return [decode(r)[0].decode("utf-8", "backslashreplace") for r in self._records(indices)]
+
+    def sequences(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        lengths = self.lengths[np.asarray(indices, np.int64)].tolist()
+        out = [sequence_of(r, n) for r, n in zip(self._records(indices), lengths, strict=True)]
+        if None in out:
+            raise UserError(
+                f"a record of {self._paths[0].parent} is not as long as the lengths file says;"
+                " run esm1nv prepare --verify"
+            )
+        return out
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, bytes]:
+        (record,) = self._records([index])
+        return dict(zip(("id", "sequence", "description"), decode(record), strict=True))
+
+
+def _load(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as failure:
+        raise UserError(f"cannot read {path}: {failure}; prepare the data set again") from failure
+
+
+def open_split(data: str, split: str) -> Source:
+    """Opens a split of the folder `data`, or of the embedded sample where `data` is 'sample'.
+
+    Raises UserError where there is no such split or no whole data set.
+    """
+    if split not in SPLITS:
+        raise UserError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    if data == SAMPLE:
+        return _sample(split)
+    return ShardSource(Path(data), split)
+
+
+@cache
+def _sample(split: str) -> MemorySource:
+    """Held-out sequences are those with the smallest digests, so no order of the file matters."""
+    records = sorted(fasta.sample(), key=lambda record: hashlib.sha256(record[1]).digest())
+    held_out = 2 * _SAMPLE_HELD_OUT
+    return MemorySource(
+        {
+            "validation": records[:_SAMPLE_HELD_OUT],
+            "test": records[_SAMPLE_HELD_OUT:held_out],
+            "train": records[held_out:],
+        }[split]
+    )

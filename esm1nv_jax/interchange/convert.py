@@ -1,0 +1,169 @@
+"""`esm1nv convert`: a model to a folder of `transformers`, and back, with the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+from etils import epath
+
+from esm1nv_jax.common import arguments
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.errors import UserError
+
+if TYPE_CHECKING:
+    from esm1nv_jax.checkpoints.model_folder import Weights
+
+MEASURED_ON = 32  # proteins of the sample's test split, over which a difference is taken
+
+
+def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
+    """Writes `out` for AutoModelForMaskedLM and AutoTokenizer; returns what is not exact, or ''.
+
+    Raises UserError where the model is no architecture of `transformers`, unless `approximate`
+    allows the erf form of GELU in place of the tanh form: then the difference is measured.
+    """
+    from esm1nv_jax.checkpoints import model_folder
+    from esm1nv_jax.interchange import huggingface, model_card
+
+    _empty(out)
+    weights = model_folder.read(checkpoint)
+    difference = ""
+    reason = huggingface.unexpressible(weights.model)
+    if reason and approximate:
+        near = dataclasses.replace(weights, model=huggingface.nearest(weights.model))
+        difference = measured(weights, near)
+        weights = near
+    elif reason:
+        raise UserError(reason)
+    made = weights.provenance
+    if "figures" not in made and made.get("run") and len(made.get("steps", [])) == 1:
+        figures = model_card.figures_of(made["run"], made["steps"][0])
+        made = made | ({"figures": figures} if figures else {})
+    weights = dataclasses.replace(weights, provenance=made)
+    with _writing(out):
+        huggingface.write(out, weights, difference)
+    return difference
+
+
+def from_hf(path: str, out: str, vocabulary: str | None = None) -> Weights:
+    """Makes the model folder `out` of a folder of `transformers`, and returns what it holds."""
+    from esm1nv_jax.checkpoints import model_folder
+    from esm1nv_jax.interchange import huggingface
+
+    _empty(out)
+    if not epath.Path(path).exists():
+        raise UserError(f"folder {path} does not exist; give a folder of save_pretrained")
+    weights = model_folder.Weights(*huggingface.read(path, vocabulary))
+    with _writing(out):
+        model_folder.write(out, weights)
+    return weights
+
+
+def measured(exact: Weights, near: Weights) -> str:
+    """One sentence on how far two models are apart, on proteins of the embedded sample."""
+    import jax
+    import numpy as np
+
+    from esm1nv_jax.data import pipeline
+    from esm1nv_jax.data.source import open_split
+    from esm1nv_jax.model import encoder, esm2, loss, masking
+
+    residues = min(256, exact.model.positions - 2)
+    stream = pipeline.StreamConfig(seed=0, rows=4, row_length=residues + 2, max_residues=residues)
+    furthest, sums, proteins = 0.0, np.zeros(3), 0
+
+    @jax.jit
+    def compare(params, batch):
+        tokens = esm2.readable(exact.model.vocabulary, batch["tokens"])
+        masked = masking.mask(
+            masking.recipe("card"), tokens, batch["segment_ids"], batch["mask_bits"]
+        )
+        logits = [
+            encoder.forward(
+                model,
+                params,
+                masked.inputs_BT,
+                batch["segment_ids"],
+                batch["positions"],
+                index_BM=masked.index_BM,
+            ).logits
+            for model in (exact.model, near.model)
+        ]
+        apart = abs(logits[0] - logits[1]).max(axis=-1)
+        losses = [loss.sums(part, masked) for part in logits]
+        return (
+            (apart * masked.selected_BM).max(),
+            (*(part["loss_mask"] for part in losses), losses[0]["selected_mask"]),
+        )
+
+    for batch in pipeline.evaluation_batches(open_split("sample", "test"), stream):
+        names = ("tokens", "segment_ids", "positions", "mask_bits")
+        apart, part = compare(exact.params, {name: batch[name] for name in names})
+        furthest, sums = max(furthest, float(apart)), sums + np.array(part, np.float64)
+        proteins += int(((batch["segment_ids"] > 0) & (batch["positions"] == 0)).sum())
+        if proteins >= MEASURED_ON:
+            break
+    before, after = np.exp(sums[:2] / sums[2])
+    return (
+        f"approximate: {near.model.ffn_activation} stands for {exact.model.ffn_activation} in the "
+        f"FFN; on {int(sums[2]):,} <mask> positions of the embedded sample logits differ by up to "
+        f"{furthest:.2g}, perplexity is {after:.4f} against {before:.4f}"
+    )
+
+
+def _empty(out: str) -> None:
+    model_folder = epath.Path(out)
+    if model_folder.exists() and (not model_folder.is_dir() or any(model_folder.iterdir())):
+        raise UserError(f"--out {out} is there already and not empty; choose another")
+
+
+@contextlib.contextmanager
+def _writing(out: str):
+    """Turns what a disk has to say into one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--out {out} cannot be written ({reason}); choose another") from None
+
+
+def main(argv: list[str]) -> int:
+    parser = arguments.Parser(
+        "convert",
+        "Convert a model to a folder of Hugging Face transformers, or such a folder to a model.",
+        "esm1nv convert --to hf --checkpoint runs/first --out exported\n"
+        "  esm1nv convert --from hf facebook_esm2 --out models/esm2",
+    )
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=["hf"], help="write a folder for transformers")
+    way.add_argument("--from", dest="source", choices=["hf"], help="read one")
+    parser.add_argument("folder", nargs="?", metavar="DIR", help="what to convert")
+    parser.add_argument("--checkpoint", metavar="DIR", help="the same: a run, a step or a model")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--approximate", action="store_true", help="with --to: allow erf GELU for tanh GELU"
+    )
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="with --from: a vocab.txt or tokenizer.json"
+    )
+    options = parser.parse_args(argv)
+    given = [path for path in (options.folder, options.checkpoint) if path]
+    if len(given) != 1:
+        parser.error("name one folder to convert, by --checkpoint DIR or as DIR")
+    if options.approximate and not options.to:
+        parser.error("--approximate goes with --to hf")
+    if options.vocabulary and not options.source:
+        parser.error("--vocabulary goes with --from hf")
+    if options.to:
+        difference = to_hf(given[0], options.out, options.approximate)
+        console.print(difference or "exact: the same numbers, rounding apart", markup=False)
+        console.print(f'open it with AutoModelForMaskedLM.from_pretrained("{options.out}")')
+        return 0
+    weights = from_hf(given[0], options.out, options.vocabulary)
+    left_out = weights.provenance["tensors_left_out"]
+    if left_out:
+        console.print(f"left out: {', '.join(left_out)}", markup=False)
+    console.print(f"model folder {options.out}; every verb takes --checkpoint {options.out}")
+    return 0

@@ -1,0 +1,116 @@
+"""Reads the tensor files of a Hugging Face folder, and never runs what is in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import pickle
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, deserialize
+
+from esm1nv_jax.common.errors import UserError
+
+SAFE_TORCH = (2, 6)  # before it, `weights_only=True` could be got round
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+# `safetensors.numpy` does not read bfloat16, so its names of dtypes are looked up here.
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def read(folder: epath.Path) -> dict[str, np.ndarray]:
+    """All tensors by name, floats as fp32. Whole or in shards; safetensors before pickles.
+
+    Raises UserError where there is none, or where a file is damaged or not only tensors.
+    """
+    for name in (SAFE, PICKLED):
+        for file in _files(folder, name):
+            if not (folder / file).exists():
+                raise UserError(f"{folder / file} is missing, {name}.index.json names it")
+        found: dict[str, np.ndarray] = {}
+        for file in _files(folder, name):
+            reader = _read_safe if name == SAFE else _read_pickled
+            found |= reader(folder / file)
+        if found:
+            return {key: _float32(value) for key, value in found.items()}
+    raise UserError(f"{folder} has a config.json but no weights: neither {SAFE} nor {PICKLED}")
+
+
+def _files(folder: epath.Path, name: str) -> list[str]:
+    if (folder / name).exists():
+        return [name]
+    index = folder / f"{name}.index.json"
+    if not index.exists():
+        return []
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index} is not an index of shards; fetch the folder again") from None
+    outside = [file for file in files if "/" in str(file) or "\\" in str(file)]
+    if outside:
+        raise UserError(f"{index} names {outside[0]}, which is not in the folder")
+    return files
+
+
+def _read_safe(path: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        found = deserialize(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    for name, view in found:
+        if view["dtype"] not in DTYPES:
+            raise UserError(
+                f"{path}: tensor {name} is of dtype {view['dtype']}; there are {', '.join(DTYPES)}"
+            )
+    return {
+        name: np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
+        for name, view in found
+    }
+
+
+def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
+    if importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"{path} is a pickle, which only PyTorch reads safely: pip install torch, or save the "
+            f"model as {SAFE}"
+        )
+    import torch
+
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
+        raise UserError(
+            f"{path} is a pickle, and torch {torch.__version__} can be made to run one "
+            "(CVE-2025-32434): pip install 'torch>=2.6'"
+        )
+    try:
+        # Without `weights_only` a pickle can run any program; there is no option to allow it.
+        found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} holds more than tensors and is refused ({reason}); ask its maker for {SAFE}"
+        ) from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
+        raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None
+    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
+        raise UserError(f"{path} is not a table of tensors by name; ask its maker for {SAFE}")
+    return {
+        str(key): (value.float() if value.is_floating_point() else value).numpy()
+        for key, value in found.items()
+    }
+
+
+def _float32(value: np.ndarray) -> np.ndarray:
+    floats = (np.float16, ml_dtypes.bfloat16, np.float64)
+    return value.astype(np.float32) if value.dtype in floats else value

@@ -1,0 +1,305 @@
+"""Flash attention on packed rows for GPUs, with dropout drawn inside the kernel.
+
+A Pallas kernel that lowers to Triton (compute capability 8.0 and up), after Dao,
+"FlashAttention-2", 2023. It is begun from the example in `jax.experimental.pallas.ops.gpu`, and is
+its own because that one has no dropout, wants q, k and v apart and visits every block of a row.
+Here they are read where the one QKV product wrote them, their gradients are written as one array,
+and blocks that share no segment are never visited.
+
+Shapes as in `encoder`, and C = 3: query, key and value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from esm1nv_jax.model.attention import FUSED_ATTENTION
+from esm1nv_jax.model.dropout import keep
+from esm1nv_jax.model.kernels.matmul import precision
+
+_NEVER = -1e30  # finite: a query that has seen no key yet must not become NaN
+_LEAST = -1e20  # no score is lower, and exp2(_NEVER - _LEAST) is 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Queries and keys in a tile. Not tuned on a chip: chosen so that the tiles of an A100 fit its
+    registers at four warps, as the compiler reports."""
+
+    queries: int = 128
+    keys: int = 64
+    backward: int = 64  # both, in the backward
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def step(self) -> int:
+        return math.lcm(self.queries, self.keys, self.backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    length: int  # of a row before it was filled up to whole blocks: dropout counts in it
+    rate: float
+    blocks: Blocks
+    interpret: bool
+
+
+def flash_attention(
+    qkv_BTCNH, segment_ids_BT, rate=0.0, row_keys_B=None, blocks=Blocks(), interpret=False
+):
+    """As `attention.attention`: [B, T, N, H] in the dtype of `qkv_BTCNH`; 0 in padding.
+
+    Args:
+      qkv_BTCNH: bfloat16, float16 or float32; H a power of two from 16.
+      segment_ids_BT: int32, 0 in padding.
+      rate, row_keys_B: dropout of the probabilities, element (n T + query) T + key of each row.
+      blocks: tile sizes.
+      interpret: run the kernels as plain JAX, on any platform: for tests.
+    """
+    B, T = segment_ids_BT.shape
+    fill = -T % blocks.step
+    if fill:
+        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, fill), (0, 0), (0, 0), (0, 0)))
+        segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, fill)))
+    if row_keys_B is None:
+        rate, row_keys_B = 0.0, jnp.zeros(B, jnp.uint32)
+    static = _Static(T, rate, blocks, interpret)
+    return _flash(static, qkv_BTCNH, segment_ids_BT, row_keys_B)[:, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(static: _Static, qkv_BTCNH, segment_ids_BT, row_keys_B):
+    return _forward(static, qkv_BTCNH, segment_ids_BT, row_keys_B)[0]
+
+
+def _forward(static, qkv_BTCNH, segment_ids_BT, row_keys_B):
+    B, T, _, N, H = qkv_BTCNH.shape
+    blocks = static.blocks
+    low, high = visited(segment_ids_BT, blocks.queries, blocks.keys)
+    out_BTNH, lse_BNT = pl.pallas_call(
+        functools.partial(_forward_kernel, static=static),
+        grid=(T // blocks.queries, N, B),
+        in_specs=[
+            pl.BlockSpec((None, blocks.queries, None, None, H), lambda i, n, b: (b, i, 0, n, 0)),
+            pl.BlockSpec((None, T, None, None, H), lambda i, n, b: (b, 0, 1, n, 0)),
+            pl.BlockSpec((None, T, None, None, H), lambda i, n, b: (b, 0, 2, n, 0)),
+            *_row_specs(T),
+        ],
+        out_specs=[
+            pl.BlockSpec((None, blocks.queries, None, H), lambda i, n, b: (b, i, n, 0)),
+            pl.BlockSpec((None, None, blocks.queries), lambda i, n, b: (b, n, i)),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((B, T, N, H), qkv_BTCNH.dtype),
+            jax.ShapeDtypeStruct((B, N, T), jnp.float32),
+        ],
+        interpret=static.interpret,
+        name="flash_forward",
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    )(qkv_BTCNH, qkv_BTCNH, qkv_BTCNH, segment_ids_BT, low, high, row_keys_B)
+    out_BTNH, lse_BNT = (checkpoint_name(x, FUSED_ATTENTION) for x in (out_BTNH, lse_BNT))
+    return out_BTNH, (qkv_BTCNH, segment_ids_BT, row_keys_B, out_BTNH, lse_BNT)
+
+
+def _backward(static, residuals, g_BTNH):
+    qkv_BTCNH, segment_ids_BT, row_keys_B, out_BTNH, lse_BNT = residuals
+    B, T, C, N, H = qkv_BTCNH.shape
+    g_BTNH = g_BTNH.astype(qkv_BTCNH.dtype)
+    # sum_j p_ij dp_ij of the softmax's backward, which the output already holds. The kernel leaves
+    # dropout's factor to its sums, so here it is taken out.
+    out_BTNH = out_BTNH.astype(jnp.float32) * (1 - static.rate)
+    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, g_BTNH.astype(jnp.float32))
+    blocks = static.blocks
+    low, high = visited(segment_ids_BT, blocks.backward, blocks.backward)
+    whole = [
+        pl.BlockSpec((None, T, None, None, H), lambda i, n, b, c=c: (b, 0, c, n, 0))
+        for c in range(C)
+    ]
+    dqkv_BTCNH = pl.pallas_call(
+        functools.partial(_backward_kernel, static=static),
+        grid=(T // blocks.backward, N, B),
+        in_specs=[
+            *whole,
+            *_row_specs(T),
+            pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0)),
+            pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0)),
+            pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0)),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, blocks.backward, C, None, H), lambda i, n, b: (b, i, 0, n, 0)
+        ),
+        out_shape=jax.ShapeDtypeStruct(qkv_BTCNH.shape, qkv_BTCNH.dtype),
+        interpret=static.interpret,
+        name="flash_backward",
+        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+    )(*[qkv_BTCNH] * 3, segment_ids_BT, low, high, row_keys_B, g_BTNH, lse_BNT, delta_BNT)
+    return dqkv_BTCNH, None, None
+
+
+_flash.defvjp(_forward, _backward)
+
+
+def visited(segment_ids_BT, rows: int, columns: int):
+    """Which blocks of columns each block of rows must visit: first and end, int32 [B, T / rows].
+
+    A pair of blocks is skipped only where the ranges of their segment ids are disjoint, so that
+    any order of ids is right, and ids that ascend along the row, as packing makes them, are fast.
+    Padding counts as the last segment. A block of padding visits nothing.
+    """
+    B, T = segment_ids_BT.shape
+    last = jnp.iinfo(jnp.int32).max
+    ids_BT = jnp.where(segment_ids_BT > 0, segment_ids_BT, last)
+    r, c = ids_BT.reshape(B, -1, rows), ids_BT.reshape(B, -1, columns)
+    meet = (r.min(-1)[:, :, None] <= c.max(-1)[:, None]) & (
+        c.min(-1)[:, None] <= r.max(-1)[:, :, None]
+    )
+    meet &= (r.min(-1) < last)[:, :, None] & (c.min(-1) < last)[:, None]
+    at = jnp.arange(T // columns, dtype=jnp.int32)
+    low = jnp.min(jnp.where(meet, at, T // columns), axis=-1)
+    high = jnp.max(jnp.where(meet, at + 1, 0), axis=-1)
+    return jnp.minimum(low, high), high
+
+
+def _row_specs(T: int) -> list[pl.BlockSpec]:
+    """Of segment ids, the first and the last block to visit, and the dropout key."""
+    return [
+        pl.BlockSpec((None, T), lambda i, n, b: (b, 0)),
+        pl.BlockSpec((None, None), lambda i, n, b: (b, i)),
+        pl.BlockSpec((None, None), lambda i, n, b: (b, i)),
+        pl.BlockSpec((None,), lambda i, n, b: (b,)),
+    ]
+
+
+def _kept(static: _Static, row_key, head, first_query, first_key, shape, axis: int):
+    """bool [shape]: which probabilities of a tile stay; queries lie along `axis`."""
+    T = np.uint32(static.length)
+    n = head.astype(jnp.uint32)
+    q = first_query.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    k = first_key.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, 1 - axis)
+    return keep(row_key, (n * T + q) * T + k, static.rate)
+
+
+def _dot(a, b):
+    return jax.lax.dot(a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
+
+
+def _queries_ids(segment_ids):
+    """Padding asks for nothing: no key has this id."""
+    return jnp.where(segment_ids == 0, -1, segment_ids)
+
+
+def _forward_kernel(
+    q_ref, k_ref, v_ref, segment_ids_ref, low_ref, high_ref, key_ref, out_ref, lse_ref, *, static
+):
+    """One block of queries of one head against the keys of its segments."""
+    blocks = static.blocks
+    Q, K, H = blocks.queries, blocks.keys, q_ref.shape[-1]
+    start, head, row_key = pl.program_id(0) * Q, pl.program_id(1), key_ref[...]
+    q = q_ref[...]
+    q_ids = _queries_ids(segment_ids_ref[pl.ds(start, Q)])
+    scale = math.log2(math.e) / H**0.5  # powers of two are what the chip computes
+
+    def visit(j, carry):
+        acc, top, total = carry
+        at = pl.ds(j * K, K)
+        seen = q_ids[:, None] == segment_ids_ref[at][None, :]
+        scores = jnp.where(seen, _dot(q, k_ref[at, :].T) * scale, _NEVER)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        shrink = jnp.exp2(top - new_top)
+        p = jnp.exp2(scores - new_top[:, None])
+        total = total * shrink + jnp.sum(p, axis=1)
+        if static.rate:
+            p = jnp.where(_kept(static, row_key, head, start, j * K, (Q, K), 0), p, 0.0)
+        v = v_ref[at, :]
+        return acc * shrink[:, None] + _dot(p.astype(v.dtype), v), new_top, total
+
+    none = (
+        jnp.zeros((Q, H), jnp.float32),
+        jnp.full(Q, _LEAST, jnp.float32),
+        jnp.zeros(Q, jnp.float32),
+    )
+    acc, top, total = jax.lax.fori_loop(low_ref[...], high_ref[...], visit, none)
+    total = jnp.where(total > 0, total, 1.0)  # padding
+    out_ref[...] = (acc / (total * (1 - static.rate))[:, None]).astype(out_ref.dtype)
+    lse_ref[...] = top + jnp.log2(total)
+
+
+def _backward_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    segment_ids_ref,
+    low_ref,
+    high_ref,
+    key_ref,
+    g_ref,
+    lse_ref,
+    delta_ref,
+    out_ref,
+    *,
+    static,
+):
+    """One block of one head, first as keys and values, then as queries.
+
+    Blocks meet each other or do not, so one range serves both. Probabilities are computed twice:
+    the other way, one pass that adds dq up atomically, would depend on the order of the blocks.
+    """
+    size, H = static.blocks.backward, q_ref.shape[-1]
+    start, head = pl.program_id(0) * size, pl.program_id(1)
+    here = pl.ds(start, size)
+    ids = segment_ids_ref[here]
+    q_ids = _queries_ids(ids)
+    q, k, v = q_ref[here, :], k_ref[here, :], v_ref[here, :]
+    low, high, row_key = low_ref[...], high_ref[...], key_ref[...]
+    scale, stay = H**-0.5, 1 / (1 - static.rate)
+    zero = jnp.zeros((size, H), jnp.float32)
+
+    def probabilities(scores, seen, lse):
+        return jnp.where(seen, jnp.exp2(scores * (scale * math.log2(math.e)) - lse), 0.0)
+
+    def as_keys(j, carry):
+        dk, dv = carry
+        at = pl.ds(j * size, size)
+        other_q, g = q_ref[at, :], g_ref[at, :]
+        seen = ids[:, None] == _queries_ids(segment_ids_ref[at])[None, :]
+        p = probabilities(_dot(k, other_q.T), seen, lse_ref[at][None, :])
+        dp = _dot(v, g.T)
+        if static.rate:
+            kept = _kept(static, row_key, head, j * size, start, (size, size), 1)
+            dropped, dp = jnp.where(kept, p, 0.0), jnp.where(kept, dp, 0.0)
+        else:
+            dropped = p
+        dv += _dot(dropped.astype(g.dtype), g)
+        ds = p * (dp - delta_ref[at][None, :])
+        return dk + _dot(ds.astype(q.dtype), other_q), dv
+
+    dk, dv = jax.lax.fori_loop(low, high, as_keys, (zero, zero))
+    out_ref[:, 1, :] = (dk * (scale * stay)).astype(out_ref.dtype)
+    out_ref[:, 2, :] = (dv * stay).astype(out_ref.dtype)
+
+    g, lse, delta = g_ref[here, :], lse_ref[here], delta_ref[here]
+
+    def as_queries(j, dq):
+        at = pl.ds(j * size, size)
+        other_k = k_ref[at, :]
+        seen = q_ids[:, None] == segment_ids_ref[at][None, :]
+        p = probabilities(_dot(q, other_k.T), seen, lse[:, None])
+        dp = _dot(g, v_ref[at, :].T)
+        if static.rate:
+            kept = _kept(static, row_key, head, start, j * size, (size, size), 0)
+            dp = jnp.where(kept, dp, 0.0)
+        ds = p * (dp - delta[:, None])
+        return dq + _dot(ds.astype(k.dtype), other_k)
+
+    dq = jax.lax.fori_loop(low, high, as_queries, zero)
+    out_ref[:, 0, :] = (dq * (scale * stay)).astype(out_ref.dtype)

@@ -1,0 +1,409 @@
+"""Folders of `transformers`: what is read and written, and every way in which one can be wrong."""
+
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import fasta, tokenizer
+from esm1nv_jax.interchange import convert
+from esm1nv_jax.model import encoder
+
+torch = pytest.importorskip("torch", reason="pip install esm1nv_jax[interchange-test]")
+transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from tests.interchange import witness  # noqa: E402
+
+TINY = encoder.EncoderConfig(
+    layers=1, width=16, heads=2, ffn=32, positions=40, ffn_activation="gelu_erf"
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of each kind, made once; tests change a copy."""
+    made = {}
+    for kind in ("esm", "esm2", "bert"):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        witness.save(witness.make(kind), kind, made[kind])
+    return made
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    def copied(kind):
+        return shutil.copytree(saved[kind], tmp_path / kind)
+
+    return copied
+
+
+@pytest.fixture
+def exported(tmp_path):
+    model_folder.write(
+        str(tmp_path / "model"), model_folder.Weights(encoder.init(TINY, 0), TINY, {"run": "r"})
+    )
+    convert.to_hf(str(tmp_path / "model"), str(tmp_path / "there"))
+    return tmp_path / "there"
+
+
+def change(path, edit):
+    """Rewrites the weights of a folder."""
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()},
+        path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def leaves(path):
+    return model_folder.flatten(model_folder.read(str(path)).params)
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_the_tokenizer_there_gives_our_ids(exported):
+    there = transformers.AutoTokenizer.from_pretrained(exported)
+    rng = np.random.default_rng(0)
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWYBXZUOJacdlxj*-.1 \t\néλ_"))
+    texts = ["".join(rng.choice(letters, rng.integers(0, 40))) for _ in range(500)]
+    texts += [text + "*" for text in texts[:50]] + ["", "*", "**", " M * ", "mktl", "JJJ"]
+    texts += [sequence.decode() for _, sequence in list(fasta.sample())[:20]]
+    for text in texts:
+        assert there(text)["input_ids"] == tokenizer.encode(text).tolist(), repr(text)
+    assert there("MK<mask>L")["input_ids"] == [1, 22, 16, 4, 5, 2]
+    ids = there(["MKTL", "MK"], padding=True, return_tensors="pt")
+    assert ids["input_ids"][1].tolist() == [1, 22, 16, 2, 3, 3]
+    assert ids["attention_mask"][1].tolist() == [1, 1, 1, 1, 0, 0]
+    assert there.decode([1, 22, 16, 4, 5, 2]) == "<s>MK<mask>L</s>"
+    assert there.convert_ids_to_tokens(range(30)) == list(tokenizer.TOKENS)
+    assert (there.pad_token_id, there.mask_token_id, there.unk_token_id) == (3, 4, 0)
+    slow = transformers.EsmTokenizer.from_pretrained(exported)  # by vocab.txt, on plain residues
+    assert slow("MKTL")["input_ids"] == there("MKTL")["input_ids"]
+
+
+def test_the_tokenizer_of_a_model_from_elsewhere_keeps_its_ids(copy, tmp_path):
+    convert.to_hf(str(copy("esm2")), str(tmp_path / "out"))
+    there = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert there("mK<mask>.-J")["input_ids"] == [0, 20, 15, 32, 29, 30, 3, 2]
+
+
+def test_the_card_tells_what_the_provenance_tells(tmp_path):
+    config = {
+        "data": {"path": "sample", "max_residues": 62, "crop": "prefix", "row_length": 64},
+        "masking": {"recipe": "card", "rate": 0.15},
+        "optimizer": {"peak_lr": 0.004, "warmup": 40},
+        "batch": {"rows": 16},
+        "compute": {"dtype": "float32"},
+    }
+    figures = [
+        {"kind": "validation", "step": step, "perplexity": 15.0 + step, "perplexity_mask": 17.25}
+        for step in (0, 10, 20)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, figures)))
+    made = {"run": str(tmp_path), "steps": [10], "config": config, "licence": "cc-by-4.0"}
+    model_folder.write(
+        str(tmp_path / "model"), model_folder.Weights(encoder.init(TINY, 0), TINY, made)
+    )
+    convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    for told in (
+        "license: cc-by-4.0",
+        "recipe `card`",
+        "15%",
+        "0.004",
+        "Update 10",
+        "Swiss-Prot",
+        "CC BY 4.0",
+        "perplexity 25.000",
+        "17.250",
+        "62 residues",
+    ):
+        assert told in card, told
+    again = model_folder.read(str(tmp_path / "out")).provenance
+    assert again["figures"] == figures[1]
+    assert again["licence"] == "cc-by-4.0"
+
+
+def test_tanh_gelu_is_refused_or_measured(tmp_path):
+    import dataclasses
+
+    model = dataclasses.replace(TINY, ffn_activation="gelu_tanh")
+    params = encoder.init(model, 0)
+    params["blocks"]["0"]["ffn_input"]["kernel"] *= 50  # so that the forms are far apart
+    model_folder.write(str(tmp_path / "model"), model_folder.Weights(params, model, {}))
+    with pytest.raises(UserError, match=r"gelu_tanh.*--approximate"):
+        convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    told = convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"), approximate=True)
+    assert "logits differ by up to" in told
+    assert told in (tmp_path / "out" / "README.md").read_text()
+    apart = float(told.split("up to ")[1].split(",")[0])
+    assert 1e-6 < apart < 1
+    assert model_folder.read(str(tmp_path / "out")).model.ffn_activation == "gelu_erf"
+
+
+@pytest.mark.parametrize("kind", ["esm", "esm2", "bert"])
+def test_older_and_other_files_give_the_same(kind, copy):
+    """gamma and beta, tied copies, unread tensors, shards, pickles: as published files are."""
+    path = copy(kind)
+    whole = leaves(path)
+    stem = "esm" if kind != "bert" else "bert"
+
+    def older(tensors):
+        for name in list(tensors):
+            for new, old in (("weight", "gamma"), ("bias", "beta")):
+                for have in (new, old):
+                    if name.endswith(f"LayerNorm.{have}"):
+                        tensors[name.removesuffix(have) + old] = tensors.pop(name)
+        tensors[f"{stem}.embeddings.position_ids"] = torch.arange(9)[None]
+        decoder = "lm_head.decoder.weight" if stem == "esm" else "cls.predictions.decoder.weight"
+        tensors[decoder] = tensors[f"{stem}.embeddings.word_embeddings.weight"].clone()
+        if kind == "esm2":
+            angles = tensors.pop(next(n for n in tensors if n.endswith("inv_freq")))
+            for i in range(3):
+                name = f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq"
+                tensors[name] = angles.clone()
+            tensors["esm.embeddings.position_embeddings.weight"] = torch.ones(1026, 48)
+
+    change(path, older)
+    assert any(name.endswith("gamma") for name in load_file(path / "model.safetensors"))
+    assert_same(leaves(path), whole)
+
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, path / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_same(leaves(path), whole)
+    (path / "model-2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-2\.safetensors is missing"):
+        model_folder.read(str(path))
+
+    for file in (*parts, "model.safetensors.index.json"):
+        (path / file).unlink(missing_ok=True)
+    torch.save(tensors, path / "pytorch_model.bin")
+    assert_same(leaves(path), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(dtype, copy):
+    path = copy("esm")
+
+    def halve(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].to(dtype)
+
+    change(path, halve)
+    found = leaves(path)
+    expected = load_file(path / "model.safetensors")["lm_head.dense.weight"].float().numpy().T
+    np.testing.assert_array_equal(found["head_dense/kernel"], expected)
+    assert {leaf.dtype for leaf in found.values()} == {np.dtype(np.float32)}
+
+
+class Bomb:
+    """A pickle that runs a command when it is opened the careless way."""
+
+    def __init__(self, witness_file):
+        self.command = f"touch {witness_file}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_a_pickle_with_a_program_in_it_is_refused(copy, tmp_path, capsys):
+    path = copy("esm")
+    (path / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": Bomb(tmp_path / "ran")}, path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="more than tensors and is refused"):
+        model_folder.read(str(path))
+    bomb = pickle.dumps({"lm_head.bias": Bomb(tmp_path / "ran")})
+    (path / "pytorch_model.bin").write_bytes(bomb)
+    with pytest.raises(UserError, match=r"refused|cannot be read"):
+        model_folder.read(str(path))
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(bomb)  # it is a real one
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_pickle_without_torch(copy, monkeypatch):
+    path = copy("esm")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torch"):
+        model_folder.read(str(path))
+
+
+def test_a_pickle_with_an_old_torch(copy, monkeypatch):
+    """Up to 2.5.1 `weights_only=True` could be got round (CVE-2025-32434)."""
+    path = copy("esm")
+    (path / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": torch.ones(30)}, path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(UserError, match=r"torch>=2\.6"):
+        model_folder.read(str(path))
+
+
+def _pop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def _put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.ones(*shape)})
+
+
+def _broken(name):
+    return lambda tensors: tensors.update({name: tensors[name] / 0})
+
+
+def _whole(name):
+    return lambda tensors: tensors.update({name: tensors[name].to(torch.int32)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "told"),
+    [
+        ("esm", _pop("lm_head.dense.weight"), "lm_head.dense.weight is missing"),
+        ("esm", _pop("esm.encoder.layer.2.output.dense.bias"), "layer.2.output.dense.bias is miss"),
+        ("esm", _put("esm.encoder.layer.3.output.dense.bias", 48), "layer.3.*is unknown"),
+        ("esm", _put("esm.embeddings.extra", 3), "esm.embeddings.extra is unknown"),
+        ("esm", _put("lm_head.dense.weight", 48, 47), r"\(48, 47\), config.json means \(48, 48\)"),
+        ("esm", _put("esm.embeddings.word_embeddings.weight", 29, 48), r"\(29, 48\).*\(30, 48\)"),
+        ("esm", _put("lm_head.decoder.weight", 30, 48), "decoder.weight differs from"),
+        ("esm", _whole("lm_head.dense.weight"), "lm_head.dense.weight is of dtype int32"),
+        ("esm", _broken("esm.encoder.layer.1.output.dense.weight"), "blocks.*1.*ffn_output.* NaN"),
+        ("esm2", _put("esm.rotary_embeddings.inv_freq", 6), "12 angles|6 angles"),
+        ("bert", _pop("bert.embeddings.token_type_embeddings.weight"), "token_type.*missing"),
+        ("bert", _put("bert.embeddings.token_type_embeddings.weight", 2, 47), r"of shape \(2, 47"),
+        ("bert", _put("cls.predictions.decoder.bias", 25), "decoder.bias differs from"),
+    ],
+)
+def test_wrong_tensors_are_named(kind, edit, told, copy):
+    path = copy(kind)
+    change(path, edit)
+    with pytest.raises(UserError, match=told) as error:
+        model_folder.read(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "told"),
+    [
+        ("esm", {"model_type": "roberta"}, "model_type is 'roberta'; esm, bert"),
+        ("esm", {"model_type": ["esm"]}, r"model_type is \['esm'\]"),
+        ("bert", {"position_embedding_type": "relative_key"}, "relative_key.*'absolute'"),
+        ("esm", {"position_embedding_type": "relative_key_query"}, "relative_key_query"),
+        ("bert", {"hidden_act": "relu"}, "hidden_act='relu'"),
+        ("bert", {"is_decoder": True}, "is_decoder=True"),
+        ("esm", {"is_folding_model": True}, "is_folding_model=True"),
+        ("esm", {"hidden_size": None}, "hidden_size is missing"),
+        ("esm", {"num_hidden_layers": "three"}, "num_hidden_layers is 'three'"),
+        ("esm", {"num_attention_heads": 5}, "heads=5 does not divide"),
+        ("esm", {"pad_token_id": 1}, "pad_token_id is 1.*has id 3"),
+        ("esm", {"mask_token_id": 9}, "mask_token_id is 9.*has id 4"),
+        ("esm", {"vocab_size": 10**9}, "30 tokens, config.json says vocab_size=1000000000"),
+        ("esm", {"vocab_size": 29}, "30 tokens, config.json says vocab_size=29"),
+    ],
+)
+def test_wrong_fields_are_named(kind, fields, told, copy):
+    path = copy(kind)
+    witness.rewrite(path, **fields)
+    with pytest.raises(UserError, match=told) as error:
+        model_folder.read(str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_folders_are_named(copy, tmp_path):
+    path = copy("bert")
+    vocabulary = path / "vocab.txt"
+    text = vocabulary.read_text()
+    for content, told in (
+        (text.replace("W\n", "A\n"), "'A' twice"),
+        (text.replace("W\n", "J\n"), "has no W"),
+        (text.replace("[MASK]", "[M]"), "has no <mask>"),
+    ):
+        vocabulary.write_text(content)
+        with pytest.raises(UserError, match=told):
+            model_folder.read(str(path))
+    vocabulary.unlink()
+    with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt.*--voc"):
+        model_folder.read(str(path))
+    (tmp_path / "elsewhere.txt").write_text(text)
+    assert convert.from_hf(str(path), str(tmp_path / "m"), str(tmp_path / "elsewhere.txt"))
+    (path / "model.safetensors").write_bytes(b"\x08" + 200 * b"\0")
+    with pytest.raises(UserError, match="cannot be read"):
+        model_folder.read(str(path))
+    (path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no weights: neither model\.safetensors nor"):
+        model_folder.read(str(path))
+    (path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no model"):
+        model_folder.read(str(path))
+    with pytest.raises(UserError, match="not a JSON object"):
+        convert.from_hf(str(path), str(tmp_path / "out"))
+    (path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json"):
+        convert.from_hf(str(path), str(tmp_path / "out"))
+    with pytest.raises(UserError, match="does not exist"):
+        convert.from_hf(str(tmp_path / "nothing"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_companions_of_an_export_are_named(exported):
+    for name in ("provenance.json", "vocabulary_padding.safetensors"):
+        whole = (exported / name).read_bytes()
+        (exported / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="is damaged"):
+            model_folder.read(str(exported))
+        (exported / name).write_bytes(whole)
+    model_folder.read(str(exported))
+
+
+def test_rows_without_a_token_take_part_in_the_softmax(copy):
+    """Makers round vocab_size up; the probabilities there count those rows."""
+    path = copy("esm")
+
+    def widen(tensors):
+        for name in ("esm.embeddings.word_embeddings.weight", "lm_head.bias"):
+            tensors[name] = torch.cat([tensors[name], torch.ones(2, *tensors[name].shape[1:])])
+
+    change(path, widen)
+    witness.rewrite(path, vocab_size=32)
+    weights = model_folder.read(str(path))
+    assert weights.model.vocabulary.endswith("O <row_30> <row_31>")
+    np.testing.assert_array_equal(weights.params["head_bias"][29:33] == 1, [0, 1, 1, 0])
+
+
+def test_known_vocabularies_need_no_file(copy):
+    for kind in ("esm", "esm2"):
+        path = copy(kind)
+        with_file = leaves(path)
+        (path / "vocab.txt").unlink()
+        assert_same(leaves(path), with_file)
+
+
+def test_nothing_is_overwritten(copy, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("kept")
+    for call in (convert.to_hf, convert.from_hf):
+        with pytest.raises(UserError, match="not empty"):
+            call(str(copy("esm")) if call is convert.to_hf else "x", str(tmp_path / "out"))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert.from_hf(str(tmp_path / "esm"), str(tmp_path / "file" / "out"))
