@@ -1,15 +1,64 @@
-"""What a person sees: a progress bar on a terminal, plain lines in a log, one console for both."""
+"""All text for people: results on stdout, log lines and progress on stderr.
+
+Ids, names and paths come from outside. Whatever is printed here as a `str`, also as the title or a
+cell of a table, appears as it stands: it is no markup, no emoji code and no escape sequence. Styled
+text is asked for, by `style=` or by a `rich.text.Text`.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+from esm1nv_jax.common.errors import UserError
+
+# Control characters but for tab and newline, and those that change the direction of text.
+_UNPRINTABLE = {*range(32), *range(0x7F, 0xA0), 0x200E, 0x200F, *range(0x202A, 0x202F)}
+_UNPRINTABLE |= {*range(0x2066, 0x206A)}
+_ESCAPES = {c: ascii(chr(c))[1:-1] for c in _UNPRINTABLE - {ord("\t"), ord("\n")}}
+
+
+def printable(text: str) -> str:
+    """`text` with control characters as `\\x1b` and the like."""
+    return text.translate(_ESCAPES)
+
+
+class PlainConsole(Console):
+    """A `rich` console that takes every `str` for plain text."""
+
+    def __init__(self, stderr: bool):
+        super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options) -> Text:  # type: ignore[override]
+        return super().render_str(printable(text), **options)
+
+    def _check_buffer(self) -> None:
+        """Writes what was printed. A log that cannot be written never ends what runs."""
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            del self._buffer[:]
+            if self.stderr:
+                if error.errno in (errno.EPIPE, errno.EIO):  # its reader, or its terminal, is gone
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+            elif isinstance(error, BrokenPipeError):
+                raise
+            else:
+                raise UserError(f"standard output cannot be written: {error.strerror}") from None
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # rich would exit with 1
+
+
+console = PlainConsole(stderr=True)  # logs and progress
+stdout = PlainConsole(stderr=False)  # results
 
 
 class Bar:
@@ -24,9 +73,9 @@ class Bar:
 
     def update(self, done: float, note: str = "") -> None:
         """Sets how far the task is, in units of `total`."""
-        self.done, self.note = done, note
+        self.done, self.note = done, printable(note)
         if self.progress is not None:
-            self.progress.update(self.progress.task_ids[0], completed=done, note=note)
+            self.progress.update(self.progress.task_ids[0], completed=done, note=self.note)
         elif time.monotonic() - self.printed >= self.every:
             self.printed = time.monotonic()
             self.line()
@@ -45,8 +94,7 @@ class Bar:
                 left = f", {clock(left)} left"
         console.print(
             f"{self.what} {self.done:,.0f}{of} {self.unit}, {clock(spent)} gone{left}"
-            + (f"  {self.note}" if self.note else ""),
-            markup=False,
+            + (f"  {self.note}" if self.note else "")
         )
 
 
@@ -67,16 +115,16 @@ def bar(
             task.line()  # how it ended
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit, markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as task.progress:
-        task.progress.add_task(what, total=total, completed=start, note="")
+        task.progress.add_task(printable(what), total=total, completed=start, note="")
         yield task
 
 
