@@ -1,10 +1,13 @@
 """Packaging. Ranges hold on Python 3.11 to 3.13; constraints.txt pins what was tested."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = "0.1.0"
+ROOT = Path(__file__).parent
+PACKAGE = (ROOT / "esm1nv_jax/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+)"', PACKAGE)[1]  # it stands there alone
 
 EXTRAS = {
     # Reading other tools' formats, and being read by them.
@@ -19,11 +22,11 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "biopython>=1.83",
-        "ruff>=0.12",
-        "zstandard>=0.23",
         "pyarrow>=17",
         "h5py>=3.11",
     ],
+    # Linter, formatter, types, import rules, and the hook that runs them before a commit.
+    "dev": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17", "pre-commit>=4"],
     # With them the tests compare with transformers, on random and on real weights.
     "interchange-test": ["torch>=2.6", "transformers>=5", "antiberty==0.1.3"],
     "cuda12": ["jax[cuda12]"],
@@ -36,7 +39,7 @@ setup(
     name="esm1nv_jax",
     version=VERSION,
     description="Pretrain, average, evaluate and serve ESM-1nv, a protein language model, in JAX",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

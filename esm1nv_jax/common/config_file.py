@@ -119,13 +119,13 @@ def _types(config, fields: list[str]) -> str:
 
 def flat(config: config_dict.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     """Every field under its dotted name."""
-    found = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if hasattr(value, "items"):
-            found |= flat(value, f"{prefix}{name}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            found[prefix + name] = value
-    return found
+            fields[prefix + name] = value
+    return fields
 
 
 def to_json(config: config_dict.ConfigDict) -> str:
