@@ -37,7 +37,7 @@ def fold(key, value):
 
 
 @np.errstate(over="ignore")
-def reaches(key, scaled, threshold):
+def hash_at_least(key, scaled, threshold):
     """`fold(key, value) >= threshold`, of scaled = value * GOLDEN, by fewer operations a value.
 
     What depends on the key alone is apart, for `^` and `>>` distribute. Of the last `x ^ (x >> 16)`

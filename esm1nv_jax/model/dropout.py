@@ -47,7 +47,7 @@ def threshold(rate: float) -> np.uint32:
 
 def keep(row_keys, element, rate: float):
     """bool: which elements stay. `element` is uint32, its index in the row, row-major."""
-    return hashing.reaches(row_keys, element * hashing.GOLDEN, threshold(rate))
+    return hashing.hash_at_least(row_keys, element * hashing.GOLDEN, threshold(rate))
 
 
 def dropout(x_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):

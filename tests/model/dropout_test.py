@@ -54,7 +54,7 @@ def test_the_shorter_comparison_is_that_of_the_hash(threshold):
     keys, values = draw.integers(2**32, size=(2, 2**20), dtype=np.uint32)
     hashes = hashing.fold(keys, values)
     for limit in (np.uint32(threshold), *hashes[:9], *(hashes[:9] ^ np.uint32(1))):
-        found = hashing.reaches(keys, values * hashing.GOLDEN, limit)
+        found = hashing.hash_at_least(keys, values * hashing.GOLDEN, limit)
         np.testing.assert_array_equal(found, hashes >= limit)
 
 
