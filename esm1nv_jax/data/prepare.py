@@ -54,7 +54,7 @@ class Preparation:
     validation: int = 5_000
     test: int = 1_000_000
     seed: int = 0
-    worker_pool: int = 1
+    workers: int = 1
     min_length: int = 1
     max_length: int | None = None
     groups: str | None = None
