@@ -23,11 +23,13 @@ def main(argv: list[str]) -> int:
 
     runtime.set_up()
     from esm1nv_jax.common import config_file
+    from esm1nv_jax.training.run_config import RunConfig
     from esm1nv_jax.training.train import train
 
     path, _, arg = options.config.partition(":")
     config = config_file.override(config_file.load(path, arg), overrides)
-    return train(config, options.workdir or f"runs/{Path(path).stem}", options.strict)
+    run_config = RunConfig.from_config_dict(config)
+    return train(run_config, options.workdir or f"runs/{Path(path).stem}", options.strict)
 
 
 if __name__ == "__main__":

@@ -90,20 +90,22 @@ from esm1nv_jax.common import config_file
 from esm1nv_jax.data.source import open_split
 from esm1nv_jax.data.stream_config import stream_config
 from esm1nv_jax.data.pipeline import Place, train_batches
-from esm1nv_jax.training import run_config, sharding, step, train
-config = config_file.load("configs/pretrain_small.py")
+from esm1nv_jax.training import sharding, step
+from esm1nv_jax.training.run_config import RunConfig
+config = RunConfig.from_config_dict(config_file.load("configs/pretrain_small.py"))
 device = jax.devices()[0]
 source = open_split("sample", "train")
 mesh = sharding.make_mesh([device])
-settled = run_config.fitted(run_config.step_config(config), config, device)
-stream = stream_config(config, settings.global_rows(config, source.lengths, 1))
-update, _ = step.compiled(settled, mesh)
+settled = config.step_config(device)
+stream = stream_config(config, config.global_rows(source.lengths, 1))
+update, _ = step.jit_steps(settled, mesh)
 layout = sharding.sharding(mesh, "state")
 state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settled)
 batches, losses = train_batches(source, stream, Place()), []
+place = lambda batch: sharding.place_on_devices(batch, settled.objective.batch_dtypes, mesh)
 for _ in range(3):
-    state, values = update(state, train.on_devices(next(batches)[0], mesh))
-    values = values.fetched()
+    state, values = update(state, place(next(batches)[0]))
+    values = values.fetch()
     losses.append(values["loss"] / values["selected"])
 print(json.dumps({"losses": losses, "finite": values["finite"],
                   "peak": device.memory_stats()["peak_bytes_in_use"]}))

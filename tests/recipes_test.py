@@ -11,7 +11,7 @@ from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model.encoder import EncoderConfig, parameter_count
 from esm1nv_jax.training import optimizer, sharding, step
-from esm1nv_jax.training.run_config import global_rows, step_config
+from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +23,11 @@ QUICK = (
     "--config.evaluation.batches=1",
     "--config.data.row_length=64",
 )
+
+
+def run_config(path, arg=""):
+    return RunConfig.from_config_dict(config_file.load(path, arg))
+
 
 # What the card and the framework's configuration say, as plain values.
 PUBLISHED = {
@@ -91,7 +96,7 @@ def test_the_parameter_counts_are_those_of_the_original(reading, parameters):
 
 
 def test_the_rate_at_the_points_the_card_names():
-    rate = optimizer.schedule(step_config(config_file.load(RECIPE)).optimizer)
+    rate = optimizer.schedule(run_config(RECIPE).optimizer)
     cosine = 2e-5 + 0.5 * 1.8e-4 * (1 + np.cos(np.pi * (349_500 - 500) / (950_000 - 500)))
     expected = {0: 0, 250: 1e-4, 500: 2e-4, 349_500: cosine, 950_000: 2e-5, 957_610: 2e-5}
     np.testing.assert_allclose([rate(n) for n in expected], list(expected.values()), rtol=1e-5)
@@ -100,8 +105,7 @@ def test_the_rate_at_the_points_the_card_names():
 def test_a_device_sees_370_sequences_packed_or_padded():
     lengths = np.full(5000, 286)
     for reading, rows in (("card", round(370 * 288 / 1152)), ("padded", 370)):
-        config = config_file.load(RECIPE, reading)
-        assert global_rows(config, lengths, devices=176) == 176 * rows
+        assert run_config(RECIPE, reading).global_rows(lengths, num_devices=176) == 176 * rows
 
 
 @pytest.mark.parametrize(
@@ -140,8 +144,8 @@ def test_a_wrong_argument_is_one_line(arg, said):
 
 @pytest.mark.parametrize(("steps", "warmup"), [(520, 40), (20, 2), (1, 0)])
 def test_a_quickstart_may_be_short(steps, warmup):
-    config = config_file.load(ROOT / "configs/quickstart.py", f"steps={steps}")
-    assert step_config(config).optimizer.warmup == warmup
+    config = run_config(ROOT / "configs/quickstart.py", f"steps={steps}")
+    assert config.optimizer.warmup == warmup
 
 
 ABLATIONS = {
@@ -164,7 +168,7 @@ def test_an_ablation_changes_one_thing_and_can_be_trained(name):
     config = config_file.load(ROOT / f"configs/ablations/{name}.py", "shipped,width=64")
     found = config_file.flat(config)
     assert {k for k in found if found[k] != parent[k]} == ABLATIONS[name]
-    step.create_state(step_config(config))
+    step.create_state(RunConfig.from_config_dict(config).step_config(jax.devices()[0]))
 
 
 def test_two_phases_on_fewer_devices_are_one_run(tmp_path, monkeypatch):
@@ -177,10 +181,10 @@ def test_two_phases_on_fewer_devices_are_one_run(tmp_path, monkeypatch):
             config_file.load(RECIPE, f"{phase},{tiny}"),
             [*QUICK, f"--config.steps={stop}", "--config.batch.sequences_per_device=4"],
         )
-        assert train(config, str(tmp_path)) == 0
+        assert train(RunConfig.from_config_dict(config), str(tmp_path)) == 0
     for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
         if line["kind"] == "train":
-            losses[line["step"]] = line["sequences_per_update"]
+            losses[line["step"]] = line["sequences_per_step"]
     assert sorted(losses) == [1, 2, 3, 4, 5]
     # As in the original, fewer devices are a smaller batch: 4 rows' worth a device.
     assert np.mean([losses[4], losses[5]]) < np.mean([losses[1], losses[2], losses[3]])

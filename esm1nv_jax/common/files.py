@@ -6,6 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+from etils import epath
 
 from esm1nv_jax.common.errors import UserError
 
@@ -37,3 +40,8 @@ def writing(path: str) -> Iterator[None]:
 def write(path: str, text: str) -> None:
     with writing(path):
         Path(path).write_text(text)
+
+
+def open_append(path: epath.Path) -> IO[bytes]:
+    """Open a file for appending; without a buffer, where it is on a file system of this host."""
+    return path.open("ab") if "://" in str(path) else open(path, "ab", buffering=0)

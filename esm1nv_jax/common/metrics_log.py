@@ -1,24 +1,113 @@
-"""The figures of a run, as it keeps them: `metrics.jsonl` in its folder, a JSON object a line."""
+"""The metrics of a run: `metrics.jsonl` in its folder, one JSON object a line, and TensorBoard."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import time
 from typing import Any
 
 from etils import epath
 
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.files import open_append
+
 FILE = "metrics.jsonl"
 
 
-def read(run: epath.PathLike) -> list[dict[str, Any]]:
-    """Every line in its order, but for those that a crash or a full disk has cut short.
+def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+    """Return every line in order, but for those that a crash or a full disk has cut short.
 
-    Raises OSError where there is no such file.
+    Raises OSError where the file cannot be read.
     """
-    found = []
-    for line in (epath.Path(run) / FILE).read_text().splitlines():
+    records = []
+    for line in (epath.Path(run_dir) / FILE).read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             continue
-    return [line for line in found if isinstance(line, dict) and "kind" in line]
+    return [record for record in records if isinstance(record, dict) and "kind" in record]
+
+
+class MetricsWriter:
+    """Appends metrics to both files, on process 0 only; a context manager.
+
+    Lines after `step`, left by a run that died after its last checkpoint, are dropped first, so
+    that every step stands once. A full disk does not end the run: lines wait in memory until there
+    is room again.
+    """
+
+    def __init__(self, run_dir: epath.Path, step: int, enabled: bool):
+        self.enabled = enabled
+        if not enabled:
+            return
+        self.path = run_dir / FILE
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step(line) <= step]
+        if len(kept) < len(lines):
+            self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = open_append(self.path)
+        self._pending, self._warned = b"", False
+        self._events, self._events_dir = None, run_dir / "tensorboard"
+        self._write_events(step + 1, {"session_log": {"status": 1}})  # hides what was dropped
+
+    def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Append one line. `kind` is 'train', 'validation' or 'hosts'."""
+        if not self.enabled:
+            return
+        from tensorboardX.summary import scalar
+
+        record = {"step": step, "kind": kind, "time": round(time.time(), 3)} | metrics
+        self._pending += json.dumps(record).encode() + b"\n"
+        self._append()
+        summaries = ({"summary": scalar(f"{kind}/{name}", x)} for name, x in metrics.items())
+        self._write_events(step, *summaries)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if not self.enabled:
+            return
+        self._append()
+        self._file.close()
+        if self._pending:
+            lost = self._pending.count(b"\n")
+            console.print(f"{lost} lines of {self.path} found no room and are lost")
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)  # whole lines only
+
+    def _append(self) -> None:
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._warned:
+                console.print(
+                    f"{self.path} cannot be written ({error.strerror}): metrics wait in memory "
+                    "until there is room"
+                )
+            self._warned = True
+
+    def _write_events(self, step: int, *contents: dict) -> None:
+        """Write TensorBoard events; after a failure the next ones begin another file."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+
+        try:
+            if self._events is None:
+                self._events_dir.mkdir(parents=True, exist_ok=True)
+                self._events = EventsWriter(str(self._events_dir / "events"))
+            for content in contents:
+                self._events.write_event(Event(wall_time=time.time(), step=step, **content))
+            self._events.flush()
+        except OSError:
+            self._events = None
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinite for one cut short by a crash, so that it is dropped."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

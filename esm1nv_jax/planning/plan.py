@@ -76,17 +76,19 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.model.kernels.flash_gpu import Blocks
     from esm1nv_jax.planning.hlo import Program
     from esm1nv_jax.planning.roofline import estimate, load_of
-    from esm1nv_jax.training import run_config, sharding, step
+    from esm1nv_jax.training import sharding, step
     from esm1nv_jax.training.metrics import training_flops
+    from esm1nv_jax.training.run_config import RunConfig
 
     chip = chips.chip(chip_name)
     devices = chips.devices(chip, hosts, per_host)
-    settled = run_config.fitted(run_config.step_config(config), config, devices[0])
+    run_config = RunConfig.from_config_dict(config)
+    settled = run_config.step_config(devices[0])
     source = open_split(config.data.path or SAMPLE, "train")
-    rows = run_config.global_rows(config, source.lengths, len(devices))
-    stream = stream_config(config, rows)
+    rows = run_config.global_rows(source.lengths, len(devices))
+    stream = stream_config(run_config, rows)
     batch, _ = next(train_batches(source, stream, Place(), slice(0, rows // len(devices))))
-    load = load_of(batch, settled.masking.rate, Blocks())
+    load = load_of(batch, run_config.masking.rate, Blocks())
 
     mesh = sharding.make_mesh(devices)
     state, compiled, seconds = compile_step(settled, mesh, rows, config.data.row_length, step)
@@ -102,9 +104,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
         per_host,
     )
     memory = memory_of(compiled, program, state, jax)
-    useful = training_flops(
-        settled.model, {"tokens": load.tokens, "squares": load.squares, "selected": load.selected}
-    )
+    useful = training_flops(settled.model, load.tokens, load.squares, load.selected)
     return Plan(
         chip=chip.name,
         hosts=hosts,
@@ -150,25 +150,12 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
 def compile_step(settled, mesh, rows: int, row_length: int, step):
     """(abstract state, the compiled update, seconds it took), without allocating anything."""
     import jax
-    import jax.numpy as jnp
 
-    from esm1nv_jax.training.sharding import sharding
-
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, "state")),
-        jax.eval_shape(lambda: step.create_state(settled)),
-    )
-    batch = {
-        name: jax.ShapeDtypeStruct(
-            (rows, row_length),
-            jnp.uint32 if name == "mask_bits" else jnp.int32,
-            sharding=sharding(mesh, "batch"),
-        )
-        for name in step.ON_DEVICE
-    }
+    state = step.abstract_state(settled, mesh)
+    batch = step.abstract_batch(settled, mesh, rows, row_length)
     start = time.perf_counter()
     try:
-        compiled = step.compiled(settled, mesh)[0].lower(state, batch).compile()
+        compiled = step.jit_steps(settled, mesh)[0].lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -219,7 +206,7 @@ def compared(config, field: str) -> list[tuple[str, Any]]:
 
 
 def measured(workdir: str) -> dict[str, float]:
-    """Median figures of the training lines of a run: seconds_per_update, mfu where it is known."""
+    """Median figures of the training lines of a run: seconds_per_step, mfu where it is known."""
     if not (Path(workdir) / metrics_log.FILE).is_file():
         raise UserError(
             f"--against {workdir} holds no {metrics_log.FILE}; name the folder of a run"
@@ -228,7 +215,7 @@ def measured(workdir: str) -> dict[str, float]:
     lines = [line for line in lines if line["kind"] == "train"][1:]  # the first one compiled
     if not lines:
         raise UserError(f"{workdir} has fewer than two lines of training; let the run go on")
-    names = ("seconds_per_update", "tokens_per_second", "mfu")
+    names = ("seconds_per_step", "tokens_per_second", "mfu")
     return {
         name: statistics.median(line[name] for line in lines) for name in names if name in lines[0]
     }

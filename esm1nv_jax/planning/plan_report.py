@@ -84,7 +84,7 @@ def show(plan: Plan, flags: str, measured: dict[str, float] | None) -> None:
         f"{ATTENTION_EFFICIENCY:.0%} inside attention"
     )
     if measured:
-        seconds = measured["seconds_per_update"]
+        seconds = measured["seconds_per_step"]
         console.print(
             f"measured     {seconds * 1e3:.1f} ms an update: {seconds / plan.seconds:.2f} times "
             f"the estimate; {measured['tokens_per_second']:,.0f} residues/s"

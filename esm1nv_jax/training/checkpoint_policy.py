@@ -5,11 +5,11 @@ Process 0 alone saves (every device holds the whole state), so it alone looks at
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from esm1nv_jax.checkpoints import manager
 from esm1nv_jax.common.console import console
@@ -18,15 +18,27 @@ from esm1nv_jax.common.errors import UserError
 ON_ERROR = ("continue", "stop")
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run saves, and what it keeps; the fields of the config's group `checkpoint`."""
+
+    every: int
+    minutes: float
+    keep: int
+    keep_every: int
+    on_error: str
+
+    def __post_init__(self):
+        if self.on_error not in ON_ERROR:
+            raise UserError(
+                f"checkpoint.on_error={self.on_error!r} is unknown; there are {', '.join(ON_ERROR)}"
+            )
+
+
 class Saving:
     """The checkpoints of a run by the policy in `config.checkpoint`."""
 
-    def __init__(self, run_folder: epath.Path, policy: ConfigDict, strict: bool = False):
-        if policy.on_error not in ON_ERROR:
-            raise UserError(
-                f"checkpoint.on_error={policy.on_error!r} is unknown; there are "
-                f"{', '.join(ON_ERROR)}"
-            )
+    def __init__(self, run_folder: epath.Path, policy: CheckpointConfig, strict: bool = False):
         self.policy = policy
         self.checkpoints = manager.Checkpoints(run_folder, policy.keep, policy.keep_every)
         self.best = manager.Checkpoints(run_folder, 1, folder=manager.BEST)
@@ -86,3 +98,9 @@ class Saving:
             if self.policy.on_error == "stop":
                 raise manager.SaveError(f"{error}; {newest}; make room and start again") from None
             console.print(f"{error}; {newest}; training goes on and saves again when next due")
+
+    def describe_newest(self) -> str:
+        """Return one phrase about the newest checkpoint, once it is on disk."""
+        self.checkpoints.wait()
+        steps = self.checkpoints.steps()
+        return f"checkpoint {steps[-1]} in {self.checkpoints.folder}" if steps else "none saved yet"

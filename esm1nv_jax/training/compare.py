@@ -1,4 +1,4 @@
-"""`esm1nv compare`: runs side by side. What differs, the curves in one plot, a table over seeds."""
+"""`esm1nv compare`: runs side by side: differing fields, validation curves, a table over seeds."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from esm1nv_jax.common import arguments, config_file, files, metrics_log
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import Page, figure
+from esm1nv_jax.training.run_config import changes_learning
 from esm1nv_jax.training.workdir import CONFIG
 
-FIGURE = "perplexity_mask"  # the one figure in which recipes can be compared
-UNIMPORTANT = ("steps", "platform", "checkpoint.", "log.", "evaluation.", "data.path")
+METRIC = "perplexity_mask"  # the one metric in which recipes can be compared
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as it lies on the disk: `config` under dotted names, `validation` by ascending step."""
+    """A run as it is on disk: `config` by dotted field, `validation` lines by ascending step."""
 
     name: str
     config: dict[str, Any]
@@ -34,23 +34,23 @@ class Run:
 
     @property
     def recipe(self) -> tuple:
-        """Equal for runs that differ by their seed alone."""
+        """Every field that changes what is learned or asked, but the seed."""
         return tuple(
             (name, value)
             for name, value in sorted(self.config.items())
-            if name != "seed" and not name.startswith(UNIMPORTANT)
+            if name != "seed" and changes_learning(name)
         )
 
     def at(self, step: int) -> float:
-        """Validation figure after `step` updates; NaN where there is none."""
-        return next((x[FIGURE] for x in self.validation if x["step"] == step), math.nan)
+        """Return the validation metric after `step` steps; NaN where there is none."""
+        return next((x[METRIC] for x in self.validation if x["step"] == step), math.nan)
 
 
 def main(argv: list[str]) -> None:
     parser = arguments.Parser(
         "compare",
         "Set runs side by side: what differs in their configs, validation perplexity at <mask>\n"
-        "against updates, and mean and spread over seeds.",
+        "against steps, and mean and spread over seeds.",
         "esm1nv compare runs/card-0 runs/card-1 runs/shipped-0 --out compare.html",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     if options.out and Path(options.out).suffix not in (".html", ".png"):
         raise UserError(f"--out {options.out} must end in .html or .png")
     runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
-    differences, table = differing(runs), over_seeds(runs)
+    differences, table = differing_fields(runs), over_seeds(runs)
     if differences:
         shown = Table("field", *(run.name for run in runs), title="What differs")
         for name, values in differences.items():
@@ -68,22 +68,22 @@ def main(argv: list[str]) -> None:
         console.print(shown)
     else:
         console.print("The configs do not differ.")
-    shown = Table(*HEAD, title="Validation perplexity at <mask>, by recipe")
+    shown = Table(*HEADER, title="Validation perplexity at <mask>, by recipe")
     for row in table:
         shown.add_row(*cells(row))
     console.print(shown)
     if options.out:
         if options.out.endswith(".png"):
             with files.writing(options.out):
-                curves(runs).savefig(options.out, dpi=110)
+                plot_curves(runs).savefig(options.out, dpi=110)
         else:
             files.write(options.out, page(runs, differences, table).text())
         console.print(f"wrote  {options.out}", markup=False)
 
 
 def read(paths: list[str]) -> list[Run]:
-    """Raises UserError for a folder that is no run, or has not validated yet."""
-    found = []
+    """Read runs. Raises UserError for a folder that is no run, or has not validated yet."""
+    runs = []
     for path, name in zip(paths, _names(paths), strict=True):
         folder = Path(path)
         try:
@@ -98,22 +98,22 @@ def read(paths: list[str]) -> list[Run]:
             raise UserError(f"{path}: {CONFIG} cannot be read ({error})") from None
         kinds = {k: [x for x in lines if x["kind"] == k] for k in ("validation", "train")}
         if not kinds["validation"]:
-            raise UserError(f"{path} has no validation figure yet; let it run on, or leave it out")
-        found.append(Run(name, config, kinds["validation"], kinds["train"]))
-    return found
+            raise UserError(f"{path} has no validation metrics yet; let it run on, or leave it out")
+        runs.append(Run(name, config, kinds["validation"], kinds["train"]))
+    return runs
 
 
-def differing(runs: list[Run]) -> dict[str, list[Any]]:
-    """Field to its value in every run, for the fields that are not the same in all."""
+def differing_fields(runs: list[Run]) -> dict[str, list[Any]]:
+    """Return, for every field that is not the same in all runs, its value in each."""
     names = sorted(set().union(*(run.config for run in runs)))
     rows = {name: [run.config.get(name, "-") for run in runs] for name in names}
     return {name: values for name, values in rows.items() if len(set(map(str, values))) > 1}
 
 
 def over_seeds(runs: list[Run]) -> list[dict[str, Any]]:
-    """One row a recipe, best first: its runs, and mean and spread of the last figure they share.
+    """Return one row a recipe, best first: its runs, mean and spread of the metric they share.
 
-    Runs of one recipe are compared at the last update at which all of them validated. The spread
+    Runs of one recipe are compared at the last step at which all of them validated. The spread
     is the sample standard deviation over runs, NaN for one run.
     """
     recipes: dict[tuple, list[Run]] = {}
@@ -136,7 +136,7 @@ def over_seeds(runs: list[Run]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["mean"])
 
 
-HEAD = ("runs", "seeds", "update", "mean", "spread")
+HEADER = ("runs", "seeds", "step", "mean", "spread")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -145,14 +145,14 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [", ".join(row["runs"]), seeds, f"{row['step']:,}", f"{row['mean']:.3f}", spread]
 
 
-def curves(runs: list[Run]):
-    """The plot: validation perplexity of every run against updates."""
+def plot_curves(runs: list[Run]):
+    """Plot the validation perplexity of every run against steps."""
     plot, axis = figure(height=4.2)
     colour_of: dict[tuple, str] = {}
     for run in runs:
         known = run.recipe in colour_of
         colour = colour_of.setdefault(run.recipe, COLOURS[len(colour_of) % len(COLOURS)])
-        points = [(x["step"], x[FIGURE]) for x in run.validation]
+        points = [(x["step"], x[METRIC]) for x in run.validation]
         axis.plot(
             *zip(*points, strict=True),
             "o-" if not known else "o--",
@@ -161,9 +161,9 @@ def curves(runs: list[Run]):
             ms=3,
             lw=1.2,
         )
-    axis.set(xlabel="update", ylabel="validation perplexity, <mask> only")
+    axis.set(xlabel="step", ylabel="validation perplexity, <mask> only")
     axis.legend(frameon=False, fontsize=8)
-    learned = [x[FIGURE] for run in runs for x in run.validation if x["step"] > 0]
+    learned = [x[METRIC] for run in runs for x in run.validation if x["step"] > 0]
     if learned:  # the untrained model, at about 30, would flatten all that follows
         axis.set_ylim(min(learned) - 0.2, max(learned) + 0.2)
     return plot
@@ -171,10 +171,10 @@ def curves(runs: list[Run]):
 
 def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Page:
     made = Page("Runs side by side")
-    made.plot(curves(runs), "validation perplexity of every run against updates")
+    made.plot(plot_curves(runs), "validation perplexity of every run against steps")
     made.note("One colour a recipe; dashed lines are further seeds of it.")
     made.heading("Over seeds")
-    made.table(HEAD, [cells(row) for row in table])
+    made.table(HEADER, [cells(row) for row in table])
     made.note("Spread is the sample standard deviation over runs of one recipe.")
     made.heading("What differs")
     if differences:
@@ -188,7 +188,7 @@ def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Pa
 
 
 def _names(paths: list[str]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as tell them apart."""
     parts = [Path(path).absolute().parts for path in paths]
     for n in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-n:]) for p in parts]

@@ -1,5 +1,5 @@
-"""Figures for each process, to find a straggler: step times themselves are the same everywhere,
-because every update waits for the slowest."""
+"""Time and logs of each process, to find a straggler: the time of a step is the same everywhere,
+because every step waits for the slowest process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import numpy as np
 from etils import epath
 
 from esm1nv_jax.common.console import console
-from esm1nv_jax.training import workdir
-from esm1nv_jax.training.process_group import Team
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.files import open_append
+from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.watchdog import Watchdog
 
-PROBE_SIZE = 1024  # two products of so many squared: 4 GFLOP
-NOTES = "hosts/"
+PROBE_SIZE = 1024  # the probe is two products of square matrices of this size: 4 GFLOP
+KEY = "hosts/"
 
 
 class HostClock:
@@ -34,58 +35,59 @@ class HostClock:
     product on this process's first device alone, taken when nothing else runs on it.
     """
 
-    def __init__(self, team: Team, device: jax.Device):
-        self.team = team
+    def __init__(self, group: ProcessGroup, device: jax.Device):
+        self.group = group
         with jax.default_device(device):
-            self.square = jnp.asarray(np.full((PROBE_SIZE, PROBE_SIZE), 1e-3, np.float32))
-            self.product = jax.jit(lambda x: jnp.sum(x @ x @ x)).lower(self.square).compile()
+            self._matrix = jnp.asarray(np.full((PROBE_SIZE, PROBE_SIZE), 1e-3, np.float32))
+            self._product = jax.jit(lambda x: jnp.sum(x @ x @ x)).lower(self._matrix).compile()
         self.probe_seconds = 0.0
-        self.start(0.0)
+        self.restart()
 
-    def start(self, waited: float) -> None:
-        self.began, self.data_waited, self.device_waited = time.perf_counter(), waited, 0.0
+    def restart(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = {"data_wait": 0.0, "device_wait": 0.0}
 
     @contextlib.contextmanager
-    def waiting(self):
-        """Time spent inside is the device's."""
-        began = time.perf_counter()
+    def waiting(self, name: str) -> Iterator[None]:
+        """Count the time spent inside as `name`: 'data_wait' or 'device_wait'."""
+        start = time.perf_counter()
         yield
-        self.device_waited += time.perf_counter() - began
+        self._waited[name] += time.perf_counter() - start
 
     def probe(self) -> None:
-        """Times the product, twice: the first may still find the device busy."""
+        """Time the product, twice: the first may still find the device busy."""
         for _ in range(2):
-            began = time.perf_counter()
-            self.product(self.square).block_until_ready()
-            self.probe_seconds = time.perf_counter() - began
+            start = time.perf_counter()
+            self._product(self._matrix).block_until_ready()
+            self.probe_seconds = time.perf_counter() - start
 
-    def take(self, waited: float) -> dict[str, float]:
-        """Figures of all processes, `name/process`, on process 0; elsewhere this one's.
+    def take(self) -> dict[str, float]:
+        """Return the metrics of all processes, `name/process`, on process 0; elsewhere this one's.
 
-        `waited` is all the time that batches were ever waited for. Process 0 waits for nobody: it
-        takes what the others said last, which may be one line of the log old.
+        Process 0 waits for nobody: it takes what the others published last, which may be one line
+        of the log old.
         """
-        wall = time.perf_counter() - self.began
-        data, device = (waited - self.data_waited) / wall, self.device_waited / wall
-        mine = {"data_wait": data, "device_wait": device, "host_time": max(0, 1 - data - device)}
+        wall = time.perf_counter() - self._start
+        mine = {name: seconds / wall for name, seconds in self._waited.items()}
+        mine["host_time"] = max(0.0, 1 - sum(mine.values()))
         if self.probe_seconds:
             mine["probe_seconds"] = self.probe_seconds
-        self.start(waited)
-        notes = {self.team.process: mine}
-        if self.team.client is not None:
-            me = str(self.team.process)
-            self.team.client.key_value_set(NOTES + me, json.dumps(mine), allow_overwrite=True)
-            if self.team.process == 0:
-                for key, note in self.team.client.key_value_dir_get(NOTES):
-                    notes[int(key.rpartition("/")[2])] = json.loads(note)
+        self.restart()
+        by_process = {self.group.index: mine}
+        if self.group.client is not None:
+            key = f"{KEY}{self.group.index}"
+            self.group.client.key_value_set(key, json.dumps(mine), allow_overwrite=True)
+            if self.group.is_primary:
+                for key, message in self.group.client.key_value_dir_get(KEY):
+                    by_process[int(key.rpartition("/")[2])] = json.loads(message)
         return {
             f"{name}/{process}": value
-            for process, figures in sorted(notes.items())
-            for name, value in figures.items()
+            for process, metrics in sorted(by_process.items())
+            for name, value in metrics.items()
         }
 
 
-class Log(io.TextIOWrapper):
+class LogFile(io.TextIOWrapper):
     """A file that cannot end the run: lines for which the disk has no room are lost."""
 
     def write(self, text: str) -> int:
@@ -95,28 +97,32 @@ class Log(io.TextIOWrapper):
 
 
 @contextlib.contextmanager
-def log(run_folder: epath.Path, team: Team, watchdog: Watchdog) -> Iterator[TextIO]:
-    """The log of this host, `logs/HOST.log`, to which all its processes append.
+def open_host_log(run_dir: epath.Path, group: ProcessGroup, watchdog: Watchdog) -> Iterator[TextIO]:
+    """Open the log of this host, `logs/HOST.log`, to which all its processes append.
 
-    Stacks go there, and a line of figures from each process; what processes other than 0 would
+    Stacks go there, and a line of metrics from each process; what processes other than 0 would
     print goes there too, for one of them is enough on a terminal.
     """
-    folder = run_folder / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with Log(workdir.appending(folder / f"{team.host}.log"), write_through=True) as file:
-        note(file, 0, {}, f"process {team.process} of {team.processes} starts, pid {os.getpid()}")
-        watchdog.log_to(file)
-        if team.process:
-            console.file = file
+    folder = run_dir / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open_append(folder / f"{group.host}.log")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); choose another --workdir=DIR"
+        ) from None
+    with LogFile(file, encoding="utf-8", errors="backslashreplace", write_through=True) as log:
+        log_line(log, f"process {group.index} of {group.size} starts, pid {os.getpid()}")
+        watchdog.log_to(log)
+        if not group.is_primary:
+            console.file = log
         try:
-            yield file
+            yield log
         finally:
             watchdog.log_to(sys.stderr)
             console.file = None  # sys.stderr, whatever it is by then
 
 
-def note(file: TextIO, number: int, figures: dict[str, float], text: str = "") -> None:
-    """A line of the log of a host."""
-    shown = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(f"{now} {text or f'update {number}  {shown}'}", file=file, flush=True)
+def log_line(log: TextIO, text: str) -> None:
+    """Append a line with the time to the log of this host."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=log, flush=True)

@@ -1,12 +1,17 @@
-"""Figures of a run: from sums over batches to perplexities and rates."""
+"""Metrics of a run: from sums over batches to rates and utilisation."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import dataclasses
 import time
+from collections.abc import Callable, Iterator, Sequence
 
-from esm1nv_jax.model.encoder import EncoderConfig
+import jax
+import jax.numpy as jnp
+
+from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.model.encoder_config import EncoderConfig
 
 # Dense bf16 peak, FLOP/s a device, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -22,76 +27,89 @@ PEAK_FLOPS = {
 }
 
 
-def figures(sums: dict[str, float]) -> dict[str, float]:
-    """What a person reads, from sums over any number of batches.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScalarMetrics:
+    """Named scalars in one fp32 array [names], on their way from the devices to the host.
 
-    Perplexity is exp of the token-weighted mean cross-entropy: over all selected positions, and
-    over `<mask>` positions only (`_mask`), which alone is compared with baselines.
+    One array of the program for all: a host makes and fetches an array for each output of each
+    device after every step, and two dozen of them took it milliseconds.
     """
-    loss = sums["loss"] / max(sums["selected"], 1)
-    loss_mask = sums["loss_mask"] / max(sums["selected_mask"], 1)
-    return {
-        "loss": loss,
-        "perplexity": _exp(loss),
-        "loss_mask": loss_mask,
-        "perplexity_mask": _exp(loss_mask),
-        "accuracy_mask": sums["right_mask"] / max(sums["selected_mask"], 1),
-    }
+
+    values: jax.Array
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @staticmethod
+    def pack(scalars: dict[str, jax.Array]) -> ScalarMetrics:
+        values = jnp.stack([scalar.astype(jnp.float32) for scalar in scalars.values()])
+        return ScalarMetrics(values, tuple(scalars))
+
+    def fetch(self) -> dict[str, float]:
+        """Wait for the device and return the scalars on the host."""
+        return dict(zip(self.names, jax.device_get(self.values).tolist(), strict=True))
 
 
-def add(total: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
+def add_sums(total: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
+    """Return the sums by name of two dictionaries, the first of which may be empty."""
     return {name: total.get(name, 0.0) + value for name, value in sums.items()}
 
 
-def training_flops(config: EncoderConfig, sums: dict[str, float]) -> float:
-    """FLOPs that an update cannot do without: products of real tokens and attention within their
-    own sequences, forward and twice that backward; nothing for padding or rematerialisation."""
+def training_flops(
+    config: EncoderConfig, tokens: float, sum_squared_lengths: float, predictions: float
+) -> float:
+    """Return the FLOPs that training on these tokens cannot do without.
+
+    Products of real tokens and attention within their own sequences, forward and twice that
+    backward; nothing for padding or rematerialisation.
+    """
     width, layers = config.width, config.layers
     block = 4 * width**2 + 2 * width * config.ffn
-    forward = 2 * layers * block * sums["tokens"] + 4 * layers * width * sums["squares"]
-    head = 2 * (width**2 + 128 * width) * sums["selected"]
+    forward = 2 * layers * block * tokens + 4 * layers * width * sum_squared_lengths
+    head = 2 * (width**2 + vocabulary(config.vocabulary).size * width) * predictions
     return 3 * (forward + head)
 
 
-class Window:
-    """Consecutive updates between two lines of the log: their sums, and the time they took."""
+class ThroughputWindow:
+    """Consecutive steps between two lines of the log: their sums, and the time they took."""
 
-    def __init__(self, model: EncoderConfig, devices):
-        self.model, self.devices = model, list(devices)
-        self.peak = PEAK_FLOPS.get(self.devices[0].device_kind)
-        self.start()
+    def __init__(
+        self,
+        model: EncoderConfig,
+        devices: Sequence[jax.Device],
+        metrics_of: Callable[[dict[str, float]], dict[str, float]],
+    ):
+        self.model, self.num_devices, self.metrics_of = model, len(devices), metrics_of
+        self.peak = PEAK_FLOPS.get(devices[0].device_kind)
+        self.restart()
 
-    def start(self) -> None:
+    def restart(self) -> None:
         self.total: dict[str, float] = {}
-        self.updates, self.paused = 0, 0.0
-        self.began = time.perf_counter()
+        self.steps, self.paused = 0, 0.0
+        self.start = time.perf_counter()
 
     def add(self, sums: dict[str, float]) -> None:
-        self.total, self.updates = add(self.total, sums), self.updates + 1
+        self.total, self.steps = add_sums(self.total, sums), self.steps + 1
 
     @contextlib.contextmanager
-    def pause(self):
-        """Time spent inside is not the updates': evaluation and saving."""
-        began = time.perf_counter()
+    def pause(self) -> Iterator[None]:
+        """Time spent inside is not training time: evaluation and saving."""
+        start = time.perf_counter()
         yield
-        self.paused += time.perf_counter() - began
+        self.paused += time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """Figures of the window, which starts anew."""
-        total, seconds = self.total, time.perf_counter() - self.began - self.paused
+        """Return the metrics of the window, and begin another."""
+        total, seconds = self.total, time.perf_counter() - self.start - self.paused
         residues = total["tokens"] - 2 * total["sequences"]  # without <s> and </s>
-        found = figures(total) | {
+        metrics = self.metrics_of(total) | {
             "tokens_per_second": residues / seconds,
-            "seconds_per_update": seconds / self.updates,
-            "sequences_per_update": total["sequences"] / self.updates,
-            "padding_share": 1 - total["tokens"] / total["places"],
+            "seconds_per_step": seconds / self.steps,
+            "sequences_per_step": total["sequences"] / self.steps,
+            "padding_share": 1 - total["tokens"] / total["num_slots"],
         }
         if self.peak:
-            flops = training_flops(self.model, total)
-            found["mfu"] = flops / seconds / (self.peak * len(self.devices))
-        self.start()
-        return found
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
+            names = ("tokens", "sum_squared_lengths", "selected")
+            flops = training_flops(self.model, *(total[name] for name in names))
+            metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)
+        self.restart()
+        return metrics

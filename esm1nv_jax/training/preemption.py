@@ -1,7 +1,7 @@
-"""Leaving in good order: Ctrl-C and SIGTERM end a run after the update in hand, saved.
+"""Stopping in good order: SIGINT, SIGTERM and SIGHUP end a run after the current step, saved.
 
-With one process a signal is noted by a plain handler. With several, a SIGTERM to any of them goes
-through JAX's preemption service, which makes all of them leave after the same update.
+With one process a signal is recorded by a plain handler. With several, a SIGTERM to any of them
+goes through JAX's preemption service, which makes all of them stop after the same step.
 """
 
 from __future__ import annotations
@@ -15,49 +15,50 @@ from jax.experimental import multihost_utils
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED
 
-SAYING = "saving after this update (Ctrl-C again: leave at once, unsaved)"
+NOTICE = "saving after this step (Ctrl-C again: exit at once, unsaved)"
 
 
-class Leaving:
-    """While open, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once."""
+class PreemptionHandler:
+    """While entered, records the first signal; a second SIGINT interrupts at once.
 
-    def __init__(self, processes: int = 1):
-        self.processes = processes
+    SIGHUP, the signal of a lost terminal, is handled unless it is ignored, as under `nohup`.
+    """
+
+    def __init__(self, num_processes: int = 1):
+        self.num_processes = num_processes
         self.signal: int | None = None
-        self.leaving = False
+        self.stopping = False
 
-    def asked(self, number: int) -> bool:
-        """Whether to leave after update `number`: the same answer on every process.
-
-        Every process asks once an update.
-        """
-        if self.processes > 1:
-            self.leaving = multihost_utils.reached_preemption_sync_point(number)
+    def should_stop(self, step: int) -> bool:
+        """Return whether to stop after `step`: the same on every process. Call it every step."""
+        if self.num_processes > 1:
+            self.stopping = multihost_utils.reached_preemption_sync_point(step)
         else:
-            self.leaving = self.signal is not None
-        return self.leaving
+            self.stopping = self.signal is not None
+        return self.stopping
 
     @property
-    def status(self) -> int:
-        """The exit status that the signal asks for."""
+    def exit_status(self) -> int:
         return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_SAVED
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return  # after a Ctrl-C, launch/local.sh sends a SIGTERM, too
         self.signal = number
-        console.print(f"{signal.Signals(number).name}: {SAYING}")
-        if self.processes > 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # which the preemption service tells all
+        console.print(f"{signal.Signals(number).name}: {NOTICE}")
+        if self.num_processes > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # the preemption service tells all processes
 
-    def __enter__(self) -> Leaving:
+    def __enter__(self) -> PreemptionHandler:
         # The preemption service has a handler of its own for SIGTERM, which must stay.
-        handled = (signal.SIGINT,) if self.processes > 1 else (signal.SIGINT, signal.SIGTERM)
-        self.old = {number: signal.signal(number, self._note) for number in handled}
+        handled = [signal.SIGINT] if self.num_processes > 1 else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.old.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

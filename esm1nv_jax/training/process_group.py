@@ -1,7 +1,7 @@
-"""Many processes, one run: how they find each other, compare notes, and end together.
+"""The processes of a run: how they start, exchange small messages, and end together.
 
-Notes go through the key-value store of JAX's coordination service, never through a collective of
-the devices: a note can be waited for with a time-out, and a missing one has a name.
+Messages go through the key-value store of JAX's coordination service, never through a collective
+of the devices: waiting for one has a timeout, and a missing one can be named.
 """
 
 from __future__ import annotations
@@ -10,209 +10,159 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from esm1nv_jax.checkpoints.manager import SaveError
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
-from esm1nv_jax.training.watchdog import END, Watchdog, told
+from esm1nv_jax.training.launcher import initialize_arguments, promised_devices
+from esm1nv_jax.training.watchdog import ABORT_KEY, Watchdog, abort_message
 
-LOST_AFTER = 18  # seconds without a sign of life, then a process counts as lost
+LOST_AFTER = 18  # seconds without a heartbeat, then a process counts as lost
 # Seconds; then JAX itself aborts, should the watchdog fail to act. It counts from a heartbeat that
 # was sent up to half of this before a peer fell silent: half must be well above LOST_AFTER.
-HEARTBEAT = 60
-FEW = 6  # names shown in a message
-BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")  # and launch/local.sh
-PLAIN = (TimeoutError, SaveError)  # faults of the surroundings, whose message says it all
+JAX_HEARTBEAT_TIMEOUT = 60
+MAX_LISTED = 6  # processes named in a message
+# Faults of the environment, whose message is complete without a traceback.
+ENVIRONMENT_ERRORS = (TimeoutError, SaveError)
 
 
-class Team:
-    """The processes of this run, seen from one of them. Alone, every call returns at once."""
+class ProcessGroup:
+    """The processes of this run, seen from one of them; with one process every call returns at
+    once. Each `key` can be used once."""
 
-    def __init__(self, start_timeout: float = 300.0):
-        self.process, self.processes = jax.process_index(), jax.process_count()
-        self.host, self.timeout = socket.gethostname(), start_timeout
+    def __init__(self, timeout: float = 300.0):
+        self.index, self.size = jax.process_index(), jax.process_count()
+        self.host, self.timeout = socket.gethostname(), timeout
         self.client = None
-        if self.processes > 1:
-            from jax._src import distributed  # the store has no public name yet
+        if self.size > 1:
+            from jax._src import distributed  # the key-value store has no public name yet
 
             self.client = distributed.global_state.client
 
-    def gather(self, name: str, note: str, timeout: float | None = None) -> list[str]:
-        """The notes of all processes, in order, on process 0; elsewhere an empty list.
+    @property
+    def is_primary(self) -> bool:
+        """Whether this is process 0, which alone writes to the run's folder and the terminal."""
+        return self.index == 0
 
-        Each `name` serves once. Raises TimeoutError that names the processes not heard of.
+    def gather(self, key: str, message: str, timeout: float | None = None) -> list[str]:
+        """Return every process's message, in order, on process 0; an empty list elsewhere.
+
+        Raises TimeoutError that names the processes which sent none.
         """
         if self.client is None:
-            return [note]
-        if self.process:
-            self.client.key_value_set(f"{name}/{self.process}", note)
+            return [message]
+        if self.index:
+            self.client.key_value_set(f"{key}/{self.index}", message)
             return []
         deadline = time.monotonic() + (self.timeout if timeout is None else timeout)
-        notes, missing = [note], []
-        for process in range(1, self.processes):
-            left = max(1, int(1000 * (deadline - time.monotonic())))
+        messages, missing = [message], []
+        for process in range(1, self.size):
+            remaining_ms = max(1, int(1000 * (deadline - time.monotonic())))
             try:
-                notes.append(self.client.blocking_key_value_get(f"{name}/{process}", left))
+                messages.append(
+                    self.client.blocking_key_value_get(f"{key}/{process}", remaining_ms)
+                )
             except jax.errors.JaxRuntimeError:
                 missing.append(process)
         if missing:
-            raise TimeoutError(
-                f"no word ({name}) from processes {listed(missing)} of {self.processes}"
-            )
-        return notes
+            listed = ", ".join(map(str, missing[:MAX_LISTED]))
+            more = f" and {len(missing) - MAX_LISTED} more" if len(missing) > MAX_LISTED else ""
+            raise TimeoutError(f"no message ({key}) from processes {listed}{more} of {self.size}")
+        return messages
 
-    def announce(self, name: str, make: Callable[[], str], timeout: float | None = None) -> str:
-        """What `make` returns on process 0, on every process. Each `name` serves once."""
+    def broadcast(self, key: str, make: Callable[[], str], timeout: float | None = None) -> str:
+        """Return on every process what `make` returns on process 0."""
         if self.client is None:
             return make()
-        if self.process == 0:
-            note = make()
-            self.client.key_value_set(name, note)
-            return note
-        left = int(1000 * (self.timeout if timeout is None else timeout))
+        if self.is_primary:
+            message = make()
+            self.client.key_value_set(key, message)
+            return message
+        timeout_ms = int(1000 * (self.timeout if timeout is None else timeout))
         try:
-            return self.client.blocking_key_value_get(name, left)
+            return self.client.blocking_key_value_get(key, timeout_ms)
         except jax.errors.JaxRuntimeError:
-            raise TimeoutError(f"process 0 did not announce: {name}") from None
+            raise TimeoutError(f"process 0 did not broadcast: {key}") from None
 
-    def together(self, name: str, timeout: float | None = None) -> None:
-        """Waits until every process is here. Each `name` serves once."""
-        self.gather(f"{name} reached", "", timeout)
-        self.announce(f"{name} passed", str, timeout)
+    def barrier(self, key: str, timeout: float | None = None) -> None:
+        """Wait until every process has reached this barrier."""
+        self.gather(f"{key} reached", "", timeout)
+        self.broadcast(f"{key} passed", str, timeout)
 
-    def end_all(self, status: int, reason: str) -> None:
-        """Says why this process leaves early; the others read it within a second and follow."""
+    def abort_all(self, status: int, reason: str) -> None:
+        """Publish why this process ends the run; the others read it within a second and exit."""
         if self.client is None:
             return
-        note = json.dumps(
-            {"process": self.process, "host": self.host, "status": status, "reason": reason}
-        )
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or none hears
-            self.client.key_value_set(END, note)
+        abort = {"process": self.index, "host": self.host, "status": status, "reason": reason}
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or none listens
+            self.client.key_value_set(ABORT_KEY, json.dumps(abort))
             deadline = time.monotonic() + 5
-            while self.process == 0 and time.monotonic() < deadline:  # it holds the store
-                if len(self.client.key_value_dir_get("left/")) >= self.processes - 1:
+            while self.is_primary and time.monotonic() < deadline:  # it serves the store
+                if len(self.client.key_value_dir_get("left/")) >= self.size - 1:
                     break
                 time.sleep(0.1)
 
-    def ended(self) -> dict | None:
-        """What the first process that failed said, if one did."""
+    def abort_record(self) -> dict[str, Any] | None:
+        """Return what the first process that aborted the run published, if one did."""
         if self.client is None:
             return None
         try:
-            return json.loads(self.client.key_value_try_get(END))
+            return json.loads(self.client.key_value_try_get(ABORT_KEY))
         except jax.errors.JaxRuntimeError:
             return None
 
 
-def launched(environ: Mapping[str, str] = os.environ) -> dict | None:
-    """Arguments for `jax.distributed.initialize` that the launcher's variables ask for.
-
-    None where this process is alone: off a cluster, in a job of one task, or in an interactive
-    allocation without `srun`. An empty dictionary where JAX finds everything by itself.
-    Raises UserError where the launcher says too little.
-    """
-    address = environ.get("JAX_COORDINATOR_ADDRESS")
-    managed = "OMPI_COMM_WORLD_SIZE" in environ or "SLURM_JOB_ID" in environ
-    if any(name in environ for name in BY_HAND[managed:]):  # a manager needs the address at most
-        return _by_hand(environ)
-    if environ.get("ESM1NV_LAUNCHER") == "tpu_pod":
-        return {}
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
-        if "OMPI_MCA_orte_hnp_uri" in environ:  # Open MPI 4, which JAX knows
-            return {}
-        if not address:
-            raise UserError(
-                "Open MPI 5 does not tell JAX where process 0 is; start with launch/mpirun.sh, or "
-                "add -x JAX_COORDINATOR_ADDRESS=FIRST_HOST:PORT to mpirun"
-            )
-        return {
-            "coordinator_address": address,
-            "num_processes": int(environ["OMPI_COMM_WORLD_SIZE"]),
-            "process_id": int(environ["OMPI_COMM_WORLD_RANK"]),
-            "local_device_ids": int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
-        }
-    # A shell of `salloc` counts as a step of its own in some versions of Slurm, with one task,
-    # while SLURM_NTASKS speaks of the whole allocation.
-    if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return {}
-    return None
-
-
-def _by_hand(environ: Mapping[str, str]) -> dict:
-    address, count, process = (environ.get(name, "") for name in BY_HAND)
-    numbers = count.isdecimal() and process.isdecimal() and int(process) < int(count)
-    if not numbers or not re.fullmatch(r".+:\d+", address):
-        raise UserError(
-            f"{', '.join(f'{name}={environ.get(name)}' for name in BY_HAND)}: each process needs "
-            "all three, HOST:PORT of process 0, the number of processes, and its own from 0; unset "
-            "them to run one process alone"
-        )
-    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(process)}
-
-
-def promised_devices(processes: int, environ: Mapping[str, str] = os.environ) -> int:
-    """Devices that the launcher promised over all processes: at least one a process."""
-    said = environ.get("ESM1NV_DEVICES", "")
-    if said.isdecimal():
-        return int(said)
-    if said:
-        raise UserError(f"ESM1NV_DEVICES={said} is no number; set it to that of all devices")
-    if environ.get("SLURM_GPUS_ON_NODE", "").isdigit() and "SLURM_STEP_NUM_NODES" in environ:
-        return int(environ["SLURM_GPUS_ON_NODE"]) * int(environ["SLURM_STEP_NUM_NODES"])
-    return processes
-
-
 @contextlib.contextmanager
-def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[Team, Watchdog]]:
-    """Starts JAX on the cluster, if there is one, and keeps watch while the run lasts.
+def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[ProcessGroup, Watchdog]]:
+    """Start JAX on the cluster, if there is one, and watch the process while the body runs.
 
-    An exception that leaves the body ends the whole run: with several processes this one tells the
-    others why and goes at once, for an orderly shutdown would wait for those that are gone.
+    An exception that leaves the body ends the whole run: with several processes this one publishes
+    the reason and exits at once, since an orderly shutdown would wait for those that are gone.
     """
-    arguments = launched()
+    arguments = initialize_arguments()
     if arguments is not None:
         _initialize(arguments, start_timeout)
-    team = Team(start_timeout)
-    with Watchdog(team, max(start_timeout, stall_timeout), LOST_AFTER) as watchdog:
+    group = ProcessGroup(start_timeout)
+    with Watchdog(group, max(start_timeout, stall_timeout), LOST_AFTER) as watchdog:
         try:
-            yield team, watchdog
+            yield group, watchdog
         except BaseException as error:
-            if team.processes > 1:
-                _leave(team, error)
-            if isinstance(error, PLAIN):
+            if group.size > 1:
+                _exit_group(group, error)
+            if isinstance(error, ENVIRONMENT_ERRORS):
                 print(f"error: {error}", file=sys.stderr)
                 raise SystemExit(1) from None
             raise
 
 
-def _initialize(arguments: dict, start_timeout: float) -> None:
+def _initialize(arguments: dict[str, Any], start_timeout: float) -> None:
     try:
         jax.distributed.initialize(
             **arguments,
             initialization_timeout=int(start_timeout),
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=600,  # the others wait while process 0 sums up the run
+            heartbeat_timeout_seconds=JAX_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=600,  # the others wait while process 0 summarises the run
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
         print(
-            f"the processes did not find each other in {start_timeout:.0f} s: {first}; look for "
-            "one that did not start, and see docs/clusters.md",
+            f"the processes did not find each other in {start_timeout:.0f} s: "
+            f"{str(error).splitlines()[0]}; look for one that did not start, and see "
+            "docs/clusters.md",
             file=sys.stderr,
         )
         os._exit(1)
 
 
-def _leave(team: Team, error: BaseException) -> None:
+def _exit_group(group: ProcessGroup, error: BaseException) -> None:
+    """End this process of several because of `error`, telling the others why."""
     status, reason = 1, f"{type(error).__name__}: {error}"
     if isinstance(error, UserError):
         status, reason = EXIT_USER, str(error)
@@ -220,77 +170,71 @@ def _leave(team: Team, error: BaseException) -> None:
         status, reason = EXIT_INTERRUPTED, "Ctrl-C"
     elif isinstance(error, SystemExit):
         status = error.code if isinstance(error.code, int) else 1
-    said = team.ended()
-    if said is not None and said["process"] != team.process:
-        print(told(said), file=sys.stderr, flush=True)
-        os._exit(said["status"])
-    if isinstance(error, (UserError, *PLAIN)):
+    abort = group.abort_record()
+    if abort is not None and abort["process"] != group.index:
+        print(abort_message(abort), file=sys.stderr, flush=True)
+        os._exit(abort["status"])
+    if isinstance(error, (UserError, *ENVIRONMENT_ERRORS)):
         print(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
-    if _from_a_peer(error):
+    # An exception of a collective only says that a peer is gone, so that the cause is elsewhere.
+    if any(word in str(error) for word in ("Gloo", "gloo", "NCCL", "coordination service")):
         print(
-            f"process {team.process} on {team.host} lost its connection to a peer; the launcher "
-            "names the one that died. Started again, the run goes on from its newest checkpoint",
+            f"process {group.index} on {group.host} lost its connection to a peer; the launcher "
+            "names the one that died. Started again, the run resumes from its newest checkpoint",
             file=sys.stderr,
         )
     else:
-        team.end_all(status, reason)
+        group.abort_all(status, reason)
     sys.stderr.flush()
     os._exit(status)
 
 
-def _from_a_peer(error: BaseException) -> bool:
-    """Whether an exception only says that a collective failed, so that the cause is elsewhere."""
-    return any(word in str(error) for word in ("Gloo", "gloo", "NCCL", "coordination service"))
+def assert_equal_across_processes(
+    group: ProcessGroup, num_devices: int, config: dict[str, object], data_fingerprint: str
+) -> list[str]:
+    """Check that all processes are about to run the same thing; return their hosts on process 0.
 
+    Args:
+      group: this run's processes.
+      num_devices: over all processes.
+      config: the resolved config, by dotted field name.
+      data_fingerprint: of all splits that are read.
 
-def listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:FEW]))
-    return shown + (f" and {len(numbers) - FEW} more" if len(numbers) > FEW else "")
-
-
-def agree(team: Team, devices: int, config: dict[str, object], data: str) -> list[str]:
-    """Compares what all processes are about to run; returns their hosts, in order, on process 0.
-
-    devices: over all processes. config: its fields under dotted names. data: fingerprint.
     Raises UserError, on process 0, that names the first process which differs, and in what.
     """
-    mine = {"host": team.host, "code": code_version(), "data": data, "config": config}
-    notes = team.gather("facts", json.dumps(mine))
-    everyone = [json.loads(note) for note in notes]
-    for process, its in enumerate(everyone):
-        where = f"process {process} on {its['host']}"
-        for name in sorted(config.keys() | its["config"].keys()):
-            here, there = mine_json(config.get(name)), its["config"].get(name)
-            if here != there and name != "data.path":  # a host may have its own copy
+    mine = {"host": group.host, "code": code_digest(), "data": data_fingerprint, "config": config}
+    mine = json.loads(json.dumps(mine))  # tuples become lists, as in the messages of the others
+    records = [json.loads(message) for message in group.gather("facts", json.dumps(mine))]
+    for process, record in enumerate(records):
+        where = f"process {process} on {record['host']}"
+        for name in sorted(mine["config"].keys() | record["config"].keys()):
+            here, there = mine["config"].get(name), record["config"].get(name)
+            if here != there and name != "data.path":  # each host may have a copy of its own
                 raise UserError(
-                    f"{where} has config.{name}={there!r}, process 0 on {team.host} "
-                    f"has {here!r}; start all with the same command"
+                    f"{where} has config.{name}={there!r}, process 0 on {group.host} has "
+                    f"{here!r}; start all with the same command"
                 )
         for name, what in (("code", "another version of the code"), ("data", "other data")):
-            if its[name] != mine[name]:
+            if record[name] != mine[name]:
                 raise UserError(
-                    f"{where} has {what} (hash {its[name][:12]}) than process 0 on {team.host} "
-                    f"({mine[name][:12]}); give all hosts the same, best from one shared folder"
+                    f"{where} has {what} (hash {record[name][:12]}) than process 0 on "
+                    f"{group.host} ({mine[name][:12]}); give all hosts the same, best from one "
+                    "shared folder"
                 )
-    promised = promised_devices(team.processes)
-    if everyone and devices < promised:
+    promised = promised_devices(group.size)
+    if records and num_devices < promised:
         raise UserError(
-            f"found {devices} devices in {team.processes} processes, the launcher promised "
-            f"{promised}; start one process for each GPU (see docs/clusters.md) and look whether "
+            f"found {num_devices} devices in {group.size} processes, the launcher promised "
+            f"{promised}; start one process for each GPU (see docs/clusters.md) and check that "
             "all drivers work"
         )
-    return [its["host"] for its in everyone]
+    return [record["host"] for record in records]
 
 
-def mine_json(value: object) -> object:
-    """A value as it looks after a journey as JSON: tuples are lists."""
-    return json.loads(json.dumps(value))
-
-
-def code_version() -> str:
-    """A digest of every Python file of the package: two checkouts differ, two copies do not."""
+def code_digest() -> str:
+    """Return a digest of every Python file of the package: two checkouts differ, copies do not."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):

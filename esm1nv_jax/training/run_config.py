@@ -1,12 +1,20 @@
-"""From the config to the values that a run is made of, all checked before a device is touched."""
+"""The configuration of a run: frozen, made once at the door from a config file, and validated.
+
+It has the groups and fields of the config file, so that `config.optimizer.peak_lr` here is
+`--config.optimizer.peak_lr` on the command line; only `RunConfig.from_config_dict` knows
+`ml_collections`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from esm1nv_jax.common import config_file
@@ -14,16 +22,18 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.pipeline import rows_for
 from esm1nv_jax.data.stream_config import stream_config
 from esm1nv_jax.model import attention
-from esm1nv_jax.model.encoder import Compute, EncoderConfig
-from esm1nv_jax.model.kernels import matmul
+from esm1nv_jax.model.encoder_config import Compute, EncoderConfig
+from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training import profiling
+from esm1nv_jax.training.checkpoint_policy import CheckpointConfig
+from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
 
 REDUCE_DTYPES = ("float32", "bfloat16")
 
-LEAST = {  # that a field may be
+MINIMUM = {  # that a field may be
     "steps": 1,
     "batch.rows": 0,
     "batch.sequences_per_device": 1,
@@ -40,111 +50,219 @@ LEAST = {  # that a field may be
     "log.every": 1,
 }
 
-# Fields that may change between the starts of one run: none of them changes what is learned.
-MAY_CHANGE = (
+# Fields that change neither what a run learns nor the questions that validation asks: they may
+# differ between the starts of one run, and between runs that `compare` takes for one recipe. The
+# data set is identified by its content, not by its path.
+IRRELEVANT_TO_LEARNING = (
     "steps",
     "platform",
-    "init_from",
-    "evaluation.",
-    "checkpoint.",
+    "profile",
     "log.",
     "cluster.",
-    "skip_nonfinite",
-    "profile",
+    "checkpoint.",
+    "evaluation.every",
     "compute.remat",
     "compute.attention",
     "batch.microbatches",
     "data.path",
+    "data.workers",
 )
 
 
-def step_config(config: ConfigDict) -> StepConfig:
-    values = config_file.flat(config)
-    for name, least in LEAST.items():
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str
+    max_residues: int
+    crop: str
+    row_length: int
+    packed: bool
+    sample: str
+    block: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    rows: int
+    sequences_per_device: int
+    microbatches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskingChoice:
+    """A named masking recipe, and the share of residues that are predicted."""
+
+    recipe: str
+    rate: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PrecisionConfig:
+    """How the step is computed; the fields of the config's group `compute`."""
+
+    dtype: str
+    attention: str
+    remat: str
+    reduce_dtype: str
+    deterministic: bool
+
+    def __post_init__(self):
+        if self.reduce_dtype not in REDUCE_DTYPES:
+            raise UserError(
+                f"compute.reduce_dtype={self.reduce_dtype!r} is unknown; there are "
+                f"{', '.join(REDUCE_DTYPES)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every: int
+    batches: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterConfig:
+    """Timeouts in seconds."""
+
+    start_timeout: float
+    stall_timeout: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All that a run is made of, beside its folder and the devices it finds."""
+
+    seed: int
+    steps: int
+    platform: str
+    init_from: str
+    data: DataConfig
+    batch: BatchConfig
+    masking: MaskingChoice
+    model: EncoderConfig
+    compute: PrecisionConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    skip_nonfinite: int
+    cluster: ClusterConfig
+    log: LogConfig
+    profile: str
+
+    @classmethod
+    def from_config_dict(cls, config: ConfigDict) -> RunConfig:
+        """Validate a config file's values and freeze them.
+
+        Raises UserError that names the field, the value found and what is allowed.
+        """
+        values = config_file.flat(config)
+        for name, minimum in MINIMUM.items():
+            if name in values and values[name] < minimum:
+                raise UserError(f"{name}={values[name]} must be at least {minimum}")
+        return _build(cls, config.to_dict(), "")
+
+    def __post_init__(self):
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed={self.seed} must lie in 0..2**63 - 1")
+        if self.data.max_residues + 2 > self.model.positions:
+            raise UserError(
+                f"data.max_residues={self.data.max_residues} needs {self.data.max_residues + 2} "
+                f"positions with <s> and </s>, model.positions={self.model.positions}; "
+                f"set data.max_residues to at most {self.model.positions - 2}"
+            )
+        profiling.steps_of(self.profile)  # raises UserError
+        recipe(self.masking.recipe, self.masking.rate)  # raises UserError
+        Compute(dtype=self.compute.dtype, remat=self.compute.remat)  # raises UserError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as nested dictionaries of JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def flat(self) -> dict[str, Any]:
+        """Return every field under its dotted name."""
+        return config_file.flat(self.to_dict())
+
+    def step_config(self, device: jax.Device) -> StepConfig:
+        """Return what the training step is made of on this kind of device.
+
+        Raises UserError where the attention backend that the config names does not run there.
+        """
+        spec = attention.Case(
+            platform=device.platform,
+            capability=float(getattr(device, "compute_capability", 0)),
+            dtype=self.compute.dtype,
+            packed=self.data.packed,
+            rate=self.model.attention_dropout,
+            head_size=self.model.width // self.model.heads,
+            row_length=self.data.row_length,
+        )
+        compute = Compute(
+            dtype=self.compute.dtype,
+            remat=self.compute.remat,
+            attention=attention.choose(self.compute.attention, spec),
+            # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
+            activations="float32" if device.platform == "cpu" else self.compute.dtype,
+            native=multiplies_bf16(device.platform),
+        )
+        return StepConfig(
+            seed=self.seed,
+            model=self.model,
+            compute=compute,
+            objective=MaskedLM(recipe(self.masking.recipe, self.masking.rate)),
+            optimizer=self.optimizer,
+            microbatches=self.batch.microbatches,
+            reduce_dtype=self.compute.reduce_dtype,
+            deterministic=self.compute.deterministic,
+            nonfinite_allowed=self.skip_nonfinite,
+        )
+
+    def global_rows(self, lengths: np.ndarray, num_devices: int) -> int:
+        """Return the rows of a global batch: as given, or from the sequences per device."""
+        rows = self.batch.rows
+        if not rows:
+            one_row = stream_config(self, rows=1)  # for the layout of a row
+            per_device = rows_for(lengths, self.batch.sequences_per_device, one_row)
+            per_device += -per_device % self.batch.microbatches
+            rows = per_device * num_devices
+        multiple = num_devices * self.batch.microbatches
+        if rows % multiple:
+            raise UserError(
+                f"batch.rows={rows} is not a multiple of {num_devices} devices x "
+                f"{self.batch.microbatches} microbatches; take {rows + -rows % multiple}"
+            )
+        return rows
+
+
+def changes_learning(field: str) -> bool:
+    """Return whether a dotted field changes what a run learns or is asked in validation."""
+    return not field.startswith(IRRELEVANT_TO_LEARNING)
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str):
+    """Build a frozen dataclass, and those inside it, from nested dictionaries of its fields."""
+    fields = typing.get_type_hints(kind)
+    for name in values:
+        if name not in fields:
+            group = f"config.{prefix[:-1]}" if prefix else "config"
+            raise UserError(
+                f"config has no field config.{prefix}{name}; {group} has {', '.join(fields)}"
+            )
+    for name in fields:
         if name not in values:
             raise UserError(
-                f"config has no field config.{name}; build it on configs/pretrain_small.py by "
-                "esm1nv_jax.common.config_file.parent, which has them all"
+                f"config has no field config.{prefix}{name}; build it on "
+                "configs/pretrain_small.py by esm1nv_jax.common.config_file.parent, which has "
+                "them all"
             )
-        if values[name] < least:
-            raise UserError(f"{name}={values[name]} must be at least {least}")
-    if not 0 <= config.seed < 1 << 63:
-        raise UserError(f"seed={config.seed} must lie in 0..2**63 - 1")
-    model = _made(EncoderConfig, config.model, "model")
-    if config.data.max_residues + 2 > model.positions:
-        raise UserError(
-            f"data.max_residues={config.data.max_residues} needs {config.data.max_residues + 2} "
-            f"positions with <s> and </s>, model.positions={model.positions}; "
-            f"set data.max_residues to at most {model.positions - 2}"
-        )
-    compute = dict(config.compute)
-    reduce_dtype, deterministic = compute.pop("reduce_dtype"), compute.pop("deterministic")
-    if reduce_dtype not in REDUCE_DTYPES:
-        raise UserError(
-            f"compute.reduce_dtype={reduce_dtype!r} is unknown; there are "
-            f"{', '.join(REDUCE_DTYPES)}"
-        )
-    profiling.updates(config.profile)  # raises UserError
-    return StepConfig(
-        seed=config.seed,
-        model=model,
-        compute=_made(Compute, compute, "compute"),
-        masking=recipe(config.masking.recipe, config.masking.rate),
-        optimizer=_made(OptimizerConfig, config.optimizer, "optimizer"),
-        microbatches=config.batch.microbatches,
-        reduce_dtype=reduce_dtype,
-        deterministic=deterministic,
-        nonfinite_allowed=config.skip_nonfinite,
+    return kind(
+        **{
+            name: _build(fields[name], value, f"{prefix}{name}.")
+            if dataclasses.is_dataclass(fields[name])
+            else value
+            for name, value in values.items()
+        }
     )
-
-
-def _made(kind: type, group: Mapping[str, Any], name: str):
-    """A frozen value of a group of the config, of whose fields it has to know every one."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    for field in group:
-        if field not in known:
-            raise UserError(
-                f"config has no field config.{name}.{field}; config.{name} has {', '.join(known)}"
-            )
-    return kind(**group)
-
-
-def fitted(step: StepConfig, config: ConfigDict, device: jax.Device) -> StepConfig:
-    """`step` as the device computes it best: its attention backend, and what it keeps in memory.
-
-    Raises UserError where the one that the config names is not fit.
-    """
-    model, compute = step.model, step.compute
-    case = attention.Case(
-        platform=device.platform,
-        capability=float(getattr(device, "compute_capability", 0)),
-        dtype=compute.dtype,
-        packed=config.data.packed,
-        rate=model.attention_dropout,
-        head_size=model.width // model.heads,
-        row_length=config.data.row_length,
-    )
-    chosen = attention.choose(compute.attention, case)
-    # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
-    kept = "float32" if device.platform == "cpu" else compute.dtype
-    compute = dataclasses.replace(
-        compute, attention=chosen, activations=kept, native=matmul.multiplies_bf16(device.platform)
-    )
-    return dataclasses.replace(step, compute=compute)
-
-
-def global_rows(config: ConfigDict, lengths, devices: int) -> int:
-    """Rows in an update over all devices: as given, or from sequences per device."""
-    batch = config.batch
-    rows = batch.rows
-    if not rows:
-        one = stream_config(config, rows=1)  # for the layout of a row
-        per_device = rows_for(lengths, batch.sequences_per_device, one)
-        per_device += -per_device % batch.microbatches
-        rows = per_device * devices
-    if rows % (devices * batch.microbatches):
-        raise UserError(
-            f"batch.rows={rows} is not a multiple of {devices} devices x {batch.microbatches} "
-            f"microbatches; take {rows + -rows % (devices * batch.microbatches)}"
-        )
-    return rows

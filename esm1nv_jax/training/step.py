@@ -1,8 +1,7 @@
-"""One update, one evaluation batch: pure functions of state and batch.
+"""One training step, one evaluation step: pure functions of state and batch.
 
-The gradient is computed device by device in the one `shard_map` of the project, so that nothing is
-gathered whatever the attention backend, and reduced once an update, whatever the number of
-microbatches.
+The gradient is computed device by device inside a `shard_map`, so that nothing is gathered
+whatever the attention backend, and reduced once a step, whatever the number of microbatches.
 """
 
 from __future__ import annotations
@@ -16,19 +15,12 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from esm1nv_jax.model import encoder, esm2, loss, masking
+from esm1nv_jax.model import encoder
 from esm1nv_jax.model.dropout import DropoutKey
+from esm1nv_jax.training.metrics import ScalarMetrics
+from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
-from esm1nv_jax.training.scalars import Scalars
 from esm1nv_jax.training.sharding import DATA, sharding
-
-# Arrays of a batch, all [B, T].
-ON_DEVICE = {
-    "tokens": jnp.int32,
-    "segment_ids": jnp.int32,
-    "positions": jnp.int32,
-    "mask_bits": jnp.uint32,
-}
 
 # Autotuning picks kernels by the clock, so two starts may pick different ones.
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
@@ -37,117 +29,112 @@ DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    step: jax.Array  # int32: updates so far
+    step: jax.Array  # int32: steps done
     params: dict
     opt_state: optax.OptState
-    nonfinite: jax.Array  # int32: updates whose loss or gradient was not finite
+    nonfinite: jax.Array  # int32: steps whose loss or gradient was not finite
 
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """All that an update is made of, apart from its arrays."""
+    """All that a step is made of, apart from its arrays."""
 
     seed: int
     model: encoder.EncoderConfig
     compute: encoder.Compute
-    masking: masking.MaskingConfig
+    objective: MaskedLM
     optimizer: OptimizerConfig
     microbatches: int = 1
     reduce_dtype: str = "float32"
     deterministic: bool = False  # on a GPU: the same bits from the same start
-    nonfinite_allowed: int = 0  # beyond so many bad updates the state stands still
+    nonfinite_allowed: int = 0  # beyond so many nonfinite steps the state stands still
 
 
 def create_state(config: StepConfig) -> TrainState:
-    params = encoder.init(config.model, config.seed)
-    return fresh_state(config, params)
+    """Return a fresh state with random parameters."""
+    return state_from_params(config, encoder.init(config.model, config.seed))
 
 
-def fresh_state(config: StepConfig, params: dict) -> TrainState:
-    """The state before the first update, from parameters of any origin."""
+def state_from_params(config: StepConfig, params: dict) -> TrainState:
+    """Return the state before the first step, from parameters of any origin."""
     opt_state = optimizer(config.optimizer).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
 
 
-def batch_sums(config: StepConfig, params, batch, dropout_key):
-    """Sums over some rows: what the loss and every figure are made of. fp32 scalars."""
-    tokens = esm2.readable(config.model.vocabulary, batch["tokens"])
-    masked = masking.mask(config.masking, tokens, batch["segment_ids"], batch["mask_bits"])
-    output = encoder.forward(
-        config.model,
-        params,
-        masked.inputs_BT,
-        batch["segment_ids"],
-        batch["positions"],
-        compute=config.compute,
-        dropout_key=dropout_key,
-        index_BM=masked.index_BM,
-    )
+def batch_sums(config: StepConfig, params, batch, dropout_key: DropoutKey | None):
+    """Return sums over some rows, fp32 scalars: the objective's, and counts of tokens."""
     real_BT = batch["segment_ids"] > 0
     first_BT = real_BT & (batch["positions"] == 0)
-    tokens, sequences = (jnp.sum(x, dtype=jnp.float32) for x in (real_BT, first_BT))
-    return loss.sums(output.logits, masked) | {
-        "sequences": sequences,
-        "tokens": tokens,  # with <s> and </s>, without padding
-        "places": jnp.float32(real_BT.size),
+    return config.objective.loss_sums(config.model, config.compute, params, batch, dropout_key) | {
+        "sequences": jnp.sum(first_BT, dtype=jnp.float32),
+        "tokens": jnp.sum(real_BT, dtype=jnp.float32),  # with <s> and </s>, without padding
+        "num_slots": jnp.float32(real_BT.size),
         # The sum of 2 p + 1 over the positions p of a segment is its squared length.
-        "squares": jnp.sum(jnp.where(real_BT, 2.0 * batch["positions"] + 1.0, 0.0)),
+        "sum_squared_lengths": jnp.sum(jnp.where(real_BT, 2.0 * batch["positions"] + 1.0, 0.0)),
     }
 
 
 def device_gradients(config: StepConfig, params, batch, step):
-    """What one device contributes to an update: runs inside the `shard_map`, on its own rows."""
-    rows = batch["tokens"].shape[0]
-    first = jax.lax.axis_index(DATA) * rows
-    numbers = (first + jnp.arange(rows)).astype(jnp.uint32)  # of the rows in the global batch
+    """Return the gradients and sums of one step, summed over all devices.
 
-    def loss_of(params, batch, numbers):
-        sums = batch_sums(config, params, batch, DropoutKey.at(config.seed, step, numbers))
+    Runs inside the `shard_map`, on this device's rows, in `config.microbatches` parts.
+    """
+    rows = batch["tokens"].shape[0]
+    first_row = jax.lax.axis_index(DATA) * rows
+    global_rows = (first_row + jnp.arange(rows)).astype(jnp.uint32)
+
+    def loss_of(params, batch, global_rows):
+        sums = batch_sums(config, params, batch, DropoutKey.at(config.seed, step, global_rows))
         return sums["loss"], sums
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, jax.grad(loss_of, has_aux=True)(params, *part)), None
-
-    parts = jax.tree.map(
-        lambda x: x.reshape(config.microbatches, -1, *x.shape[1:]), (batch, numbers)
-    )
+    gradients_of = jax.grad(loss_of, has_aux=True)
     if config.microbatches == 1:
-        grads, sums = jax.grad(loss_of, has_aux=True)(params, batch, numbers)
+        grads, sums = gradients_of(params, batch, global_rows)
     else:
-        part = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(jax.grad(loss_of, has_aux=True), params, *part)
+        parts = jax.tree.map(
+            lambda x: x.reshape(config.microbatches, -1, *x.shape[1:]), (batch, global_rows)
+        )
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(gradients_of, params, *first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(add, zeros, parts)
+
+        def accumulate(total, part):
+            return jax.tree.map(jnp.add, total, gradients_of(params, *part)), None
+
+        (grads, sums), _ = jax.lax.scan(accumulate, zeros, parts)
     grads = jax.tree.map(lambda g: g.astype(config.reduce_dtype), grads)
-    grads, sums = jax.lax.psum((grads, sums), DATA)  # the one reduction of an update
+    grads, sums = jax.lax.psum((grads, sums), DATA)  # the one reduction of a step
     return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
 
 def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
-    """One update. Returns the new state and Scalars: sums of the batch, norms, the rate.
+    """Return the state after one step, and its ScalarMetrics: sums, norms, the learning rate.
 
-    Where the loss or the gradient is not finite the parameters and the optimiser stay as they were
+    Where the loss or the gradient is not finite, parameters and optimizer state stay as they were
     and `nonfinite` counts it; beyond `nonfinite_allowed` of them nothing moves any more, so that
-    the host, which looks one update late, still finds the state that met the bad batch.
+    the host, which reads metrics one step late, still finds the state that met the bad batch.
     """
     grads, sums = jax.shard_map(
         functools.partial(device_gradients, config),
         mesh=mesh,
         in_specs=(P(), P(DATA), P()),
         out_specs=P(),
+        # Its check of replication would insert a second reduction: the gradient of a parameter
+        # that it takes for replicated is summed over devices by autodiff, and again by psum.
         check_vma=False,
     )(state.params, batch, state.step)
-    grads = jax.tree.map(lambda g: g / sums["selected"], grads)  # the mean over all hosts' tokens
+    # The mean over the targets of all hosts.
+    grads = jax.tree.map(lambda g: g / config.objective.num_targets(sums), grads)
     gradient_norm = optax.global_norm(grads)
     finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(gradient_norm)
-    stopped = state.nonfinite > config.nonfinite_allowed
-    nonfinite = state.nonfinite + (~finite & ~stopped)
+    halted_before = state.nonfinite > config.nonfinite_allowed
+    nonfinite = state.nonfinite + (~finite & ~halted_before)
 
     updates, opt_state = optimizer(config.optimizer).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    good = finite & ~stopped
+    moves = finite & ~halted_before
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
+        lambda new, old: jnp.where(moves, new, old),
         (params, opt_state),
         (state.params, state.opt_state),
     )
@@ -156,18 +143,18 @@ def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
         "gradient_norm": gradient_norm,
         "parameter_norm": optax.global_norm(params),
         "update_norm": optax.global_norm(updates),
-        # A skipped update does not move the schedule.
+        # A skipped step does not move the schedule.
         "learning_rate": schedule(config.optimizer)(state.step - state.nonfinite),
         "finite": finite,
         "halted": halted,
         "nonfinite": nonfinite,  # so far, in the whole run
     }
     state = TrainState(state.step + ~halted, params, opt_state, nonfinite)
-    return state, Scalars.of(metrics)
+    return state, ScalarMetrics.pack(metrics)
 
 
-def evaluation_step(config: StepConfig, mesh: Mesh, params, batch):
-    """Sums over one global batch without dropout, as Scalars; equal on every device."""
+def eval_step(config: StepConfig, mesh: Mesh, params, batch):
+    """Return the ScalarMetrics of one global batch without dropout; equal on every device."""
 
     def on_device(params, batch):
         return jax.lax.psum(batch_sums(config, params, batch, None), DATA)
@@ -175,28 +162,55 @@ def evaluation_step(config: StepConfig, mesh: Mesh, params, batch):
     sums = jax.shard_map(
         on_device, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False
     )(params, batch)
-    return Scalars.of(sums)
+    return ScalarMetrics.pack(sums)
 
 
-def compiled(config: StepConfig, mesh: Mesh):
-    """The two jitted functions of a run: (update, evaluation).
+def jit_steps(config: StepConfig, mesh: Mesh):
+    """Return the jitted (train_step, eval_step) of a run.
 
-    jit appears here alone. State is replicated and batches are split by rows; the state is donated,
-    so that parameters and optimiser are updated in place and exist once in memory.
+    The state is replicated and batches are split by rows; the state is donated, so that parameters
+    and optimizer state are updated in place and exist once in memory.
     """
-    state, batch = sharding(mesh, "state"), sharding(mesh, "batch")
+    replicated, by_rows = sharding(mesh, "state"), sharding(mesh, "batch")
     options = DETERMINISTIC if config.deterministic else None
-    update = jax.jit(
+    jitted_train_step = jax.jit(
         functools.partial(train_step, config, mesh),
-        in_shardings=(state, batch),
-        out_shardings=(state, state),
+        in_shardings=(replicated, by_rows),
+        out_shardings=(replicated, replicated),
         donate_argnums=0,
         compiler_options=options,
     )
-    evaluate = jax.jit(
-        functools.partial(evaluation_step, config, mesh),
-        in_shardings=(state, batch),
-        out_shardings=state,
+    jitted_eval_step = jax.jit(
+        functools.partial(eval_step, config, mesh),
+        in_shardings=(replicated, by_rows),
+        out_shardings=replicated,
         compiler_options=options,
     )
-    return update, evaluate
+    return jitted_train_step, jitted_eval_step
+
+
+def abstract_batch(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
+    """Return the shapes, dtypes and shardings of a global batch."""
+    return {
+        name: jax.ShapeDtypeStruct((rows, row_length), dtype, sharding=sharding(mesh, "batch"))
+        for name, dtype in config.objective.batch_dtypes.items()
+    }
+
+
+def abstract_state(config: StepConfig, mesh: Mesh) -> TrainState:
+    """Return the shapes, dtypes and shardings of the state, without allocating it."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(mesh, "state")),
+        jax.eval_shape(lambda: create_state(config)),
+    )
+
+
+def compile_steps(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
+    """Return the (train_step, eval_step) of a run, compiled for global batches of this shape."""
+    state = abstract_state(config, mesh)
+    batch = abstract_batch(config, mesh, rows, row_length)
+    jitted_train_step, jitted_eval_step = jit_steps(config, mesh)
+    return (
+        jitted_train_step.lower(state, batch).compile(),
+        jitted_eval_step.lower(state.params, batch).compile(),
+    )

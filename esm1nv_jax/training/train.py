@@ -2,198 +2,149 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Iterator
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints import manager, model_folder
-from esm1nv_jax.common import config_file
-from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.pipeline import Batch, Place, StreamConfig, evaluation_batches, train_batches
+from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.data.source import Source, open_split
-from esm1nv_jax.data.stream_config import stream_config
-from esm1nv_jax.training import (
-    host_metrics,
-    metrics,
-    process_group,
-    sharding,
-    step,
-    summary,
-    workdir,
-)
+from esm1nv_jax.data.stream_config import Place, StreamConfig, stream_config
+from esm1nv_jax.training import process_group, sharding, step, summary
 from esm1nv_jax.training.checkpoint_policy import Saving
-from esm1nv_jax.training.metrics_writer import Writer
-from esm1nv_jax.training.preemption import Leaving
-from esm1nv_jax.training.profiling import Profile
-from esm1nv_jax.training.run_config import fitted, global_rows, step_config
+from esm1nv_jax.training.host_metrics import open_host_log
+from esm1nv_jax.training.metrics import add_sums
+from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
+from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.watchdog import Watchdog
+from esm1nv_jax.training.workdir import lock_workdir, write_or_check_config
 
 
-def train(config: ConfigDict, path: str, strict: bool = False) -> int:
-    """Trains as `config` says, in the folder `path`, from where a run there left off.
+def train(config: RunConfig, workdir: str, strict: bool = False) -> int:
+    """Train as `config` says in the folder `workdir`, resuming the run that is there.
 
     With several processes each calls this. `strict` stops at a damaged checkpoint, where otherwise
     the run falls back to an older one.
 
-    Returns the exit status: 0 when `config.steps` updates are done; 75 or 130 when a signal ended
-    the run early, saved; 1 when an update was not finite. Raises UserError before anything is
-    written where the config is wrong.
+    Returns the exit status: 0 when `config.steps` steps are done; 75 or 130 when a signal ended
+    the run early, saved; 1 when a step was not finite. Raises UserError, before anything is
+    written, where the config does not fit the data or the devices.
     """
-    settings = step_config(config)
-    limits = config.cluster
-    with process_group.join(limits.start_timeout, limits.stall_timeout) as (team, watchdog):
-        return run(config, settings, path, strict, team, watchdog)
+    timeouts = config.cluster
+    with process_group.join(timeouts.start_timeout, timeouts.stall_timeout) as (group, watchdog):
+        return run(config, workdir, strict, group, watchdog)
 
 
 def run(
-    config: ConfigDict,
-    settings: step.StepConfig,
-    path: str,
+    config: RunConfig,
+    workdir: str,
     strict: bool,
-    team: process_group.Team,
+    group: process_group.ProcessGroup,
     watchdog: Watchdog,
 ) -> int:
-    """The run of one process of `team`."""
+    """Train in one process of `group`; see `train`."""
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
-    settings = fitted(settings, config, mesh.devices.flat[0])
-    source, held_out = open_data(config)
-    stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
-    origin = open_origin(config, settings)
-    fingerprints = f"{source.fingerprint} {held_out.fingerprint}"
-    watchdog.hosts = process_group.agree(team, mesh.size, config_file.flat(config), fingerprints)
+    step_config = config.step_config(mesh.devices.flat[0])
+    train_source, validation_source = open_data(config)
+    stream = stream_config(config, config.global_rows(train_source.lengths, mesh.size))
+    pretrained = load_pretrained(config)
+    fingerprints = f"{train_source.fingerprint} {validation_source.fingerprint}"
+    watchdog.hosts = process_group.assert_equal_across_processes(
+        group, mesh.size, config.flat(), fingerprints
+    )
 
-    with (
-        workdir.hold(path, team) as run_folder,
-        host_metrics.log(run_folder, team, watchdog) as log,
-        contextlib.ExitStack() as at_the_end,
-    ):
-        if team.process == 0:
-            workdir.settle(run_folder, config)
-        saving = Saving(run_folder, config.checkpoint, strict)
-        watchdog.beat("reading the checkpoint")
-        state, place, before = first_state(
-            settings, mesh, saving.checkpoints, source, origin, team, strict
+    with lock_workdir(workdir, group) as run_dir, open_host_log(run_dir, group, watchdog) as log:
+        if group.is_primary:
+            write_or_check_config(run_dir, config)
+        checkpoints = Saving(run_dir, config.checkpoint, strict)
+        layout = {"devices": mesh.size, "processes": group.size, "rows": stream.rows}
+        metadata = {"config": config.to_dict(), "code": __version__, "layout": layout}
+
+        watchdog.heartbeat("restoring the checkpoint")
+        state, data_state, saved_layout = restore_or_initialize(
+            step_config, mesh, checkpoints.checkpoints, train_source, pretrained, group, strict
         )
-        watchdog.beat("compiling")
-        update, evaluate = compiled(settings, mesh, state, stream)
-        # A collective waits half a minute for its peers, and compiles may differ by more.
-        team.together("compiled", watchdog.limit)
-        done = int(state.step)
-        layout = {"devices": mesh.size, "processes": team.processes, "rows": stream.rows}
-        if team.process == 0:
-            summary.show_start(
-                config,
-                settings,
-                stream,
-                source,
-                mesh,
-                run_folder,
-                done,
-                watchdog.hosts,
-                before,
-                layout,
+        num_steps = int(state.step)
+        watchdog.heartbeat("compiling")
+        train_step, eval_step = step.compile_steps(
+            step_config, mesh, stream.rows, stream.row_length
+        )
+        # A collective waits half a minute for its peers, and compile times may differ by more.
+        group.barrier("compiled", watchdog.stall_timeout)
+        if group.is_primary:
+            summary.print_start(
+                config, step_config, stream, train_source, mesh, watchdog.hosts, run_dir, num_steps
             )
+            if saved_layout not in (None, layout):
+                summary.print_layout_change(saved_layout, layout)
 
-        writer = at_the_end.enter_context(Writer(run_folder, done, team.process == 0))
-        window = metrics.Window(settings.model, mesh.devices.flat)
-        clock = host_metrics.HostClock(team, mesh.local_devices[0])
-
-        def validate() -> dict[str, float]:
-            """Figures on held-out sequences: the same ones, masked alike, every time."""
-            sums: dict[str, float] = {}
-            for batch in validation(held_out, stream, mesh, config.evaluation.batches):
-                watchdog.beat("evaluating")
-                sums = metrics.add(sums, evaluate(state.params, batch).fetched())
-            found = metrics.figures(sums)
-            writer.write(done, "validation", found)
-            return found
-
-        def checkpoint_parts() -> tuple:
-            where = {**vars(place), "data": source.fingerprint}
-            made_by = {"config": config.to_dict(), "code": __version__, "layout": layout}
-            return done, *in_parts(state), where, made_by
-
-        def look_at(number: int, batch: Batch, values) -> bool:
-            """Fetches the figures of update `number`; False where it was not finite."""
-            with clock.waiting():
-                values = values.fetched()
-            if values["halted"]:
-                summary.keep_evidence(run_folder, number, batch, values, saving.checkpoints)
-                return False
-            window.add(values)
-            if number % config.log.every == 0 or number == config.steps:
-                norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
-                found = window.take() | {name: values[name] for name in (*norms, "nonfinite")}
-                writer.write(number, "train", found)
-                by_host = clock.take(batches.waited)
-                writer.write(number, "hosts", by_host)
-                host_metrics.note(log, number, by_host)
-                task.note = summary.line(found)
-            task.update(number, task.note)
-            return True
-
-        with (
-            Leaving(team.processes) as leaving,
-            Prefetch(placed_batches(source, stream, mesh, place)) as batches,
-            bar("training", config.steps, "updates", team.process == 0, start=done) as task,
-            Profile("" if team.process else config.profile, run_folder / "profile") as profile,
-            jax.transfer_guard("disallow"),
-        ):
-            if done == 0:
-                validate()
-                window.start()
-            watchdog.limit = config.cluster.stall_timeout
-            pending, last = None, done >= config.steps
-            while not last:
-                watchdog.beat(f"waiting for the batch of update {done + 1}")
-                profile.before(done + 1, state)
-                batch, arrays, place = next(batches)
-                watchdog.beat(f"at update {done + 1}")
-                state, values = update(state, arrays)
-                done += 1
-                # Update n + 1 is on its way before the figures of update n are waited for.
-                if pending is not None and not look_at(*pending):
-                    return 1
-                pending = (done, batch, values)
-                saving.check()
-                last = leaving.asked(done) or done == config.steps
-                to_validate = done == config.steps or done % config.evaluation.every == 0
-                to_save = last or saving.due(done)
-                if to_validate or to_save:
-                    if not look_at(*pending):
-                        return 1
+        monitor = RunMonitor(
+            config, step_config.objective, run_dir, group, watchdog, log, mesh, num_steps
+        )
+        batches = training_batches(train_source, stream, step_config.objective, mesh, data_state)
+        validate = functools.partial(
+            evaluate, config, step_config.objective, validation_source, stream, mesh, monitor
+        )
+        try:
+            with monitor, batches, jax.transfer_guard("disallow"):
+                if num_steps == 0:
+                    validate(eval_step, state.params, num_steps)
+                monitor.start()
+                pending = None
+                stop = num_steps >= config.steps
+                while not stop:
+                    with monitor.waiting_for_batch(num_steps + 1, state):
+                        batch, device_batch, data_state = next(batches)
+                    state, metrics = train_step(state, device_batch)
+                    num_steps += 1
+                    # The device works on this step while the metrics of the last are fetched.
+                    if pending is not None:
+                        monitor.process_metrics(*pending)
+                    pending = (num_steps, batch, metrics)
+                    checkpoints.check()
+                    stop = monitor.should_stop(num_steps) or num_steps == config.steps
+                    evaluate_now = num_steps % config.evaluation.every == 0 or (
+                        num_steps == config.steps
+                    )
+                    save_now = stop or checkpoints.due(num_steps)
+                    if not (evaluate_now or save_now):
+                        continue
+                    monitor.process_metrics(*pending)
                     pending = None
-                    with window.pause():
-                        clock.probe()
-                        if to_validate:
-                            found = validate()
-                            saving.save_if_best(found["loss_mask"], *checkpoint_parts())
-                        if to_save:
-                            watchdog.beat(f"saving update {done}")
-                            saving.save(*checkpoint_parts())
-        watchdog.beat("waiting until the last checkpoint is on disk")
-        saving.close()
-        team.together("saved", config.cluster.stall_timeout)
-        watchdog.rest()
-        if leaving.leaving and done < config.steps:
-            if team.process == 0:
+                    with monitor.pause():
+                        items = checkpoint_items(state, data_state, train_source, metadata)
+                        if evaluate_now:
+                            validation = validate(eval_step, state.params, num_steps)
+                            checkpoints.save_if_best(validation["loss_mask"], num_steps, *items)
+                        if save_now:
+                            monitor.heartbeat(f"saving step {num_steps}")
+                            checkpoints.save(num_steps, *items)
+        except NonfiniteStep as error:
+            summary.dump_nonfinite_batch(run_dir, error, checkpoints.describe_newest())
+            return 1
+        watchdog.heartbeat("waiting until the last checkpoint is on disk")
+        checkpoints.close()
+        group.barrier("saved", config.cluster.stall_timeout)
+        watchdog.disable()
+        if monitor.stop_status is not None and num_steps < config.steps:
+            if group.is_primary:
                 console.print(
-                    f"saved update {done} in {run_folder}; the same command goes on there"
+                    f"saved step {num_steps} in {run_dir}; the same command resumes from there"
                 )
-            return leaving.status
-        if team.process == 0:
-            summary.show_end(config, settings, stream, source, held_out, run_folder)
+            return monitor.stop_status
+        if group.is_primary:
+            summary.print_results(config, stream, train_source, validation_source, run_dir)
     return 0
 
 
-def open_data(config: ConfigDict) -> tuple[Source, Source]:
-    """The training and the validation split."""
+def open_data(config: RunConfig) -> tuple[Source, Source]:
+    """Return the training and the validation split."""
     if not config.data.path:
         raise UserError(
             "config.data.path is empty: make a data set with `esm1nv prepare --fasta "
@@ -203,103 +154,109 @@ def open_data(config: ConfigDict) -> tuple[Source, Source]:
     return open_split(config.data.path, "train"), open_split(config.data.path, "validation")
 
 
-def open_origin(config: ConfigDict, settings: step.StepConfig) -> model_folder.Weights | None:
-    """Weights to start from, if `config.init_from` names any; they must fit the config's model."""
+def load_pretrained(config: RunConfig) -> dict | None:
+    """Return the parameters that `config.init_from` names, if any; they must fit the model."""
     if not config.init_from:
         return None
-    origin = model_folder.read(config.init_from)
-    model_folder.check(origin.params, settings.model, f"init_from={config.init_from}")
-    return origin
+    weights = model_folder.read(config.init_from)
+    model_folder.check(weights.params, config.model, f"init_from={config.init_from}")
+    return weights.params
 
 
-def first_state(
-    settings: step.StepConfig,
+def restore_or_initialize(
+    step_config: step.StepConfig,
     mesh: jax.sharding.Mesh,
     checkpoints: manager.Checkpoints,
     source: Source,
-    origin: model_folder.Weights | None,
-    team: process_group.Team,
+    pretrained: dict | None,
+    group: process_group.ProcessGroup,
     strict: bool,
 ) -> tuple[step.TrainState, Place, dict | None]:
-    """From the newest good checkpoint; else from another model's weights; else fresh.
+    """Return the state to start from, the state of the data stream, and the layout it was saved on.
 
-    With the state come the place in the data and the layout that the checkpoint was made on.
+    In order of precedence: this run's newest valid checkpoint, pretrained parameters, random
+    parameters.
     """
-    layout = sharding.sharding(mesh, "state")
-    run_folder = checkpoints.folder.parent
+    replicated = sharding.sharding(mesh, "state")
+    run_dir = checkpoints.folder.parent
 
     def choose() -> str:
-        found = manager.newest_good(run_folder, strict, console.print)
+        found = manager.newest_good(run_dir, strict, console.print)
         if found is None:
             return ""
         checkpoints.set_aside(after=found)
         return str(found)
 
-    chosen = team.announce("checkpoint", choose)
+    chosen = group.broadcast("checkpoint", choose)
     if chosen:
-        shapes = manager.abstract(jax.eval_shape(lambda: step.create_state(settings)), layout)
-        params, rest, place = checkpoints.restore(int(chosen), *in_parts(shapes))
-        if place.pop("data") != source.fingerprint:
+        shapes = step.abstract_state(step_config, mesh)
+        params, rest, data_state = checkpoints.restore(int(chosen), *split_state(shapes))
+        if data_state.pop("data") != source.fingerprint:
             raise UserError(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
-        before = manager.read_config(run_folder, int(chosen)).get("layout")
-        return step.TrainState(params=params, **rest), Place(**place), before
-    if origin is not None:
-        start = jax.jit(step.fresh_state, static_argnums=0, out_shardings=layout)
-        params = jax.tree.map(
-            lambda x: jax.make_array_from_callback(x.shape, layout, lambda index: x[index]),
-            origin.params,
-        )
-        return start(settings, params), Place(), None
-    create = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
-    return create(settings), Place(), None
+        saved_layout = manager.read_config(run_dir, int(chosen)).get("layout")
+        return step.TrainState(params=params, **rest), Place(**data_state), saved_layout
+    if pretrained is not None:
+        params = sharding.place_state(pretrained, mesh)
+        create = jax.jit(step.state_from_params, static_argnums=0, out_shardings=replicated)
+        return create(step_config, params), Place(), None
+    create = jax.jit(step.create_state, static_argnums=0, out_shardings=replicated)
+    return create(step_config), Place(), None
 
 
-def compiled(
-    settings: step.StepConfig, mesh: jax.sharding.Mesh, state: step.TrainState, stream: StreamConfig
-):
-    """(update, evaluation), compiled before anything else begins."""
-    update, evaluate = step.compiled(settings, mesh)
-    layout, shape = sharding.sharding(mesh, "batch"), (stream.rows, stream.row_length)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-        for name, dtype in step.ON_DEVICE.items()
-    }
-    return update.lower(state, batch).compile(), evaluate.lower(state.params, batch).compile()
-
-
-def in_parts(state: step.TrainState) -> tuple[dict, dict]:
-    """A state as two items of a checkpoint: the parameters, and all the rest."""
+def split_state(state: step.TrainState) -> tuple[dict, dict]:
+    """Return a state as two items of a checkpoint: the parameters, and all the rest."""
     rest = {"step": state.step, "opt_state": state.opt_state, "nonfinite": state.nonfinite}
     return state.params, rest
 
 
-def placed_batches(
-    source: Source, stream: StreamConfig, mesh: jax.sharding.Mesh, place: Place
-) -> Iterator[tuple[Batch, dict[str, jax.Array], Place]]:
-    """(this process's rows, the global batch on the devices, the place after it), without end."""
+def checkpoint_items(
+    state: step.TrainState, data_state: Place, source: Source, metadata: dict
+) -> tuple[dict, dict, dict, dict]:
+    """Return what a checkpoint holds: parameters, optimizer and counters, data state, metadata."""
+    return *split_state(state), {**vars(data_state), "data": source.fingerprint}, metadata
+
+
+def training_batches(
+    source: Source,
+    stream: StreamConfig,
+    objective: MaskedLM,
+    mesh: jax.sharding.Mesh,
+    data_state: Place,
+) -> Prefetch:
+    """Return an endless iterator of (this process's rows, the global batch on the devices, the
+    state of the stream after it), made ahead in a thread."""
+
+    def batches() -> Iterator[tuple[pipeline.Batch, dict[str, jax.Array], Place]]:
+        rows = sharding.local_rows(mesh, stream.rows)
+        for batch, after in pipeline.train_batches(source, stream, data_state, rows):
+            yield batch, sharding.place_on_devices(batch, objective.batch_dtypes, mesh), after
+
+    return Prefetch(batches())
+
+
+def evaluate(
+    config: RunConfig,
+    objective: MaskedLM,
+    source: Source,
+    stream: StreamConfig,
+    mesh: jax.sharding.Mesh,
+    monitor: RunMonitor,
+    eval_step,
+    params: dict,
+    num_steps: int,
+) -> dict[str, float]:
+    """Return and log metrics on held-out sequences: the same ones, masked alike, every time."""
+    sums: dict[str, float] = {}
     rows = sharding.local_rows(mesh, stream.rows)
-    for batch, after in train_batches(source, stream, place, rows):
-        yield batch, on_devices(batch, mesh), after
-
-
-def validation(
-    source: Source, stream: StreamConfig, mesh: jax.sharding.Mesh, batches: int
-) -> Iterator[dict[str, jax.Array]]:
-    """The first `batches` global batches of held-out rows, or all of them where it is 0."""
-    rows = sharding.local_rows(mesh, stream.rows)
-    for i, batch in enumerate(evaluation_batches(source, stream, rows)):
-        if batches and i == batches:
-            return
-        yield on_devices(batch, mesh)
-
-
-def on_devices(batch: Batch, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    layout = sharding.sharding(mesh, "batch")
-    with jax.transfer_guard_host_to_device("allow"):  # this one transfer is meant
-        return {
-            name: jax.make_array_from_process_local_data(layout, np.ascontiguousarray(batch[name]))
-            for name in step.ON_DEVICE
-        }
+    for i, batch in enumerate(pipeline.evaluation_batches(source, stream, rows)):
+        if config.evaluation.batches and i == config.evaluation.batches:
+            break
+        monitor.heartbeat("evaluating")
+        arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
+        sums = add_sums(sums, eval_step(params, arrays).fetch())
+    metrics = objective.metrics(sums)
+    monitor.write_validation(num_steps, metrics)
+    return metrics

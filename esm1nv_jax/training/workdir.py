@@ -1,4 +1,4 @@
-"""The folder of a run: held by one live run, and by one config for its life."""
+"""The folder of a run: locked by one live run, and bound to one config for its life."""
 
 from __future__ import annotations
 
@@ -9,74 +9,77 @@ import os
 import secrets
 import socket
 import time
-from typing import IO, Any
+from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
-from ml_collections import ConfigDict
 
-from esm1nv_jax.checkpoints import checksums, manager
+from esm1nv_jax.checkpoints import checksums
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training.process_group import Team
-from esm1nv_jax.training.run_config import MAY_CHANGE
+from esm1nv_jax.training.process_group import ProcessGroup
+from esm1nv_jax.training.run_config import RunConfig, changes_learning
 
 CONFIG, LOCK, NONCE = "config.json", "run.lock", ".nonce"
-NONCE_SECONDS = 30.0  # a network file system may show a new file so much later
+NONCE_TIMEOUT = 30.0  # seconds; a network file system may show a new file so much later
 
 
 @contextlib.contextmanager
-def hold(workdir: str, team: Team):
-    """Makes the folder and holds it against any other live run; yields its path on every process.
+def lock_workdir(workdir: str, group: ProcessGroup) -> Iterator[epath.Path]:
+    """Create the folder, lock it against any other live run, and yield its path on every process.
 
-    Process 0 holds it, by a file lock, which a killed process cannot leave behind. Object stores
-    (`gs://`) have none: there nothing stops two runs in one place. The other processes only go in
+    Process 0 holds a file lock, which a killed process cannot leave behind. Object stores
+    (`gs://`) have none: there nothing stops two runs in one place. The other processes go on only
     once they have read there what process 0 has just written.
     """
-    folder = epath.Path(workdir)
-    if not manager.remote(folder):
-        folder = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
+    run_dir = epath.Path(workdir)
+    if "://" not in str(run_dir):
+        run_dir = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
     with contextlib.ExitStack() as stack:
-        if team.process == 0:
-            stack.enter_context(_locked(folder))
-        shared_by_all(folder, team)
-        yield folder
+        if group.is_primary:
+            stack.enter_context(_locked(run_dir))
+        check_shared(run_dir, group)
+        yield run_dir
 
 
-def shared_by_all(folder: epath.Path, team: Team) -> None:
-    """Raises UserError on a process that does not see, in `folder`, what process 0 writes there."""
-    if team.processes == 1:
+def check_shared(run_dir: epath.Path, group: ProcessGroup) -> None:
+    """Raise UserError on a process that does not see, in `run_dir`, what process 0 writes there."""
+    if group.size == 1:
         return
-    file = folder / NONCE
+    file = run_dir / NONCE
 
     def write() -> str:
         nonce = secrets.token_hex(8)
         file.write_text(nonce)
         return nonce
 
-    nonce = team.announce("workdir", write)
-    deadline = time.monotonic() + NONCE_SECONDS
+    nonce = group.broadcast("workdir", write)
+    deadline = time.monotonic() + NONCE_TIMEOUT
     while not (file.exists() and file.read_text() == nonce):
         if time.monotonic() > deadline:
             raise UserError(
-                f"workdir {folder} on {team.host} is not the folder that process 0 sees under that "
-                "name; give --workdir=DIR on a file system that all hosts share"
+                f"workdir {run_dir} on {group.host} is not the folder that process 0 sees under "
+                "that name; give --workdir=DIR on a file system that all hosts share"
             )
         time.sleep(0.2)
-    team.together("workdir")
-    if team.process == 0:
+    group.barrier("workdir")
+    if group.is_primary:
         file.unlink()
 
 
 @contextlib.contextmanager
-def _locked(folder: epath.Path):
+def _locked(run_dir: epath.Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = None if manager.remote(folder) else open(folder / LOCK, "a+")  # noqa: SIM115, see below
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if "://" in str(run_dir):
+            lock = None
+        else:
+            lock = open(run_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed below
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"workdir {folder} cannot be written ({reason}); choose another with --workdir=DIR"
+            f"workdir {run_dir} cannot be written ({reason}); choose another with --workdir=DIR"
         ) from None
     if lock is None:
         yield
@@ -87,56 +90,55 @@ def _locked(folder: epath.Path):
         except BlockingIOError:
             lock.seek(0)
             raise UserError(
-                f"workdir {folder} is in use by a live run ({lock.read().strip() or 'unknown'}); "
+                f"workdir {run_dir} is in use by a live run ({lock.read().strip() or 'unknown'}); "
                 "stop it, or choose another with --workdir=DIR"
             ) from None
         except OSError as error:  # a network file system without locks
             console.print(
-                f"workdir {folder} cannot be locked ({error.strerror}): nothing stops "
-                "another run from using it too"
+                f"workdir {run_dir} cannot be locked ({error.strerror}): nothing stops another "
+                "run from using it too"
             )
         lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         job = os.environ.get("SLURM_JOB_ID")
-        of = f" of Slurm job {job}" if job else ""
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{of} since {now}")
+        of_job = f" of Slurm job {job}" if job else ""
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}{of_job} since {now}")
         lock.flush()
         yield
 
 
-def appending(path: epath.Path) -> IO[bytes]:
-    """The file, to be appended to; without a buffer, where its disk is one of this host."""
-    return path.open("ab") if manager.remote(path) else open(path, "ab", buffering=0)
+def write_or_check_config(run_dir: epath.Path, config: RunConfig) -> None:
+    """Write the config into a new run's folder, or check it against the run that is there.
 
-
-def settle(folder: epath.Path, config: ConfigDict) -> None:
-    """Writes the config into a new run's folder, or checks it against the run that lives there.
-
-    Raises UserError that names each field in which a run already there differs, unless it may.
+    Raises UserError that names every field whose change would change what the run learns.
     """
-    path = folder / CONFIG
+    path = run_dir / CONFIG
     if path.exists():
         try:
-            old = config_file.flat(json.loads(path.read_text()))
-        except ValueError:
+            previous = config_file.flat(json.loads(path.read_text()))
+        except (ValueError, AttributeError):
             raise UserError(
-                f"{path} is not readable as JSON; remove it if {folder} is a run and the command "
+                f"{path} is not readable as JSON; remove it if {run_dir} is a run and the command "
                 "the one it began with, or choose another with --workdir=DIR"
             ) from None
-        changed = differing(old, config_file.flat(config.to_dict()))
-        if changed:
-            shown = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)
+        except OSError as error:
             raise UserError(
-                f"workdir {folder} holds another run, which differs in {shown}; "
+                f"{path} cannot be read ({error.strerror}); choose another with --workdir=DIR"
+            ) from None
+        changed = differing_fields(previous, config.flat())
+        if changed:
+            listed = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)
+            raise UserError(
+                f"workdir {run_dir} holds another run, which differs in {listed}; "
                 "choose another with --workdir=DIR"
             )
-    checksums.write_atomically(path, config_file.to_json(config))
+    checksums.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
 
 
-def differing(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, old value, new value) of all fields that matter and are not the same."""
+def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return (field, old value, new value) of every field that changes what is learned."""
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(MAY_CHANGE)
+        if old.get(name) != new.get(name) and changes_learning(name)
     ]

@@ -29,7 +29,7 @@ def test_a_lost_peer_ends_the_others_and_is_named(tmp_path, how, victim):
             assert time.monotonic() - began < GONE_WITHIN, run.text
             time.sleep(0.2)
         if how == signal.SIGSTOP:
-            assert re.search(rf"process {victim}\b.*(no sign of life|has not answered)", run.text)
+            assert re.search(rf"process {victim}\b.*(no heartbeat|has not answered)", run.text)
             os.kill(pids[victim], signal.SIGKILL)
         assert run.wait(60) not in (0, 2, 75, 130)
         assert f"process {victim} (pid {pids[victim]}) was killed by SIGKILL" in run.text
@@ -45,7 +45,7 @@ def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
         run.until(lambda: run.updates() >= 8)
         run.signal(1, signal.SIGKILL)
         assert run.wait() == 0, run.text
-        assert "starting again (1 of 2)" in run.text and "going on" in run.text
+        assert "starting again (1 of 2)" in run.text and "resuming" in run.text
     assert same_bits(parameters(tmp_path / "killed", 80), parameters(tmp_path / "straight", 80))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
@@ -57,7 +57,7 @@ def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
         run.until(lambda: run.updates() >= 3)
         run.signal(n - 1, signal.SIGTERM)
         assert run.wait(60) == 75, run.text
-    (said,) = re.findall(r"saved update (\d+) in", run.text)
+    (said,) = re.findall(r"saved step (\d+) in", run.text)
     assert manager.steps(tmp_path / "run")[-1] == int(said)
     assert manager.verify(tmp_path / "run", int(said)) == []
     assert "left with status" not in run.text  # every process left with 75, which is no fault
@@ -70,7 +70,7 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path, n):
         run.until(lambda: run.updates() >= 3)
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.wait(60) == 130, run.text
-    (said,) = re.findall(r"saved update (\d+) in", run.text)
+    (said,) = re.findall(r"saved step (\d+) in", run.text)
     assert manager.verify(tmp_path / "run", int(said)) == []
     assert "was killed" not in run.text
 
@@ -86,7 +86,7 @@ def test_a_process_that_stands_still_makes_all_dump_their_stacks_and_leave(tmp_p
     (log,) = (tmp_path / "run" / "logs").iterdir()
     text = log.read_text()
     assert "no progress for 2" in r.text
-    assert "process 1 on" in text and "waiting for the batch of update 21" in text
+    assert "process 1 on" in text and "waiting for the batch of step 21" in text
     assert text.count("most recent call first") >= 2 * 3  # threads of both processes
 
 
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_falls_back(tmp_path):
         assert run.wait() == 2, run.text
     with Run(tmp_path / "run", 2, *options) as run:
         assert run.wait() == 0, run.text
-    assert f"{file.name} has other bytes" in run.text and "going on   from update 4" in run.text
+    assert f"{file.name} has other bytes" in run.text and "resuming   from step 4" in run.text
     assert same_bits(parameters(tmp_path / "run", 8), right)
     assert manager.verify(tmp_path / "run", 8) == []
 
@@ -124,7 +124,7 @@ def test_an_infinite_loss_stops_all_at_one_update_with_evidence(tmp_path):
     with Run(tmp_path / "run", 2, *wild) as run:
         assert run.wait() == 1, run.text
     (evidence,) = (tmp_path / "run" / "nonfinite").iterdir()
-    assert f"update {evidence.name} is not finite" in run.text
+    assert f"step {evidence.name} is not finite" in run.text
     assert {p.name for p in evidence.glob("batch_*")} == {"batch_0.npz", "batch_1.npz"}
     with Run(tmp_path / "skip", 2, *wild, "--config.skip_nonfinite=3") as run:
         assert run.wait() == 1, run.text

@@ -12,7 +12,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import manager
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training import process_group
+from esm1nv_jax.training import launcher
 from tests.cluster import slurm as real_slurm
 from tests.cluster.runs import SAME, losses
 from tests.training import processes
@@ -52,7 +52,7 @@ ALONE = [
 
 @pytest.mark.parametrize("environ", ALONE)
 def test_off_a_cluster_nothing_is_initialised(environ):
-    assert process_group.launched(environ) is None
+    assert launcher.initialize_arguments(environ) is None
 
 
 HAND = {"JAX_COORDINATOR_ADDRESS": "a:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -69,15 +69,15 @@ HAND = {"JAX_COORDINATOR_ADDRESS": "a:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROC
 )
 def test_variables_set_by_hand_are_all_needed(change):
     """Else a process would take itself for the whole run."""
-    assert process_group.launched(HAND)["process_id"] == 3
+    assert launcher.initialize_arguments(HAND)["process_id"] == 3
     environ = {name: value for name, value in (HAND | change).items() if value is not None}
     with pytest.raises(UserError, match="each process needs all three"):
-        process_group.launched(environ)
+        launcher.initialize_arguments(environ)
 
 
 def test_a_promise_that_is_no_number():
     with pytest.raises(UserError, match="ESM1NV_DEVICES=many"):
-        process_group.promised_devices(4, {"ESM1NV_DEVICES": "many"})
+        launcher.promised_devices(4, {"ESM1NV_DEVICES": "many"})
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_open_mpi_5_needs_an_address_and_says_so():
         "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     }
     with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS"):
-        process_group.launched(five)
-    found = process_group.launched(five | {"JAX_COORDINATOR_ADDRESS": "a:1234"})
+        launcher.initialize_arguments(five)
+    found = launcher.initialize_arguments(five | {"JAX_COORDINATOR_ADDRESS": "a:1234"})
     assert found == {
         "coordinator_address": "a:1234",
         "num_processes": 4,
@@ -197,12 +197,12 @@ def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
     slurm.until(job, lambda state: updates(workdir) >= 3)
     slurm.call("scancel", "--signal=TERM", job)
     slurm.until(job, lambda state: state == "PENDING")
-    (saved,) = map(int, re.findall(r"saved update (\d+) in", log.read_text()))
+    (saved,) = map(int, re.findall(r"saved step (\d+) in", log.read_text()))
     assert manager.steps(workdir)[-1] == saved
     assert "status 75, requeueing (restart 1)" in log.read_text()
 
     begin_now(slurm, job, log, 1)
-    assert f"going on   from update {saved:,} of" in log.read_text()
+    assert f"resuming   from step {saved:,} of" in log.read_text()
     slurm.until(job, lambda state: updates(workdir) >= saved + 12)
     slurm.call("scontrol", "requeue", job)  # as after a lost node: no time to save
     begin_now(slurm, job, log, 2)
@@ -227,7 +227,7 @@ def test_slurm_time_limit(slurm, tmp_path):
         slurm, workdir, 2, "--config.steps=1000000", sbatch=("--time=2", "--signal=TERM@60")
     )
     slurm.until(job, lambda state: log.exists() and "requeueing" in log.read_text(), 400)
-    (saved,) = map(int, re.findall(r"saved update (\d+) in", log.read_text()))
+    (saved,) = map(int, re.findall(r"saved step (\d+) in", log.read_text()))
     assert manager.steps(workdir)[-1] == saved
     slurm.until(job, lambda state: state == "PENDING")
     slurm.call("scancel", job)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from esm1nv_jax.training import process_group
+from esm1nv_jax.training import launcher, process_group
 from tests.cluster.runs import Run
 from tests.training import processes
 
@@ -97,8 +97,8 @@ def test_fewer_devices_than_promised(tmp_path):
 
 def test_what_slurm_promises():
     environ = {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_NUM_NODES": "22"}
-    assert process_group.promised_devices(22, environ) == 176
-    assert process_group.promised_devices(4, {}) == 4
+    assert launcher.promised_devices(22, environ) == 176
+    assert launcher.promised_devices(4, {}) == 4
 
 
 def test_a_live_run_is_named_and_unharmed(tmp_path):
@@ -119,8 +119,9 @@ def test_a_process_that_never_comes_ends_the_start(tmp_path):
 
 
 def test_alone_every_note_comes_back_at_once():
-    team = process_group.Team()
-    assert team.gather("a", "note") == ["note"]
-    assert team.announce("b", lambda: "said") == "said"
-    team.together("c")
-    assert process_group.agree(team, 1, {"seed": 1}, "data") == [team.host]
+    group = process_group.ProcessGroup()
+    assert group.gather("a", "message") == ["message"]
+    assert group.broadcast("b", lambda: "made") == "made"
+    group.barrier("c")
+    facts = (group, 1, {"seed": 1}, "data")
+    assert process_group.assert_equal_across_processes(*facts) == [group.host]

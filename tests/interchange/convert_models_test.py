@@ -116,16 +116,16 @@ def test_a_model_without_x_is_trained_on_sequences_with_x(tmp_path):
     import jax
 
     from esm1nv_jax.model.masking import recipe
+    from esm1nv_jax.training.objectives.masked_lm import MaskedLM
     from esm1nv_jax.training.optimizer import OptimizerConfig
     from esm1nv_jax.training.step import StepConfig, batch_sums
     from tests.model.rows import pack
 
     weights = model_folder.read(witness.save(witness.make("bert"), "bert", tmp_path))
-    settings = StepConfig(
-        0, weights.model, encoder.Compute(), recipe("card", 1.0), OptimizerConfig()
-    )
+    objective = MaskedLM(recipe("card", 1.0))
+    config = StepConfig(0, weights.model, encoder.Compute(), objective, OptimizerConfig())
     batch = pack([[tokenizer.encode("MXKBZUOXL").astype(np.int32)]], 16)
-    sums = jax.device_get(batch_sums(settings, weights.params, batch, None))
+    sums = jax.device_get(batch_sums(config, weights.params, batch, None))
     assert sums["selected"] == 3
     assert sums["loss"] / sums["selected"] < 20
 

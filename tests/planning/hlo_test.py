@@ -8,7 +8,8 @@ import pytest
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.planning.hlo import Program, size
-from esm1nv_jax.training import run_config, sharding, step
+from esm1nv_jax.training import sharding, step
+from esm1nv_jax.training.run_config import RunConfig
 from tests.planning import abstract
 
 
@@ -41,10 +42,10 @@ def tiny_step(microbatches=1) -> tuple[Program, int]:
     config = config_file.load("tests/configs/tiny.py")
     with config.unlocked():
         config.batch.update(rows=16, microbatches=microbatches)
-    settled = run_config.step_config(config)
     mesh = sharding.make_mesh(jax.devices("cpu")[:8])
+    settled = RunConfig.from_config_dict(config).step_config(mesh.devices.flat[0])
     state, batch = abstract.arguments(settled, mesh, 16, config.data.row_length)
-    compiled = step.compiled(settled, mesh)[0].lower(state, batch).compile()
+    compiled = step.jit_steps(settled, mesh)[0].lower(state, batch).compile()
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     return Program(compiled.as_text()), parameters
 

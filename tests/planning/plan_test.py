@@ -212,9 +212,9 @@ def test_load_of_rows_counted_by_hand():
 
 def test_measured_beside_predicted(tmp_path):
     lines = [
-        {"step": n, "kind": "train", "seconds_per_update": s, "tokens_per_second": 10.0}
+        {"step": n, "kind": "train", "seconds_per_step": s, "tokens_per_second": 10.0}
         for n, s in ((1, 99.0), (2, 0.5), (3, 0.7))
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = plan("--config=tests/configs/tiny.py", "--chip=this-cpu", f"--against={tmp_path}")
-    assert found["measured"]["seconds_per_update"] == pytest.approx(0.6)
+    assert found["measured"]["seconds_per_step"] == pytest.approx(0.6)

@@ -3,13 +3,14 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
 from esm1nv_jax import cli
 from esm1nv_jax.common import arguments, config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training.compare import differing, over_seeds, read
+from esm1nv_jax.training.compare import differing_fields, over_seeds, read
 
 
 def write(folder, arg, figures):
@@ -33,7 +34,7 @@ def runs(tmp_path):
     ]
 
 
-def test_seeds_of_a_recipe_are_one_row_at_the_last_update_they_share(runs):
+def test_seeds_of_a_recipe_are_one_row_at_the_last_step_they_share(runs):
     first, second = over_seeds(read(runs))
     assert first["runs"] == ["shipped/0"] and math.isnan(first["spread"])
     assert second["seeds"] == [0, 1, 2] and second["step"] == 100
@@ -42,11 +43,11 @@ def test_seeds_of_a_recipe_are_one_row_at_the_last_update_they_share(runs):
 
 
 def test_only_what_differs_is_shown(runs):
-    found = differing(read(runs))
+    found = differing_fields(read(runs))
     assert found["seed"] == [0, 1, 2, 0] and found["masking.recipe"][3] == "shipped"
     assert found["steps"] == [1_000_000, 1_000_000, 100, 1_000_000]
     assert "optimizer.peak_lr" not in found
-    assert differing(read(runs[:1] * 2)) == {}
+    assert differing_fields(read(runs[:1] * 2)) == {}
 
 
 def test_the_command_draws_every_run(runs, tmp_path, capsys):
@@ -69,7 +70,7 @@ def test_a_partial_run_is_one_line(runs, tmp_path, name, said):
 
 def test_a_run_without_validation_is_one_line(tmp_path):
     run = write(tmp_path / "new", "", {})
-    with pytest.raises(UserError, match="no validation figure yet"):
+    with pytest.raises(UserError, match="no validation metrics yet"):
         read([run])
 
 
@@ -77,3 +78,17 @@ def test_a_run_that_was_cut_short_while_it_wrote_is_compared_by_its_whole_lines(
     with open(f"{runs[0]}/metrics.jsonl", "a") as file:
         file.write('{"step": 300, "kind": "valid')
     assert max(x["step"] for x in read(runs[:1])[0].validation) == 200
+
+
+def test_fields_that_do_not_change_what_is_learned_do_not_split_a_recipe(runs):
+    """How a run is computed, logged and launched may differ between seeds; what it learns may not."""
+    same = {"profile": "3-4", "cluster": {"stall_timeout": 9}, "compute": {"remat": "block"}}
+    other = {"skip_nonfinite": 3}, {"init_from": "elsewhere"}
+    for run, change in zip(runs, (same, *other), strict=False):
+        config = json.loads((Path(run) / "config.json").read_text())
+        for name, value in change.items():
+            config[name] = config[name] | value if isinstance(value, dict) else value
+        (Path(run) / "config.json").write_text(json.dumps(config))
+    assert sorted(row["seeds"] for row in over_seeds(read(runs[:3]))) == [[0], [1], [2]]
+    again = write(Path(runs[0]).parent / "3", "seed=3", {0: 30, 100: 17.2})
+    assert sorted(row["seeds"] for row in over_seeds(read([runs[0], again]))) == [[0, 3]]

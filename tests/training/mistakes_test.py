@@ -7,7 +7,7 @@ import pytest
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training import run_config
+from esm1nv_jax.training.run_config import MINIMUM, RunConfig
 from tests.training import processes
 
 SYNTAX = "def get_config(:\n"
@@ -52,7 +52,7 @@ def get_config(arg=""):
         (["--config.platform=cray"], "auto, cpu, gpu, tpu"),
         (["--config.init_from=/nowhere"], "/nowhere does not exist"),
         (["--config.profile=often"], "--config.profile=20-24"),
-        (["--config.profile=5-3"], "names no updates"),
+        (["--config.profile=5-3"], "names no steps"),
         (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
         (["--config.optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be above 0"),
         (["--config.model.norm_epsilon=0"], "model.norm_epsilon=0.0 must be above 0"),
@@ -67,13 +67,13 @@ def test_of_options(tmp_path, options, words):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", run_config.LEAST)
+@pytest.mark.parametrize("name", MINIMUM)
 def test_of_numbers_that_are_too_small(name):
-    least = run_config.LEAST[name]
+    least = MINIMUM[name]
     config = config_file.load(processes.TINY)
-    run_config.step_config(config_file.override(config, [f"--config.{name}={least}"]))
+    RunConfig.from_config_dict(config_file.override(config, [f"--config.{name}={least}"]))
     with pytest.raises(UserError, match=f"{name}={least - 1} must be at least {least}"):
-        run_config.step_config(config_file.override(config, [f"--config.{name}={least - 1}"]))
+        RunConfig.from_config_dict(config_file.override(config, [f"--config.{name}={least - 1}"]))
 
 
 @pytest.mark.parametrize(

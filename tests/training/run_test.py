@@ -54,7 +54,7 @@ def test_a_run_leaves_what_it_promises(straight):
         "parameter_norm",
         "learning_rate",
         "tokens_per_second",
-        "sequences_per_update",
+        "sequences_per_step",
         "padding_share",
     ):
         assert np.isfinite(lines(run, "train")[0][name]), name
@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(straight):
         "untrained model",
         "unigram",
         "composition",
-        "this model, update 12",
+        "this model, step 12",
         "metrics.jsonl",
         "--config.steps=24",
         "tokens/s",
@@ -84,10 +84,10 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
     reached = manager.steps(run)[-1]
     assert 4 <= reached < 12, f"too late to prove anything: {reached}"
     if number != signal.SIGKILL:
-        assert f"saved update {reached}" in output
+        assert f"saved step {reached}" in output
     again = processes.run(f"--workdir={run}")
     assert again.returncode == 0, again.stderr
-    assert f"from update {reached} of 12" in again.stderr
+    assert f"from step {reached} of 12" in again.stderr
     assert_same(params(run, 12), params(straight[0], 12))
     figures = ("step", "kind", "loss", "perplexity_mask", "gradient_norm")
     expected = [[line.get(f) for f in figures] for line in lines(straight[0], "validation")]
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
     run = tmp_path / "run"
     process = processes.run(f"--workdir={run}", f"--config.init_from={tmp_path / 'broken'}")
     assert process.returncode == 1, process.stderr
-    assert "update 1 is not finite" in process.stderr
+    assert "step 1 is not finite" in process.stderr
     assert "none saved yet" in process.stderr
     with np.load(run / "nonfinite" / "1" / "batch_0.npz") as batch:
         assert batch["tokens"].shape == (8, 64)
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
 def test_a_profile_of_some_updates(tmp_path, straight):
     run = tmp_path / "run"
     done = processes.run(f"--workdir={run}", "--config.profile=3-4")
-    assert done.returncode == 0 and "profile    of updates 3 to 4" in done.stderr
+    assert done.returncode == 0 and "profile    of steps 3 to 4" in done.stderr
     (path,) = (run / "profile").rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(path)).planes
     events = (dict(e.stats) for plane in planes for line in plane.lines for e in line.events)

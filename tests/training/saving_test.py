@@ -5,18 +5,17 @@ import time
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from esm1nv_jax.checkpoints import manager
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training.checkpoint_policy import Saving
+from esm1nv_jax.training.checkpoint_policy import CheckpointConfig, Saving
 
 POLICY = {"every": 100, "minutes": 0, "keep": 2, "keep_every": 0, "on_error": "continue"}
 STATE = ({"x": np.ones(3, np.float32)}, {"step": np.int32(1)}, {"row": 1}, {"config": {}})
 
 
 def saving(folder, **changes):
-    return Saving(folder, ConfigDict(POLICY | changes))
+    return Saving(folder, CheckpointConfig(**(POLICY | changes)))
 
 
 def test_every_so_many_updates_or_minutes(tmp_path, monkeypatch):
@@ -59,7 +58,7 @@ def test_a_damaged_best_is_told_and_set_aside(tmp_path, capsys):
     first.close()
     os.truncate(tmp_path / "best" / "3" / "config" / "metadata", 3)
     with pytest.raises(UserError, match=r"best/3 .*config/metadata has 3 bytes"):
-        Saving(tmp_path, ConfigDict(POLICY), strict=True)
+        Saving(tmp_path, CheckpointConfig(**POLICY), strict=True)
     second = saving(tmp_path)
     assert "best/3" in capsys.readouterr().err
     assert manager.steps(tmp_path, manager.BEST) == []

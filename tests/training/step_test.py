@@ -10,6 +10,7 @@ import pytest
 
 from esm1nv_jax.model import encoder, masking
 from esm1nv_jax.training import sharding, step
+from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from tests.model.rows import pack, random_tokens
 
@@ -19,7 +20,7 @@ CONFIG = step.StepConfig(
         layers=2, width=32, heads=2, ffn=64, positions=66, dropout=0.1, attention_dropout=0.1
     ),
     compute=encoder.Compute(),
-    masking=masking.recipe("card"),
+    objective=MaskedLM(masking.recipe("card")),
     optimizer=OptimizerConfig(peak_lr=1e-3, min_lr=0.0, warmup=2, constant=0, horizon=100),
 )
 
@@ -35,14 +36,14 @@ def batch(number: int, rows: int = 16) -> dict[str, np.ndarray]:
 
 def train(config, devices: int, updates: int):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    update, _ = step.compiled(config, mesh)
+    update, _ = step.jit_steps(config, mesh)
     layout = sharding.sharding(mesh, "state")
     state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(config)
     losses = []
     for n in range(updates):
         arrays = jax.device_put(batch(n), sharding.sharding(mesh, "batch"))
         state, values = update(state, arrays)
-        values = values.fetched()
+        values = values.fetch()
         losses.append(values["loss"] / values["selected"])
     return state, np.array(losses)
 
@@ -54,7 +55,7 @@ def alone():
 
 def compiled_text(config, devices: int) -> str:
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    update, _ = step.compiled(config, mesh)
+    update, _ = step.jit_steps(config, mesh)
     state = jax.eval_shape(lambda: step.create_state(config))
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(0).items()}
     return update.lower(state, shapes).compile().as_text()
@@ -99,7 +100,7 @@ def test_gradients_travel_in_the_dtype_asked_for():
     mesh = sharding.make_mesh(jax.devices()[:8])
     config = dataclasses.replace(CONFIG, reduce_dtype="bfloat16")
     state = jax.eval_shape(lambda: step.create_state(config))
-    stable = step.compiled(config, mesh)[0].lower(state, batch(0)).as_text()
+    stable = step.jit_steps(config, mesh)[0].lower(state, batch(0)).as_text()
     operands = re.findall(r"stablehlo.all_reduce.*?\n.*?\n.*?\n.*?: \((.*?)\)", stable, re.S)
     kernels = [o for o in operands if "64x32" in o]
     assert kernels and all("bf16" in o for o in kernels)
@@ -131,14 +132,14 @@ def poisoned(state, leaf_value):
 def test_an_update_that_is_not_finite_moves_nothing(allowed):
     config = dataclasses.replace(CONFIG, nonfinite_allowed=allowed)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    update, _ = step.compiled(config, mesh)
+    update, _ = step.jit_steps(config, mesh)
     state = poisoned(step.create_state(config), jnp.nan)
     before = jax.device_get(state)
     after, values = update(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
     after = jax.device_get(after)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
-    values = values.fetched()
+    values = values.fetch()
     assert not values["finite"] and int(after.nonfinite) == 1
     assert bool(values["halted"]) == (allowed == 0)
     assert int(after.step) == allowed  # a skipped update counts, one that halts does not
@@ -147,12 +148,12 @@ def test_an_update_that_is_not_finite_moves_nothing(allowed):
 def test_after_a_halt_nothing_moves_even_where_it_could():
     config = CONFIG
     mesh = sharding.make_mesh(jax.devices()[:1])
-    update, _ = step.compiled(config, mesh)
+    update, _ = step.jit_steps(config, mesh)
     state = dataclasses.replace(step.create_state(config), nonfinite=jnp.int32(1))
     before = jax.device_get(state)
     after, values = update(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
     jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(after.params))
-    values = values.fetched()
+    values = values.fetch()
     assert values["finite"] and values["halted"] and int(after.nonfinite) == 1
 
 
@@ -170,7 +171,7 @@ def test_the_gradient_is_the_mean_over_all_predictions():
     expected = jax.jit(jax.grad(mean_loss))(params)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(expected)))
     mesh = sharding.make_mesh(jax.devices()[:4])
-    update, _ = step.compiled(config, mesh)
-    state = jax.device_put(step.fresh_state(config, params), sharding.sharding(mesh, "state"))
+    update, _ = step.jit_steps(config, mesh)
+    state = jax.device_put(step.state_from_params(config, params), sharding.sharding(mesh, "state"))
     _, values = update(state, jax.device_put(whole, sharding.sharding(mesh, "batch")))
-    assert values.fetched()["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    assert values.fetch()["gradient_norm"] == pytest.approx(norm, rel=1e-5)

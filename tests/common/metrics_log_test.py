@@ -1,4 +1,4 @@
-"""Figures on a disk: each once, whole, and none lost to a disk that was full for a while."""
+"""Metrics on a disk: each once, whole, and none lost to a disk that was full for a while."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from etils import epath
 
-from esm1nv_jax.training.metrics_writer import Writer
+from esm1nv_jax.common.metrics_log import MetricsWriter
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def fill(folder):
 
 
 def test_lines_wait_until_a_full_disk_has_room(small_disk, capsys):
-    with Writer(small_disk, 0, True) as writer:
+    with MetricsWriter(small_disk, 0, True) as writer:
         writer.write(1, "train", {"loss": 3.0})
         fill(small_disk)
         for step in range(2, 200):
@@ -39,13 +39,13 @@ def test_lines_wait_until_a_full_disk_has_room(small_disk, capsys):
         (small_disk / "ballast").unlink()
         writer.write(200, "train", {"loss": 3.0})
         assert steps(small_disk) == list(range(1, 201))
-    assert capsys.readouterr().err.count("figures wait in memory") == 1
+    assert capsys.readouterr().err.count("metrics wait in memory") == 1
 
 
 @pytest.mark.parametrize("room", [True, False])
 def test_the_end_of_a_run_leaves_whole_lines(small_disk, capsys, room):
-    """Also of one that failed: its last figures follow if there is room, else none is cut."""
-    with pytest.raises(RuntimeError), Writer(small_disk, 0, True) as writer:
+    """Also of one that failed: its last metrics follow if there is room, else none is cut."""
+    with pytest.raises(RuntimeError), MetricsWriter(small_disk, 0, True) as writer:
         writer.write(1, "train", {"loss": 3.0})  # the rest of its page is room for some more
         fill(small_disk)
         for step in range(2, 200):
@@ -63,7 +63,7 @@ def test_the_end_of_a_run_leaves_whole_lines(small_disk, capsys, room):
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     folder = epath.Path(tmp_path)
     for start in (0, 3):
-        with Writer(folder, start, True) as writer:
+        with MetricsWriter(folder, start, True) as writer:
             for step in range(start + 1, start + 6):
                 writer.write(step, "train", {"loss": float(step)})
     assert steps(folder) == list(range(1, 9))
@@ -72,7 +72,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
 def test_tensorboard_reads_the_events(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 
-    with Writer(epath.Path(tmp_path), 0, True) as writer:
+    with MetricsWriter(epath.Path(tmp_path), 0, True) as writer:
         writer.write(7, "train", {"loss": 2.5})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, found = path.read_bytes(), []

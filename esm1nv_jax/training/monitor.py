@@ -1,0 +1,136 @@
+"""What watches a run beside the computation: progress, metrics, logs, clocks, traces, signals."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+import jax
+from etils import epath
+
+from esm1nv_jax.common.console import bar
+from esm1nv_jax.common.metrics_log import MetricsWriter
+from esm1nv_jax.training.host_metrics import HostClock, log_line
+from esm1nv_jax.training.metrics import ScalarMetrics, ThroughputWindow
+from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.preemption import PreemptionHandler
+from esm1nv_jax.training.process_group import ProcessGroup
+from esm1nv_jax.training.profiling import StepProfiler
+from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.watchdog import Watchdog
+
+
+class NonfiniteStep(Exception):
+    """A step whose loss or gradient is not finite ended the run.
+
+    `step`, `batch` (this process's rows, on the host) and `metrics` are those of that step.
+    """
+
+    def __init__(self, step: int, batch: dict, metrics: dict[str, float]):
+        super().__init__(f"step {step} is not finite")
+        self.step, self.batch, self.metrics = step, batch, metrics
+
+
+class RunMonitor:
+    """Everything beside the computation, for one process of a run; a context manager.
+
+    Args:
+      config, objective: of the run.
+      run_dir: its folder.
+      group, watchdog: the processes of the run, and what ends them when they stand still.
+      log: of this host.
+      mesh: the devices of the run.
+      step: steps done so far.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: MaskedLM,
+        run_dir: epath.Path,
+        group: ProcessGroup,
+        watchdog: Watchdog,
+        log: TextIO,
+        mesh: jax.sharding.Mesh,
+        step: int,
+    ):
+        self._config, self._log, self._watchdog = config, log, watchdog
+        primary = group.is_primary
+        self._writer = MetricsWriter(run_dir, step, primary)
+        self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective.metrics)
+        self._clock = HostClock(group, mesh.local_devices[0])
+        self._profiler = StepProfiler(config.profile if primary else "", run_dir / "profile")
+        self._bar = bar("training", config.steps, "steps", primary, start=step)
+        self._preemption = PreemptionHandler(group.size)
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> RunMonitor:
+        self._stack.enter_context(self._writer)  # closed last, after the final metrics
+        self._stack.enter_context(self._preemption)
+        self._progress = self._stack.enter_context(self._bar)
+        self._stack.enter_context(self._profiler)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def heartbeat(self, activity: str) -> None:
+        """Note that the run makes progress and begins `activity`."""
+        self._watchdog.heartbeat(activity)
+
+    def start(self) -> None:
+        """Begin to measure throughput, and lower the stall timeout from that of the start-up."""
+        self._window.restart()
+        self._clock.restart()
+        self._watchdog.stall_timeout = self._config.cluster.stall_timeout
+
+    @contextlib.contextmanager
+    def waiting_for_batch(self, step: int, state) -> Iterator[None]:
+        """Around fetching the batch of `step`; `state` is what the step before it returned."""
+        self.heartbeat(f"waiting for the batch of step {step}")
+        self._profiler.before_step(step, state)
+        with self._clock.waiting("data_wait"):
+            yield
+        self.heartbeat(f"at step {step}")
+
+    def process_metrics(self, step: int, batch: dict, metrics: ScalarMetrics) -> None:
+        """Fetch the metrics of `step`, log them, and raise NonfiniteStep where they end the run."""
+        with self._clock.waiting("device_wait"):
+            values = metrics.fetch()
+        if values["halted"]:
+            raise NonfiniteStep(step, batch, values)
+        self._window.add(values)
+        if step % self._config.log.every == 0 or step == self._config.steps:
+            norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
+            train = self._window.take() | {name: values[name] for name in (*norms, "nonfinite")}
+            self._writer.write(step, "train", train)
+            hosts = self._clock.take()
+            self._writer.write(step, "hosts", hosts)
+            listed = "  ".join(f"{name} {value:.3g}" for name, value in hosts.items())
+            log_line(self._log, f"step {step}  {listed}")
+            self._progress.note = (
+                f"loss {train['loss']:.3f}  perplexity {train['perplexity']:.2f} "
+                f"(<mask> {train['perplexity_mask']:.2f})  "
+                f"{train['tokens_per_second']:,.0f} tokens/s"
+            )
+        self._progress.update(step, self._progress.note)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around evaluation and saving, which are not training time."""
+        with self._window.pause():
+            self._clock.probe()
+            yield
+
+    def write_validation(self, step: int, metrics: dict[str, float]) -> None:
+        self._writer.write(step, "validation", metrics)
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether a signal asks to stop after `step`; call it once a step."""
+        return self._preemption.should_stop(step)
+
+    @property
+    def stop_status(self) -> int | None:
+        """The exit status that a signal asks for; None where none came."""
+        return self._preemption.exit_status if self._preemption.stopping else None

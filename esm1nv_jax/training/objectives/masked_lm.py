@@ -1,0 +1,86 @@
+"""Masked language modelling: predict residues that are hidden or replaced in the input."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from esm1nv_jax.model import encoder, esm2, loss, masking
+from esm1nv_jax.model.dropout import DropoutKey
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskedLM:
+    """What the model learns: `targets` of a batch, `loss_sums` to minimise, `metrics` to read.
+
+    An objective is a frozen value, so that it is a static argument of the jitted step.
+    """
+
+    masking: masking.MaskingConfig
+
+    # The arrays of a batch that it reads, all [B, T].
+    batch_dtypes: ClassVar[dict[str, Any]] = {
+        "tokens": jnp.int32,
+        "segment_ids": jnp.int32,
+        "positions": jnp.int32,
+        "mask_bits": jnp.uint32,
+    }
+
+    def targets(self, model: encoder.EncoderConfig, batch: dict) -> masking.Masked:
+        """Return the corrupted input and the residues to predict."""
+        tokens_BT = esm2.readable(model.vocabulary, batch["tokens"])
+        return masking.mask(self.masking, tokens_BT, batch["segment_ids"], batch["mask_bits"])
+
+    def loss_sums(
+        self,
+        model: encoder.EncoderConfig,
+        compute: encoder.Compute,
+        params: dict,
+        batch: dict,
+        dropout_key: DropoutKey | None,
+    ) -> dict[str, jax.Array]:
+        """Return sums over some rows, fp32 scalars that add up over rows, devices and hosts.
+
+        `loss` is in nats, over `selected` targets; `loss_mask`, `selected_mask` and `right_mask`
+        are over targets at `<mask>` positions only.
+        """
+        masked = self.targets(model, batch)
+        output = encoder.forward(
+            model,
+            params,
+            masked.inputs_BT,
+            batch["segment_ids"],
+            batch["positions"],
+            compute=compute,
+            dropout_key=dropout_key,
+            index_BM=masked.index_BM,
+        )
+        return loss.sums(output.logits, masked)
+
+    def num_targets(self, sums: dict):
+        """Return what `loss` is divided by: the number of predictions."""
+        return sums["selected"]
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Return metrics from sums over any number of batches.
+
+        Perplexity is exp of the token-weighted mean cross-entropy: over all selected positions,
+        and over `<mask>` positions only (`_mask`), which alone is compared with baselines.
+        """
+        mean_loss = sums["loss"] / max(sums["selected"], 1)
+        mean_loss_mask = sums["loss_mask"] / max(sums["selected_mask"], 1)
+        return {
+            "loss": mean_loss,
+            "perplexity": _exp(mean_loss),
+            "loss_mask": mean_loss_mask,
+            "perplexity_mask": _exp(mean_loss_mask),
+            "accuracy_mask": sums["right_mask"] / max(sums["selected_mask"], 1),
+        }
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
