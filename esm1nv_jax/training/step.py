@@ -119,8 +119,8 @@ def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
         mesh=mesh,
         in_specs=(P(), P(DATA), P()),
         out_specs=P(),
-        # Its check of replication would insert a second reduction: the gradient of a parameter
-        # that it takes for replicated is summed over devices by autodiff, and again by psum.
+        # With the check, autodiff reduces the gradient of replicated parameters over the devices by
+        # itself, in every microbatch; here that is done once, after the last of them.
         check_vma=False,
     )(state.params, batch, state.step)
     # The mean over the targets of all hosts.

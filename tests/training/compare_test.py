@@ -81,7 +81,7 @@ def test_a_run_that_was_cut_short_while_it_wrote_is_compared_by_its_whole_lines(
 
 
 def test_fields_that_do_not_change_what_is_learned_do_not_split_a_recipe(runs):
-    """How a run is computed, logged and launched may differ between seeds; what it learns may not."""
+    """Seeds of a recipe may be computed, logged and launched in other ways."""
     same = {"profile": "3-4", "cluster": {"stall_timeout": 9}, "compute": {"remat": "block"}}
     other = {"skip_nonfinite": 3}, {"init_from": "elsewhere"}
     for run, change in zip(runs, (same, *other), strict=False):
