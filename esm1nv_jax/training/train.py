@@ -15,13 +15,21 @@ from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.data.source import Source, open_split
 from esm1nv_jax.data.stream_config import Place, StreamConfig, stream_config
-from esm1nv_jax.training import process_group, sharding, step, summary
+from esm1nv_jax.training import process_group, sharding, summary
 from esm1nv_jax.training.checkpoint_policy import Saving
 from esm1nv_jax.training.host_metrics import open_host_log
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.step import (
+    StepConfig,
+    TrainState,
+    abstract_state,
+    compile_steps,
+    create_state,
+    state_from_params,
+)
 from esm1nv_jax.training.watchdog import Watchdog
 from esm1nv_jax.training.workdir import lock_workdir, write_or_check_config
 
@@ -70,22 +78,20 @@ def run(
         state, data_state, saved_layout = restore_or_initialize(
             step_config, mesh, checkpoints.checkpoints, train_source, pretrained, group, strict
         )
-        num_steps = int(state.step)
+        step = int(state.step)  # steps done
         watchdog.heartbeat("compiling")
-        train_step, eval_step = step.compile_steps(
-            step_config, mesh, stream.rows, stream.row_length
-        )
+        train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
         # A collective waits half a minute for its peers, and compile times may differ by more.
         group.barrier("compiled", watchdog.stall_timeout)
         if group.is_primary:
             summary.print_start(
-                config, step_config, stream, train_source, mesh, watchdog.hosts, run_dir, num_steps
+                config, step_config, stream, train_source, mesh, watchdog.hosts, run_dir, step
             )
             if saved_layout not in (None, layout):
                 summary.print_layout_change(saved_layout, layout)
 
         monitor = RunMonitor(
-            config, step_config.objective, run_dir, group, watchdog, log, mesh, num_steps
+            config, step_config.objective, run_dir, group, watchdog, log, mesh, step
         )
         batches = training_batches(train_source, stream, step_config.objective, mesh, data_state)
         validate = functools.partial(
@@ -93,26 +99,24 @@ def run(
         )
         try:
             with monitor, batches, jax.transfer_guard("disallow"):
-                if num_steps == 0:
-                    validate(eval_step, state.params, num_steps)
+                if step == 0:
+                    validate(eval_step, state.params, step)
                 monitor.start()
                 pending = None
-                stop = num_steps >= config.steps
+                stop = step >= config.steps
                 while not stop:
-                    with monitor.waiting_for_batch(num_steps + 1, state):
+                    with monitor.waiting_for_batch(step + 1, state):
                         batch, device_batch, data_state = next(batches)
                     state, metrics = train_step(state, device_batch)
-                    num_steps += 1
+                    step += 1
                     # The device works on this step while the metrics of the last are fetched.
                     if pending is not None:
                         monitor.process_metrics(*pending)
-                    pending = (num_steps, batch, metrics)
+                    pending = (step, batch, metrics)
                     checkpoints.check()
-                    stop = monitor.should_stop(num_steps) or num_steps == config.steps
-                    evaluate_now = num_steps % config.evaluation.every == 0 or (
-                        num_steps == config.steps
-                    )
-                    save_now = stop or checkpoints.due(num_steps)
+                    stop = monitor.should_stop(step) or step == config.steps
+                    evaluate_now = step % config.evaluation.every == 0 or (step == config.steps)
+                    save_now = stop or checkpoints.due(step)
                     if not (evaluate_now or save_now):
                         continue
                     monitor.process_metrics(*pending)
@@ -120,11 +124,11 @@ def run(
                     with monitor.pause():
                         items = checkpoint_items(state, data_state, train_source, metadata)
                         if evaluate_now:
-                            validation = validate(eval_step, state.params, num_steps)
-                            checkpoints.save_if_best(validation["loss_mask"], num_steps, *items)
+                            validation = validate(eval_step, state.params, step)
+                            checkpoints.save_if_best(validation["loss_mask"], step, *items)
                         if save_now:
-                            monitor.heartbeat(f"saving step {num_steps}")
-                            checkpoints.save(num_steps, *items)
+                            monitor.heartbeat(f"saving step {step}")
+                            checkpoints.save(step, *items)
         except NonfiniteStep as error:
             summary.dump_nonfinite_batch(run_dir, error, checkpoints.describe_newest())
             return 1
@@ -132,10 +136,10 @@ def run(
         checkpoints.close()
         group.barrier("saved", config.cluster.stall_timeout)
         watchdog.disable()
-        if monitor.stop_status is not None and num_steps < config.steps:
+        if monitor.stop_status is not None and step < config.steps:
             if group.is_primary:
                 console.print(
-                    f"saved step {num_steps} in {run_dir}; the same command resumes from there"
+                    f"saved step {step} in {run_dir}; the same command resumes from there"
                 )
             return monitor.stop_status
         if group.is_primary:
@@ -164,14 +168,14 @@ def load_pretrained(config: RunConfig) -> dict | None:
 
 
 def restore_or_initialize(
-    step_config: step.StepConfig,
+    step_config: StepConfig,
     mesh: jax.sharding.Mesh,
     checkpoints: manager.Checkpoints,
     source: Source,
     pretrained: dict | None,
     group: process_group.ProcessGroup,
     strict: bool,
-) -> tuple[step.TrainState, Place, dict | None]:
+) -> tuple[TrainState, Place, dict | None]:
     """Return the state to start from, the state of the data stream, and the layout it was saved on.
 
     In order of precedence: this run's newest valid checkpoint, pretrained parameters, random
@@ -189,7 +193,7 @@ def restore_or_initialize(
 
     chosen = group.broadcast("checkpoint", choose)
     if chosen:
-        shapes = step.abstract_state(step_config, mesh)
+        shapes = abstract_state(step_config, mesh)
         params, rest, data_state = checkpoints.restore(int(chosen), *split_state(shapes))
         if data_state.pop("data") != source.fingerprint:
             raise UserError(
@@ -197,23 +201,23 @@ def restore_or_initialize(
                 "the same data set, or choose another --workdir=DIR"
             )
         saved_layout = manager.read_config(run_dir, int(chosen)).get("layout")
-        return step.TrainState(params=params, **rest), Place(**data_state), saved_layout
+        return TrainState(params=params, **rest), Place(**data_state), saved_layout
     if pretrained is not None:
         params = sharding.place_state(pretrained, mesh)
-        create = jax.jit(step.state_from_params, static_argnums=0, out_shardings=replicated)
+        create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
         return create(step_config, params), Place(), None
-    create = jax.jit(step.create_state, static_argnums=0, out_shardings=replicated)
+    create = jax.jit(create_state, static_argnums=0, out_shardings=replicated)
     return create(step_config), Place(), None
 
 
-def split_state(state: step.TrainState) -> tuple[dict, dict]:
+def split_state(state: TrainState) -> tuple[dict, dict]:
     """Return a state as two items of a checkpoint: the parameters, and all the rest."""
     rest = {"step": state.step, "opt_state": state.opt_state, "nonfinite": state.nonfinite}
     return state.params, rest
 
 
 def checkpoint_items(
-    state: step.TrainState, data_state: Place, source: Source, metadata: dict
+    state: TrainState, data_state: Place, source: Source, metadata: dict
 ) -> tuple[dict, dict, dict, dict]:
     """Return what a checkpoint holds: parameters, optimizer and counters, data state, metadata."""
     return *split_state(state), {**vars(data_state), "data": source.fingerprint}, metadata
@@ -246,7 +250,7 @@ def evaluate(
     monitor: RunMonitor,
     eval_step,
     params: dict,
-    num_steps: int,
+    step: int,
 ) -> dict[str, float]:
     """Return and log metrics on held-out sequences: the same ones, masked alike, every time."""
     sums: dict[str, float] = {}
@@ -258,5 +262,5 @@ def evaluate(
         arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
         sums = add_sums(sums, eval_step(params, arrays).fetch())
     metrics = objective.metrics(sums)
-    monitor.write_validation(num_steps, metrics)
+    monitor.write_validation(step, metrics)
     return metrics
