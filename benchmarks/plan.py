@@ -1,4 +1,4 @@
-"""Whether `esm1nv plan` is right where that can be seen: updates predicted and measured on a CPU.
+"""Compares `esm1nv plan` with the clock, on a CPU: the time of a step as predicted and as measured.
 
     python benchmarks/plan.py --json out.json
 
@@ -33,7 +33,7 @@ SHAPES = {  # arguments of configs/pretrain_small.py, and fields
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="some of the default's")
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -49,54 +49,54 @@ def main() -> int:
         f"{this.bandwidth / 1e9:.1f} GB/s"
     )
     print(f"{'':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}")
-    found = {}
+    results = {}
     for name in options.shapes.split(","):
         arguments, fields = SHAPES[name]
-        predicted, measured = seconds(arguments, fields, options.updates)
-        found[name] = {"predicted": predicted, "measured": measured}
+        predicted, measured = seconds(arguments, fields, options.steps)
+        results[name] = {"predicted": predicted, "measured": measured}
         print(
             f"{name:<12}{predicted * 1e3:>9.0f} ms{measured * 1e3:>9.0f} ms"
             f"{measured / predicted:>8.2f}",
             flush=True,
         )
     if options.json:
-        Path(options.json).write_text(json.dumps(found))
-    ratios = [figures["measured"] / figures["predicted"] for figures in found.values()]
+        Path(options.json).write_text(json.dumps(results))
+    ratios = [result["measured"] / result["predicted"] for result in results.values()]
     return int(max(*ratios, *(1 / ratio for ratio in ratios)) > FACTOR)
 
 
-def seconds(arguments: str, fields: list[str], updates: int) -> tuple[float, float]:
-    """Of one update: as planned, and the quickest of `updates` that were run."""
+def seconds(arguments: str, fields: list[str], steps: int) -> tuple[float, float]:
+    """Returns the time of a step as planned, and the shortest of `steps` that were run."""
     import jax
 
     from esm1nv_jax.common import config_file
-    from esm1nv_jax.data.pipeline import Place, train_batches
+    from esm1nv_jax.data.pipeline import train_batches
     from esm1nv_jax.data.source import open_split
     from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.planning import chips
     from esm1nv_jax.planning.plan import plan
-    from esm1nv_jax.training import run_config, sharding, step, train
+    from esm1nv_jax.training import sharding, step
+    from esm1nv_jax.training.run_config import RunConfig
 
     config = config_file.load("configs/pretrain_small.py", arguments)
     fields = ["--config.data.path=sample", "--config.compute.dtype=float32", *fields]
     config = config_file.override(config, fields)
     planned = plan(config, chips.THIS_CPU)
     device = jax.devices()[0]
-    settled = run_config.fitted(run_config.step_config(config), config, device)
-    mesh = sharding.make_mesh([device])
+    run = RunConfig.from_config_dict(config)
+    settings, mesh = run.step_config(device), sharding.make_mesh([device])
     layout = sharding.sharding(mesh, "state")
-    state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settled)
-    update, _ = step.compiled(settled, mesh)
-    batches = train_batches(
-        open_split("sample", "train"), stream_config(config, planned.rows), Place()
-    )
+    state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settings)
+    train_step, _ = step.jit_steps(settings, mesh)
+    batches = train_batches(open_split("sample", "train"), stream_config(run, planned.rows))
     times = []
-    for _ in range(updates + 1):  # the first one compiles
-        batch = jax.block_until_ready(train.on_devices(next(batches)[0], mesh))
-        began = time.process_time()
-        state, values = update(state, batch)
+    for _ in range(steps + 1):  # the first one compiles
+        batch = sharding.place_on_devices(next(batches)[0], settings.objective.batch_dtypes, mesh)
+        jax.block_until_ready(batch)
+        start = time.process_time()
+        state, values = train_step(state, batch)
         jax.block_until_ready((state, values))
-        times.append(time.process_time() - began)
+        times.append(time.process_time() - start)
     return planned.seconds, min(times[1:])
 
 

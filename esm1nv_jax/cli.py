@@ -59,6 +59,8 @@ def dispatch(argv: list[str]) -> int | None:
         raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)} (esm1nv --help)")
     if verb in COMPUTING:
         runtime.set_up()
+    elif verb != "plan":  # which compiles for absent GPUs
+        runtime.hide_unusable_plugins()
     return importlib.import_module(VERBS[verb][0]).main(rest)
 
 

@@ -1,31 +1,58 @@
-"""What a command that computes sets up before jax is imported: compiled programs and freed memory
-are kept."""
+"""The process that a command runs in: what is set up before jax is imported."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
+import sys
 from glob import glob
 from pathlib import Path
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
+# Device files of GPUs (/dev/dxg: under Windows) and TPUs.
+_ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
+_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_plugins.xla_cuda12")
 
 
 def set_up() -> None:
-    """Call it before jax is imported and before threads are there."""
+    """For a command that computes. Call it before jax is imported and before threads are there."""
+    hide_unusable_plugins()
     keep_compiled_programs()
     keep_freed_memory()
 
 
+def has_accelerator() -> bool:
+    return any(map(glob, _ACCELERATORS))
+
+
+def hide_unusable_plugins() -> None:
+    """Keeps JAX from loading its CUDA plug-in where there is no GPU.
+
+    The extra `plan` installs it without CUDA's libraries, and JAX would print a traceback.
+    """
+    if not sys.platform.startswith("linux") or has_accelerator() or "jax" in sys.modules:
+        return
+    sys.modules.update(dict.fromkeys(_CUDA))  # None: such an import fails
+
+    def other(record: logging.LogRecord) -> bool:
+        return "jax_plugins.xla_cuda" not in record.getMessage()
+
+    logging.getLogger("jax._src.xla_bridge").addFilter(other)
+
+
 def keep_compiled_programs() -> None:
-    """A second start finds the first one's programs in the user's cache folder.
+    """Lets a second start find the first one's programs in the user's cache folder.
 
     JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    Where there is no home folder nothing is kept.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and the user is in no list: a container
+        return
     os.environ.setdefault(
         "JAX_COMPILATION_CACHE_DIR", str(cache / "esm1nv_jax" / f"programs-{_processor()}")
     )
@@ -34,7 +61,7 @@ def keep_compiled_programs() -> None:
 
 
 def _processor() -> str:
-    """A name for what programs for this CPU may contain: hosts that share a home may differ."""
+    """Names the kind of CPU that programs are compiled for: hosts that share a home may differ."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
@@ -46,12 +73,12 @@ def _processor() -> str:
 def keep_freed_memory() -> None:
     """Keeps freed memory in the process, where no accelerator is.
 
-    XLA's CPU backend frees the gigabyte that an update works in and asks for it again. By default
-    each of its pages goes back to the kernel and comes again, cleared, by a page fault. Elsewhere
-    than in glibc it does nothing.
+    XLA's CPU backend frees the gigabyte that a step works in and asks for it again. By default each
+    of its pages goes back to the kernel and comes again, cleared, by a page fault. Does nothing
+    without glibc.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or any(map(glob, _ACCELERATORS)):
+    if not hasattr(libc, "mallopt") or has_accelerator():
         return
     libc.mallopt(_ARENA_MAX, 1)  # memory that one thread has freed serves the others
     libc.mallopt(_MMAP_MAX, 0)  # large blocks are kept like small ones

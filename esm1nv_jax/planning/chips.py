@@ -1,8 +1,5 @@
-"""Chips that one can plan for: their figures, and how XLA compiles for them in their absence.
-
-Figures are of the vendors' data sheets; a target's text is XLA's own description of a GPU
-(`GpuTargetConfigProto`), as a driver would report it.
-"""
+"""Chips that one can plan for: their data sheets, what of a peak is reached, how XLA compiles for
+them in their absence."""
 
 from __future__ import annotations
 
@@ -14,11 +11,25 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from esm1nv_jax.common.errors import UserError
 
 GIB = 2**30
 THIS_CPU = "this-cpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """Shares of a peak that kernels reach."""
+
+    products: float  # matrix products, of the peak FLOP/s
+    memory: float  # of the bandwidth of the main memory; also of links
+    attention: float  # in attention kernels, of the time of products and vector work at their peaks
+
+    def mean(self, other: Efficiency) -> Efficiency:
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Efficiency(*((a + b) / 2 for a, b in pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,99 +39,71 @@ class Chip:
     flops: float  # dense bf16 products, FLOP/s
     bandwidth: float  # of its memory, bytes/s
     memory: float  # bytes
-    vector: float = 0.0  # 32-bit integer and float operations/s outside of products
+    low: Efficiency
+    high: Efficiency
+    source: str  # of the two efficiencies
+    vector: float = 0.0  # 32-bit operations on elements a second, outside of products
     link: float = 0.0  # bytes/s in which an all-reduce passes one device within a host
     network: float = 0.0  # and between hosts: of the one network card a device has (assumed)
     launch: float = 0.0  # seconds between two kernels
-    target: str = ""  # of a GPU: text of a GpuTargetConfigProto
-
-    def network_of(self, hosts: int) -> float:
-        return self.link if hosts == 1 else min(self.link, self.network or self.link)
+    target: str = ""  # of a GPU: text of XLA's GpuTargetConfigProto, as a driver would report it
 
 
-def _target(name: str, **device) -> str:
-    major, minor = device.pop("capability")
-    # Hopper's own instructions; without them the compiler aborts on its products.
-    extension = "ACCELERATED_FEATURES" if major == 9 else "NONE"
-    common = {
-        "threads_per_block_limit": 1024,
-        "threads_per_warp": 32,
-        "threads_per_core_limit": 2048,
-        "registers_per_core_limit": 65536,
-        "registers_per_block_limit": 65536,
-        "shared_memory_per_block": 49152,
-        "block_dim_limit_x": 2147483647,
-        "block_dim_limit_y": 65535,
-        "block_dim_limit_z": 65535,
-    }
-    lines = "\n".join(f"  {key}: {value}" for key, value in (common | device).items())
-    return f"""gpu_device_info {{
-{lines}
-  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
+_GPU_TARGET = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 shared_memory_per_block: 49152
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock} l2_cache_size: {l2}
+  shared_memory_per_core: {shared} shared_memory_per_block_optin: {optin}
+  memory_bandwidth: {bandwidth} device_memory_size: {memory}
+  cuda_compute_capability {{ major: {major} minor: 0 feature_extension: {extension} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 runtime_version {{ major: 12 minor: 9 patch: 0 }}
-device_description_str: "{name}"
+device_description_str: "{full}"
 """
+# Of the two efficiencies of a GPU the higher one is measured: products by S. Bekman ("Machine
+# Learning Engineering", table MAMF, the best shape), attention by T. Dao ("FlashAttention-2", 2023:
+# 73 % of an A100's peak at head size 128) and J. Shah et al. ("FlashAttention-3", 2024: its
+# predecessor reaches 35 % of an H100's). The lower one, and all of memory, is assumed.
+_MEASURED = "the upper ends of products and attention are published measurements, the rest assumed"
 
 
-_A100 = {
-    "capability": (8, 0),
-    "core_count": 108,
-    "fpus_per_core": 64,
-    "shared_memory_per_core": 167936,
-    "shared_memory_per_block_optin": 166912,
-    "clock_rate_ghz": 1.41,
-    "l2_cache_size": 41943040,
-}
-_A100_80 = _A100 | {"memory_bandwidth": 2039040000000, "device_memory_size": 85100068864}
-_A100_40 = _A100 | {"memory_bandwidth": 1555200000000, "device_memory_size": 42298834944}
-_H100 = {
-    "capability": (9, 0),
-    "core_count": 132,
-    "fpus_per_core": 128,
-    "shared_memory_per_core": 233472,
-    "shared_memory_per_block_optin": 232448,
-    "clock_rate_ghz": 1.755,
-    "l2_cache_size": 52428800,
-    "memory_bandwidth": 3352320000000,
-    "device_memory_size": 85014609920,
-}
+def _gpu(name: str, full: str, bandwidth: int, memory: int) -> Chip:
+    """Links: half of NVLink's two-way figure. Networks: one 200 or 400 Gbit/s card a GPU."""
+    device: dict[str, Any] = {"bandwidth": bandwidth, "memory": memory, "full": full}
+    if name.startswith("a100"):
+        device |= {"major": 8, "cores": 108, "fpus": 64, "clock": 1.41, "l2": 41943040}
+        device |= {"shared": 167936, "optin": 166912, "extension": "NONE"}
+        peak, link, network = 312e12, 300e9, 25e9
+        low, high = Efficiency(0.65, 0.80, 0.65), Efficiency(0.859, 0.92, 0.95)
+    else:  # without Hopper's own instructions the compiler aborts on its products
+        device |= {"major": 9, "cores": 132, "fpus": 128, "clock": 1.755, "l2": 52428800}
+        device |= {"shared": 233472, "optin": 232448, "extension": "ACCELERATED_FEATURES"}
+        peak, link, network = 989e12, 450e9, 50e9
+        low, high = Efficiency(0.60, 0.80, 0.45), Efficiency(0.801, 0.92, 0.60)
+    # A core issues four warps of 32 a clock, floats and integers side by side.
+    vector = device["cores"] * 128 * device["clock"] * 1e9
+    target = _GPU_TARGET.format(**device)
+    figures = (peak, bandwidth, memory, low, high, _MEASURED, vector, link, network, 2e-6)
+    return Chip(name, "gpu", *figures, target)
 
 
-def _gpu(name: str, full_name: str, flops: float, link: float, network: float, device) -> Chip:
-    return Chip(
-        name=name,
-        platform="gpu",
-        flops=flops,
-        bandwidth=device["memory_bandwidth"],
-        memory=device["device_memory_size"],
-        # A core issues four warps of 32 a clock, floats and integers side by side.
-        vector=device["core_count"] * 128 * device["clock_rate_ghz"] * 1e9,
-        link=link,
-        network=network,
-        launch=2e-6,
-        target=_target(full_name, **device),
-    )
-
-
-# Links: half of the NVLink's two-way figure; networks: one 200 or 400 Gbit/s card a GPU.
+_V5E_LOW, _V5E_HIGH = Efficiency(0.60, 0.80, 0.45), Efficiency(0.90, 0.92, 0.80)
+_V5E = (197e12, 819e9, 16 * GIB, _V5E_LOW, _V5E_HIGH, "all assumed", 4e12, 100e9, 0.0, 1e-6)
 CHIPS = {
-    chip.name: chip
-    for chip in (
-        _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 312e12, 300e9, 25e9, _A100_80),
-        _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 312e12, 300e9, 25e9, _A100_40),
-        _gpu("h100-80gb", "NVIDIA H100 80GB HBM3", 989e12, 450e9, 50e9, _H100),
-        Chip("tpu-v5e", "tpu", 197e12, 819e9, 16 * GIB, vector=4e12, link=100e9, launch=1e-6),
-    )
+    "a100-80gb": _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 2039040000000, 85100068864),
+    "a100-40gb": _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 1555200000000, 42298834944),
+    "h100-80gb": _gpu("h100-80gb", "NVIDIA H100 80GB HBM3", 3352320000000, 85014609920),
+    "tpu-v5e": Chip("tpu-v5e", "tpu", *_V5E),
 }
-
-_TPU_GRIDS = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
-_TPU_GRIDS[256] = "16x16"
+_TPU_SLICES = {n: f"{a}x{n // a}" for n, a in ((1, 1), (4, 2), (8, 2), (16, 4), (32, 4), (64, 8))}
+_TPU_SLICES |= {128: "8x16", 256: "16x16"}
 
 
 def chip(name: str) -> Chip:
+    """The chip of a name. Raises UserError with the names that are known."""
     if name == THIS_CPU:
         return measured_cpu()
     if name not in CHIPS:
@@ -129,9 +112,8 @@ def chip(name: str) -> Chip:
 
 
 def prepare_environment(name: str) -> str:
-    """Sets what must stand in the environment before JAX is imported; returns the flags of XLA.
-
-    For GPUs these are the flags of `launch/xla_flags.sh`, unless XLA_FLAGS is set already.
+    """Sets what must stand in the environment before JAX is imported, and imports it; returns the
+    flags of XLA: for GPUs those of `launch/xla_flags.sh`, unless XLA_FLAGS is set already.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"  # planning never takes a device
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -142,6 +124,10 @@ def prepare_environment(name: str) -> str:
         os.environ.setdefault("TPU_WORKER_ID", "0")
     elif name != THIS_CPU:
         os.environ.setdefault("XLA_FLAGS", " ".join(launch_flags()))
+    with _quiet_stderr():
+        import jax
+
+        jax.devices()  # plug-ins are loaded here
     return os.environ.get("XLA_FLAGS", "")
 
 
@@ -150,7 +136,8 @@ def launch_flags() -> list[str]:
     path = Path(__file__).parents[2] / "launch" / "xla_flags.sh"
     if not path.is_file():
         return []
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if not line.startswith("#")]
     return re.findall(r"--xla_[\w=.,-]+", "\n".join(lines))
 
 
@@ -161,35 +148,33 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
     count = hosts * per_host
     if chip.platform == "cpu":
         if count > jax.device_count("cpu"):
-            raise UserError(f"{chip.name} is 1 device, asked for {count}: --devices_per_host=1")
+            raise UserError(f"{chip.name} is 1 device, asked for {count}: --devices-per-host=1")
         return jax.devices("cpu")[:count]
-    missing = {"gpu": "jax_cuda12_plugin", "tpu": "libtpu"}[chip.platform]
-    if importlib.util.find_spec(missing) is None:
+    if chip.platform == "tpu" and count not in _TPU_SLICES:
+        slices = ", ".join(map(str, _TPU_SLICES))
+        raise UserError(
+            f"{count} devices of {chip.name} make no slice; there are slices of {slices}"
+        )
+    plugin = {"gpu": "jax_cuda12_plugin", "tpu": "libtpu"}[chip.platform]
+    if importlib.util.find_spec(plugin) is None:
         package = f"jax-cuda12-plugin=={jax.__version__}" if chip.platform == "gpu" else "libtpu"
         raise UserError(
-            f"compiling for {chip.name} needs {missing}, which is not installed; no driver and no "
-            f"CUDA library is needed: pip install '{package}' (or the extra esm1nv_jax[plan])"
+            f"compiling for {chip.name} needs {plugin}, which is not installed; no driver and no "
+            f"CUDA library is needed: pip install '{package}', or -e '.[plan]' in a clone"
         )
     from jax.experimental import topologies
 
     with _quiet_stderr():
-        if chip.platform == "gpu":
-            found = topologies.get_topology_desc(
-                platform="cuda",
-                topology_name=chip.name,
-                topology=f"1x{hosts}x{per_host}",
-                target_config=chip.target,
-            )
-        else:
-            if count not in _TPU_GRIDS:
-                raise UserError(
-                    f"{count} devices of {chip.name} make no slice; there are slices of "
-                    f"{', '.join(map(str, _TPU_GRIDS))}"
-                )
-            found = topologies.get_topology_desc(
-                platform="tpu", topology_name=f"v5e:{_TPU_GRIDS[count]}"
-            )
-    return list(found.devices)
+        if chip.platform == "tpu":
+            grid = f"v5e:{_TPU_SLICES[count]}"
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=grid).devices)
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=chip.name,
+            topology=f"1x{hosts}x{per_host}",
+            target_config=chip.target,
+        )
+    return list(topology.devices)
 
 
 def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
@@ -197,7 +182,7 @@ def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
     import jax
     import jax.numpy as jnp
 
-    def best(function, x) -> float:
+    def fastest(function, x) -> float:
         """In place: pages of fresh memory cost more than writing to them."""
         repeated = jax.jit(function, donate_argnums=0)
         x = repeated(x).block_until_ready()
@@ -209,9 +194,9 @@ def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
         return min(times)
 
     n = 1536
-    flops = 2 * n**3 / best(lambda x: x @ x, jnp.zeros((n, n), jnp.float32))
+    flops = 2 * n**3 / fastest(lambda x: x @ x, jnp.zeros((n, n), jnp.float32))
     big = jnp.ones(2**26, jnp.float32)  # 256 MiB, past any cache
-    bandwidth = 2 * big.nbytes / best(lambda x: x + 1, big)
+    bandwidth = 2 * big.nbytes / fastest(lambda x: x + 1, big)
     chain = 64  # of operations on elements that stay in the cache
 
     def sums(x):
@@ -220,14 +205,16 @@ def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
         return x
 
     small = jnp.ones(2**16, jnp.float32)
-    vector = chain * small.size / best(sums, small)
+    vector = chain * small.size / fastest(sums, small)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Chip(THIS_CPU, "cpu", flops, bandwidth, memory, vector, launch=5e-6)
+    low, high = Efficiency(0.75, 0.75, 0.75), Efficiency(0.95, 0.95, 0.95)
+    source = "of peaks measured now; benchmarks/plan.py compares with the clock"
+    return Chip(THIS_CPU, "cpu", flops, bandwidth, memory, low, high, source, vector, launch=5e-6)
 
 
 @contextlib.contextmanager
 def _quiet_stderr():
-    """Plugins write to the file descriptor that no GPU was found: here that is as it should be."""
+    """Plug-ins write to the file descriptor that they found no GPU, which is as it should be."""
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

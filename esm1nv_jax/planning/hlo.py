@@ -1,9 +1,10 @@
 """Reads a compiled program: its kernels, the bytes and FLOPs of each, its collectives.
 
-XLA prints what it compiled as text (`compiled.as_text()`); on GPUs it offers no cost analysis, so
-the text is all there is. Every instruction of the entry computation that is not mere naming is one
-kernel. A kernel reads each of its operands once and writes its result once: what caches add or take
-away is not known here.
+XLA prints what it compiled as text (`compiled.as_text()`). On GPUs it offers no cost analysis, and
+its cost analysis counts the body of a loop once, so the text is what is read. Every instruction of
+the entry computation that computes or moves something is one kernel. A kernel reads each operand
+once and writes its result once: caches are not modelled. Arrays that a TPU keeps in its on-chip
+memory, `S(1)` in their layout, take no bytes of the device's main memory.
 """
 
 from __future__ import annotations
@@ -11,101 +12,52 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import re
+from collections.abc import Iterator
 
-_WIDTH = {
-    "pred": 1,
-    "s4": 0.5,
-    "u4": 0.5,
-    "s8": 1,
-    "u8": 1,
-    "f8e4m3fn": 1,
-    "f8e5m2": 1,
-    "s16": 2,
-    "u16": 2,
-    "f16": 2,
-    "bf16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-    "c64": 8,
-    "c128": 16,
-}
-_NAMING = {
-    "parameter",
-    "constant",
-    "tuple",
-    "get-tuple-element",
-    "bitcast",
-    "partition-id",
-    "replica-id",
-    "iota",
-    "after-all",
-    "bitcast-convert",
-    "opt-barrier",
-}
-_TRANSCENDENTAL = {
-    "exponential",
-    "tanh",
-    "erf",
-    "log",
-    "log-plus-one",
-    "exponential-minus-one",
-    "rsqrt",
-    "sqrt",
-    "power",
-    "logistic",
-    "divide",
-}
-_ARITHMETIC = {
-    "add",
-    "subtract",
-    "multiply",
-    "maximum",
-    "minimum",
-    "select",
-    "compare",
-    "and",
-    "or",
-    "xor",
-    "not",
-    "negate",
-    "abs",
-    "convert",
-    "shift-right-logical",
-    "shift-left",
-    "clamp",
-    "reduce",
-    "reduce-window",
-}
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "c64": 8}
+_BYTES |= {f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)}
+_NO_WORK = set(
+    "parameter constant tuple get-tuple-element bitcast bitcast-convert partition-id replica-id "
+    "iota after-all opt-barrier".split()
+)
+_TRANSCENDENTAL = set(
+    "exponential tanh erf log log-plus-one exponential-minus-one rsqrt sqrt power logistic "
+    "divide".split()
+)
+_ARITHMETIC = set(
+    "add subtract multiply maximum minimum select compare and or xor not negate abs convert "
+    "shift-right-logical shift-left clamp reduce reduce-window".split()
+)
+_MOVES = set(
+    "copy transpose concatenate pad slice reshape parameter bitcast fusion broadcast constant "
+    "dynamic-slice dynamic-update-slice copy-start slice-start".split()
+)
+_PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they return
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they give
 
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*S\(1\)[^}]*\})?")
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.$-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.$-]+) (?:\(.*\) -> .*)?\{\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch, or one collective. `bytes`, `flops`, `vector`: of all its `times` together."""
+    """One launch, or one collective. `bytes`, `flops` and `vector` are of all `times` together."""
 
     name: str
     opcode: str
     kind: str  # gemm, attention, collective, reduction, elementwise, copy or other
-    phase: str  # forward, backward or update
-    op: str  # where it comes from in the Python program
+    phase: str  # forward, backward or optimizer (with masking)
+    op: str  # the operation of the Python program it comes from
     shape: str  # of the result
     bytes: float
-    flops: float  # of products
+    flops: float  # of matrix products
     vector: float  # operations on elements outside of products
     times: int = 1
-    asynchronous: bool = False  # of a collective: whether it may overlap with compute
-    groups: str = ""  # of a collective
+    asynchronous: bool = False  # may overlap with compute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,62 +66,67 @@ class _Instruction:
     shape: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # everything after the operands
+    rest: str  # everything after the operands; of parameters and constants, the operand too
 
     def attribute(self, key: str) -> str:
-        found = re.search(rf"\b{key}=%?([\w.$-]+)", self.rest)
-        return found.group(1) if found else ""
+        match = re.search(rf"\b{key}=%?([\w.$-]+)", self.rest)
+        return match.group(1) if match else ""
 
-    def numbers(self, key: str) -> list[int]:
-        found = re.search(rf"\b{key}=\{{([\d,]*)\}}", self.rest)
-        return [int(n) for n in found.group(1).split(",") if n] if found else []
+    @property
+    def op(self) -> str:
+        return _text_between(self.rest, 'op_name="', '"')
+
+    @property
+    def phase(self) -> str:
+        op = self.op
+        return "backward" if "transpose(" in op else "forward" if "jvp(" in op else "optimizer"
+
+
+_Computation = dict[str, _Instruction]
 
 
 class Program:
-    """The kernels of one compiled program, with loops unrolled into their counts."""
+    """The kernels of one compiled program, each loop as often as it runs."""
 
     def __init__(self, text: str):
-        self.text = text
-        self.computations, self.entry = _parse(text)
+        self.computations, entry = _parse(text)
         self.kernels: list[Kernel] = []  # in the order of the schedule
-        self.ends: dict[str, int] = {}  # of a collective: where in that order its result is needed
-        self._walk(self.entry, 1, False)
+        self.needed_at: dict[str, int] = {}  # collective: index of the kernel that needs its result
+        self.uncounted_loops: list[str] = []  # whose number of iterations the text does not tell
+        self._walk(entry, 1, False)
 
-    def of(self, kind: str) -> list[Kernel]:
+    def of_kind(self, kind: str) -> list[Kernel]:
         return [kernel for kernel in self.kernels if kernel.kind == kind]
 
-    def kept(self) -> float:
-        """Bytes of results of the forward that the backward reads: activations at their height."""
-        return max(self._kept_in(computation) for computation in self.computations.values())
+    def saved_activations(self) -> float:
+        """Bytes of results of the forward pass that the backward pass reads."""
+        return max(self._saved_in(computation) for computation in self.computations.values())
 
-    def _kept_in(self, around) -> float:
-        phases = {it.name: _phase(_op(it)) for it in around.values()}
-        kept: dict[str, float] = {}
-        for it in around.values():
-            if it.opcode in _NAMING or phases[it.name] == "forward":
+    def _saved_in(self, scope: _Computation) -> float:
+        saved: dict[str, float] = {}
+        for it in scope.values():
+            if it.opcode in _NO_WORK or it.phase != "backward":
                 continue
             for operand in it.operands:
-                source, size_of = _base(operand, around), operand
+                source, sized = _source(operand, scope), operand
                 if source is not None and source.opcode == "get-tuple-element":
-                    size_of, source = source.name, _base(source.operands[0], around)
-                if source is None or source.opcode in _NAMING or phases[source.name] != "forward":
+                    sized, source = source.name, _source(source.operands[0], scope)
+                if source is None or source.opcode in _NO_WORK or source.phase != "forward":
                     continue
-                if phases[it.name] == "backward":
-                    kept[f"{source.name} {around[size_of].shape}"] = size(around[size_of].shape)
-        return sum(kept.values())
+                saved[f"{source.name} {scope[sized].shape}"] = size(scope[sized].shape)
+        return sum(saved.values())
 
     def _walk(self, computation: str, times: int, asynchronous: bool) -> None:
-        instructions = self.computations[computation]
-        for it in instructions.values():
-            if it.opcode in _NAMING:
+        scope = self.computations[computation]
+        for it in scope.values():
+            if it.opcode in _NO_WORK or '"AllocateBuffer"' in it.rest:
                 continue
             if it.opcode.endswith("-done"):
-                self.ends.update({operand: len(self.kernels) for operand in it.operands})
+                self.needed_at.update({operand: len(self.kernels) for operand in it.operands})
                 continue
             inner = it.attribute("body") or it.attribute("to_apply") or it.attribute("calls")
             if it.opcode == "while":
-                trips = re.search(r'known_trip_count"?[:=]\{"n":"?(\d+)', it.rest)
-                self._walk(inner, times * int(trips[1] if trips else 1), False)
+                self._walk(inner, times * self._iterations(it, scope), False)
             elif it.opcode in ("call", "async-start") and inner in self.computations:
                 self._walk(inner, times, it.opcode == "async-start")
             elif it.opcode == "conditional":
@@ -178,79 +135,118 @@ class Program:
                         self._walk(branch, times, asynchronous)
                         break
             else:
-                self.kernels.append(self._kernel(it, instructions, times, asynchronous))
+                self.kernels.append(self._kernel(it, scope, times, asynchronous))
 
-    def _kernel(self, it: _Instruction, around, times: int, asynchronous: bool) -> Kernel:
-        op = _op(it)
+    def _iterations(self, loop: _Instruction, scope: _Computation) -> int:
+        """Of a loop over a counter: as XLA states it, else from its condition `counter < limit`."""
+        if stated := re.search(r'known_trip_count"?[:=]\{"n":"?(\d+)', loop.rest):
+            return int(stated[1])
+        condition = self.computations.get(loop.attribute("condition"), {})
+        initial = scope.get(loop.operands[0])
+
+        def value(name: str) -> int | None:
+            """Of a constant, or of an element of the loop's state before the first iteration."""
+            it = condition.get(name)
+            if it is not None and it.opcode == "get-tuple-element" and initial is not None:
+                it = _source(initial.operands[int(it.attribute("index"))], scope, ("copy",))
+            match = re.match(r"(-?\d+)\)", it.rest) if it and it.opcode == "constant" else None
+            return int(match[1]) if match else None
+
+        compares = [it for it in condition.values() if it.opcode == "compare"]
+        if len(compares) == 1 and "direction=LT" in compares[0].rest:
+            first, limit = map(value, compares[0].operands)
+            if first is not None and limit is not None:
+                return limit - first
+        self.uncounted_loops.append(loop.name)
+        return 1
+
+    def _nested(self, computation: str) -> Iterator[_Instruction]:
+        """Instructions of a computation and of the fusions inside it."""
+        for it in self.computations.get(computation, {}).values():
+            yield it
+            if it.opcode == "fusion":
+                yield from self._nested(it.attribute("calls"))
+
+    def _flops(self, it: _Instruction, scope: _Computation) -> float:
+        if it.opcode != "fusion":
+            return _product_flops(it, scope)
+        inner = self.computations.get(it.attribute("calls"), {})
+        return sum(self._flops(i, inner) for i in inner.values())
+
+    def _kernel(self, it: _Instruction, scope, times: int, asynchronous: bool) -> Kernel:
         collective = next((c for c in COLLECTIVES if it.opcode.startswith(c)), "")
-        inner = self.computations.get(it.attribute("calls"), {}) if it.opcode == "fusion" else {}
-        flops = _dot_flops(it, around) + sum(_dot_flops(i, inner) for i in inner.values())
-        moved = self._read(it, around) + size(it.shape)
+        inner = list(self._nested(it.attribute("calls"))) if it.opcode == "fusion" else []
+        flops = self._flops(it, scope)
         if collective:
-            # What one device sends into the sum; a start names operands and results both.
-            moved = sum(size(_base(o, around).shape) for o in it.operands if o in around)
-        opcodes = {it.opcode, *(i.opcode for i in inner.values())}
+            # What one device adds to the sum; a start names operands and results both.
+            sources = (_source(operand, scope) for operand in it.operands)
+            moved = sum(size(source.shape, on_chip=True) for source in sources if source)
+        elif it.opcode == "copy-start":  # its result names the destination and the source
+            moved = self._read(it, scope) + size(it.shape.split(", ")[0])
+        else:
+            moved = self._read(it, scope) + size(it.shape)
+        elements = {i.name: i for i in inner} or scope
+        started = (asynchronous or it.opcode.endswith("-start")) and '"is_sync":true' not in it.rest
         return Kernel(
             name=it.name,
             opcode=it.opcode,
-            kind="collective" if collective else _kind(it, opcodes, flops, op),
-            phase=_phase(op),
-            op=op,
+            kind="collective" if collective else _kind(it, {i.opcode for i in inner}, flops),
+            phase=it.phase,
+            op=it.op,
             shape=re.sub(r"\{[\d,:A-Z()]*\}", "", it.shape),
             bytes=moved * times,
             flops=flops * times,
-            vector=sum(_vector(i, inner) for i in inner.values() or [it]) * times,
+            vector=sum(_vector_operations(i, elements) for i in inner or [it]) * times,
             times=times,
-            asynchronous=bool(collective)
-            and (asynchronous or it.opcode.endswith("-start"))
-            and '"is_sync":true' not in it.rest,
-            groups=_between(it.rest, "replica_groups=", ", ") if collective else "",
+            asynchronous=started,
         )
 
-    def _read(self, it: _Instruction, around) -> float:
+    def _read(self, it: _Instruction, scope: _Computation) -> float:
         inner = self.computations.get(it.attribute("calls"), {}) if it.opcode == "fusion" else {}
         parameters = {
             int(i.rest.split(")")[0]): i.name for i in inner.values() if i.opcode == "parameter"
         }
         total, seen = 0.0, set()
         for number, operand in enumerate(it.operands):
-            source = _base(operand, around)
+            source = _source(operand, scope)
             if source is None or source.name in seen or source.opcode == "constant":
                 continue
             seen.add(source.name)
-            whole = size(around[operand].shape)
+            whole = size(scope[operand].shape)
             users = [i for i in inner.values() if parameters.get(number) in i.operands]
             if users and all(i.opcode in _PARTIAL for i in users):
-                whole = min(whole, sum(size(i.shape) for i in users))
+                whole = min(whole, sum(size(i.shape, on_chip=True) for i in users))
             elif it.opcode in _PARTIAL and number == 0:
-                whole = min(whole, size(it.shape))
+                whole = min(whole, size(it.shape, on_chip=True))
             total += whole
         return total
 
 
-def size(shape: str) -> float:
-    """Bytes of a shape, or of all arrays of a tuple."""
+def size(shape: str, on_chip: bool = False) -> float:
+    """Bytes of a shape, or of all arrays of a tuple, in main memory (or also `on_chip`)."""
     return sum(
-        _WIDTH.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
-        for kind, dims in _ARRAY.findall(shape)
+        _BYTES.get(kind, 0) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims, chip in _ARRAY.findall(shape)
+        if on_chip or not chip
     )
 
 
 @functools.cache
-def _elements(shape: str) -> tuple[int, ...]:
-    found = _ARRAY.search(shape)
-    return tuple(int(n) for n in found.group(2).split(",") if n) if found else ()
+def _dimensions(shape: str) -> tuple[int, ...]:
+    match = _ARRAY.search(shape)
+    return tuple(int(n) for n in match.group(2).split(",") if n) if match else ()
 
 
-def _parse(text: str):
-    computations: dict[str, dict[str, _Instruction]] = collections.defaultdict(dict)
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    computations: dict[str, _Computation] = collections.defaultdict(dict)
     entry, current = "", ""
-    for line in text.splitlines():
+    for line in re.sub(r"\n(?=\"|\}\})", " ", text).splitlines():  # one instruction, several lines
         if match := _LINE.match(line):
             if not current:
                 continue
             name, shape, opcode, tail = match.groups()
-            operands, rest = _operands(tail) if opcode != "parameter" else ((), tail)
+            literal = opcode in ("parameter", "constant")
+            operands, rest = ((), tail) if literal else _operands(tail)
             computations[current][name] = _Instruction(name, shape, opcode, operands, rest)
         elif match := _HEADER.match(line):
             current = match.group(2)
@@ -261,53 +257,78 @@ def _parse(text: str):
 
 
 def _operands(tail: str) -> tuple[tuple[str, ...], str]:
-    depth, end = 1, 0
-    for end, c in enumerate(tail):  # noqa: B007, the place is what is wanted
-        depth += (c == "(") - (c == ")")
-        if depth == 0:
-            break
+    depths = itertools.accumulate(((c == "(") - (c == ")") for c in tail), initial=1)
+    end = next((i for i, depth in enumerate(depths) if depth == 0), len(tail)) - 1
     return tuple(re.findall(r"%([\w.$-]+)", tail[:end])), tail[end + 1 :]
 
 
-def _base(name: str, around) -> _Instruction | None:
-    """What an operand is before it was merely renamed."""
-    it = around.get(name)
-    while it is not None and it.opcode == "bitcast" and it.operands:
-        it = around.get(it.operands[0])
+def _source(name: str, scope: _Computation, through=()) -> _Instruction | None:
+    """The instruction that made an operand, behind bitcasts and opcodes in `through`."""
+    it = scope.get(name)
+    while it is not None and it.opcode in ("bitcast", *through) and it.operands:
+        it = scope.get(it.operands[0])
     return it
 
 
-def _dot_flops(it: _Instruction, around) -> float:
+def _product_flops(it: _Instruction, scope: _Computation) -> float:
+    """FLOPs of a dot, a cuBLAS call or a convolution, as which TPUs compute products."""
+    if it.opcode == "convolution":
+        return _convolution_flops(it, scope)
+    shape = it.shape
     if it.opcode == "custom-call" and "gemm" in it.rest[:200]:
-        it = dataclasses.replace(it, shape=it.shape.strip("()").split(", ")[0])
-        contracting = [
-            int(n)
-            for n in re.findall(r"\d+", _between(it.rest, '"lhs_contracting_dimensions":[', "]"))
-        ]
+        shape = shape.strip("()").split(", ")[0]
+        contracting = _text_between(it.rest, '"lhs_contracting_dimensions":[', "]")
     elif it.opcode == "dot":
-        contracting = it.numbers("lhs_contracting_dims")
+        contracting = _text_between(it.rest, "lhs_contracting_dims={", "}")
     else:
         return 0.0
-    left = around.get(it.operands[0])
-    if left is None:
+    if it.operands[0] not in scope:
         return 0.0
-    depth = math.prod(_elements(left.shape)[i] for i in contracting)
-    return 2.0 * depth * math.prod(_elements(it.shape))
+    left = _dimensions(scope[it.operands[0]].shape)
+    depth = math.prod(left[int(i)] for i in re.findall(r"\d+", contracting))
+    return 2.0 * depth * math.prod(_dimensions(shape))
 
 
-def _vector(it: _Instruction, around) -> float:
-    """Operations on elements; a transcendental counts as so many as it takes about."""
+def _convolution_flops(it: _Instruction, scope: _Computation) -> float:
+    """Multiplications with elements that exist: batch dimensions of a product become spatial ones,
+    whose windows are padded or dilated so that each holds one real element."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", it.rest)
+    if labels is None or any(name not in scope for name in it.operands):
+        return 0.0
+    left, right, out = labels.groups()
+    shapes = [_dimensions(scope[name].shape) for name in it.operands[:2]] + [_dimensions(it.shape)]
+    window = dict(re.findall(r"(\w+)=([\dx_]+)", _text_between(it.rest, "window={", "}")))
+
+    def values(key: str, i: int, default: str) -> list[int]:
+        text = window[key].split("x")[i] if key in window else default
+        return [int(n) for n in text.split("_")]
+
+    pairs = 1  # (window position, offset in it) that hit a real element
+    for i in range(sum(label.isdigit() for label in out)):
+        given, made = shapes[0][left.index(str(i))], shapes[2][out.index(str(i))]
+        (extent,), (stride,) = values("size", i, "1"), values("stride", i, "1")
+        (gap,), (spread,) = values("lhs_dilate", i, "1"), values("rhs_dilate", i, "1")
+        low = values("pad", i, "0_0")[0]
+        places = (o * stride + k * spread - low for o in range(made) for k in range(extent))
+        pairs *= sum(p >= 0 and p % gap == 0 and p // gap < given for p in places)
+    depth = shapes[1][right.index("i")]
+    return 2.0 * pairs * depth * shapes[2][out.index("b")] * shapes[2][out.index("f")]
+
+
+def _vector_operations(it: _Instruction, scope: _Computation) -> float:
+    """Operations on elements; a transcendental counts as the instructions it takes, about 12."""
     shape = it.shape
     if it.opcode in ("reduce", "reduce-window"):
-        first = around.get(it.operands[0])
+        first = scope.get(it.operands[0])
         shape = first.shape if first else shape
     cost = 12 if it.opcode in _TRANSCENDENTAL else 1 if it.opcode in _ARITHMETIC else 0
-    return cost * math.prod(_elements(shape)) if cost else 0.0
+    return float(cost * math.prod(_dimensions(shape))) if cost else 0.0
 
 
-def _kind(it: _Instruction, opcodes: set[str], flops: float, op: str) -> str:
-    target = it.attribute("custom_call_target") or it.rest[:300]
-    if "flash_" in op or "fmha" in target or "splash" in op:
+def _kind(it: _Instruction, inner: set[str], flops: float) -> str:
+    target, opcodes = it.attribute("custom_call_target") or it.rest[:300], {it.opcode} | inner
+    fused = it.opcode == "custom-call" and ("flash_" in it.op or "splash" in it.op)
+    if fused or "fmha" in target:
         return "attention"
     if flops:
         return "gemm"
@@ -315,33 +336,9 @@ def _kind(it: _Instruction, opcodes: set[str], flops: float, op: str) -> str:
         return "other"
     if opcodes & {"reduce", "reduce-window"}:
         return "reduction"
-    moves = {
-        "copy",
-        "transpose",
-        "concatenate",
-        "pad",
-        "slice",
-        "reshape",
-        "parameter",
-        "bitcast",
-        "fusion",
-        "broadcast",
-        "constant",
-        "dynamic-slice",
-        "dynamic-update-slice",
-        "copy-start",
-    }
-    return "copy" if opcodes <= moves else "elementwise"
+    return "copy" if opcodes <= _MOVES else "elementwise"
 
 
-def _op(it: _Instruction) -> str:
-    return _between(it.rest, 'op_name="', '"')
-
-
-def _phase(op: str) -> str:
-    return "backward" if "transpose(" in op else "forward" if "jvp(" in op else "update"
-
-
-def _between(text: str, start: str, end: str) -> str:
+def _text_between(text: str, start: str, end: str) -> str:
     at = text.find(start)
     return "" if at < 0 else text[at + len(start) :].split(end, 1)[0]

@@ -7,6 +7,7 @@ reads memory, kernels and collectives out of the program.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -15,105 +16,78 @@ from pathlib import Path
 from typing import Any
 
 from esm1nv_jax.common import arguments, metrics_log
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.planning import chips
+from esm1nv_jax.planning import chips, plan_report
+from esm1nv_jax.planning.plan_report import Plan
 
-SPARE = 0.10  # of a device's memory that should stay free
-ADVICE = (
-    "try --config.batch.microbatches=2, then 4, or fewer --config.batch.sequences_per_device, "
-    "or --config.compute.remat=block"
+SAMPLED_ROWS, SAMPLED_DEVICES = 16_384, 64  # whose mean is the load of a device
+VARIANTS = {
+    "remat": ("compute.remat", ("none", "dots", "block")),
+    "attention": ("compute.attention", ("auto", "xla")),
+    "row_length": ("data.row_length", (1152, 1536, 2048)),
+}
+SAVING = (  # changes that save memory, tried in this order where a plan does not fit
+    {"batch.microbatches": 2},
+    {"batch.microbatches": 4},
+    {"compute.remat": "block"},
+    {"batch.microbatches": 4, "compute.remat": "block"},
 )
-LEFT_OUT = (
-    "An estimate of this compiled program, not a measurement. Left out: XLA's autotuning (a live "
-    "chip may choose other kernels and fusions), workspaces of cuDNN and cuBLAS, buffers of NCCL, "
-    "the CUDA context (about 1 GiB together), input, evaluation, checkpoints and stragglers."
-)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Sizes in bytes, of one device; times in seconds, of one update."""
-
-    chip: str
-    hosts: int
-    devices: int
-    attention: str
-    remat: str
-    microbatches: int
-    rows: int
-    row_length: int
-    memory: dict[str, float]
-    peak: float
-    budget: float
-    collectives: list[dict[str, Any]]
-    kernels: list[dict[str, Any]]
-    bytes_per_token: float
-    seconds: float
-    exposed: float
-    mfu: float
-    residues_per_second: float
-    sequences_per_update: float
-    days: float
-    device_hours: float
-    data: str
-    compile_seconds: float
-
-    @property
-    def fits(self) -> bool:
-        return self.peak <= self.budget * (1 - SPARE)
+class DoesNotFit(UserError):
+    """The compiler refuses a program that needs more memory than the device has."""
 
 
 def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     """Compiles the step of `config` for `hosts` x `per_host` chips and reads it.
 
-    Raises UserError where the target's compiler is not installed or the config is wrong.
+    Raises UserError where the target's compiler is not installed or the config is wrong, DoesNotFit
+    where the compiler itself finds too little memory.
     """
-    import jax
-
-    from esm1nv_jax.data.pipeline import Place, train_batches
     from esm1nv_jax.data.source import SAMPLE, open_split
-    from esm1nv_jax.data.stream_config import stream_config
-    from esm1nv_jax.model.kernels.flash_gpu import Blocks
+    from esm1nv_jax.planning import roofline
     from esm1nv_jax.planning.hlo import Program
-    from esm1nv_jax.planning.roofline import estimate, load_of
-    from esm1nv_jax.training import sharding, step
+    from esm1nv_jax.training import sharding
     from esm1nv_jax.training.metrics import training_flops
     from esm1nv_jax.training.run_config import RunConfig
 
     chip = chips.chip(chip_name)
     devices = chips.devices(chip, hosts, per_host)
-    run_config = RunConfig.from_config_dict(config)
-    settled = run_config.step_config(devices[0])
-    source = open_split(config.data.path or SAMPLE, "train")
-    rows = run_config.global_rows(source.lengths, len(devices))
-    stream = stream_config(run_config, rows)
-    batch, _ = next(train_batches(source, stream, Place(), slice(0, rows // len(devices))))
-    load = load_of(batch, run_config.masking.rate, Blocks())
+    run = RunConfig.from_config_dict(config)
+    settings = run.step_config(devices[0])
+    source = open_split(run.data.path or SAMPLE, "train")
+    rows = run.global_rows(source.lengths, len(devices))
+    load = stream_load(run, source, rows // len(devices), len(devices))
 
     mesh = sharding.make_mesh(devices)
-    state, compiled, seconds = compile_step(settled, mesh, rows, config.data.row_length, step)
+    state, compiled, seconds = compile_step(settings, mesh, rows, run.data.row_length)
     program = Program(compiled.as_text())
-    found = estimate(
-        program,
-        chip,
-        load,
-        settled.model.heads,
-        settled.model.attention_dropout,
-        settled.microbatches,
-        hosts,
-        per_host,
+    step = roofline.Step(
+        attention=settings.compute.attention,
+        heads=settings.model.heads,
+        head_size=settings.model.width // settings.model.heads,
+        dropout=settings.model.attention_dropout,
+        microbatches=settings.microbatches,
+        hosts=hosts,
+        per_host=per_host,
     )
-    memory = memory_of(compiled, program, state, jax)
-    useful = training_flops(settled.model, load.tokens, load.squares, load.selected)
+    slow, expected, fast = (
+        roofline.estimate(program, chip, efficiency, load, step)
+        for efficiency in (chip.low, chip.low.mean(chip.high), chip.high)
+    )
+    memory = memory_of(compiled, program, state)
+    useful = training_flops(settings.model, load.tokens, load.squares, load.selected)
+    mfu = useful / expected.seconds / chip.flops
     return Plan(
         chip=chip.name,
         hosts=hosts,
         devices=len(devices),
-        attention=settled.compute.attention,
-        remat=settled.compute.remat,
-        microbatches=settled.microbatches,
-        rows=load.rows,
-        row_length=load.row_length,
+        attention=settings.compute.attention,
+        remat=settings.compute.remat,
+        microbatches=settings.microbatches,
+        rows=rows // len(devices),
+        row_length=run.data.row_length,
         memory=memory,
         peak=sum(memory.values()),
         budget=chip.memory,
@@ -125,122 +99,184 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
                 "seconds": t.seconds,
                 "dtype": t.kernel.shape.lstrip("(").split("[")[0],
             }
-            for t in found.kernels
+            for t in expected.kernels
             if t.kernel.kind == "collective"
         ],
-        kernels=[
-            {"phase": phase, "kind": kind} | metrics_log
-            for (phase, kind), metrics_log in sorted(
-                found.classes().items(), key=lambda item: -item[1]["seconds"]
-            )
-        ],
-        bytes_per_token=sum(t.kernel.bytes for t in found.kernels) / load.places,
-        seconds=found.seconds,
-        exposed=found.exposed,
-        mfu=useful / found.seconds / chip.flops,
-        residues_per_second=load.residues * len(devices) / found.seconds,
-        sequences_per_update=load.sequences * len(devices),
-        days=config.steps * found.seconds / 86400,
-        device_hours=config.steps * found.seconds / 3600 * len(devices),
-        data=config.data.path or f"{SAMPLE} (config.data.path is empty)",
+        kernels=sorted(
+            (
+                {"phase": phase, "kind": kind} | total
+                for (phase, kind), total in expected.by_class().items()
+            ),
+            key=lambda total: -float(total["seconds"]),
+        ),
+        bytes_per_token=sum(t.kernel.bytes for t in expected.kernels) / load.slots,
+        seconds=expected.seconds,
+        fastest=fast.seconds,
+        slowest=slow.seconds,
+        exposed=expected.exposed,
+        mfu=mfu,
+        residues_per_second=load.residues * len(devices) / expected.seconds,
+        sequences_per_step=load.sequences * len(devices),
+        busiest_device=load.slowest,
+        days=run.steps * expected.seconds / 86400,
+        device_hours=run.steps * expected.seconds / 3600 * len(devices),
+        data=run.data.path or f"{SAMPLE} (config.data.path is empty)",
+        efficiencies={
+            "low": dataclasses.asdict(chip.low),
+            "high": dataclasses.asdict(chip.high),
+            "source": chip.source,
+        },
         compile_seconds=seconds,
+        miscounted=miscounted(program, useful, max(mfu, useful / fast.seconds / chip.flops)),
     )
 
 
-def compile_step(settled, mesh, rows: int, row_length: int, step):
-    """(abstract state, the compiled update, seconds it took), without allocating anything."""
+def miscounted(program, useful: float, mfu: float) -> str:
+    """Why a program cannot have been read rightly, or an empty text."""
+    if program.uncounted_loops:
+        return f"iterations of {len(program.uncounted_loops)} loops of the program are not known"
+    if mfu > 1:
+        return f"the program was misread, for it would reach an MFU of {mfu:.0%}"
+    attention = bool(program.of_kind("attention"))  # its products are not in the text
+    if not attention and sum(k.flops for k in program.kernels) < 0.9 * useful:
+        return "fewer products were found in the program than the step needs"
+    return ""
+
+
+def stream_load(run, source, rows: int, devices: int):
+    """The `roofline.Load` of a device with `rows` rows: the mean over many rows of the stream."""
+    from esm1nv_jax.data.pipeline import train_batches
+    from esm1nv_jax.data.stream_config import stream_config
+    from esm1nv_jax.model.kernels.flash_gpu import Blocks
+    from esm1nv_jax.planning.roofline import load_of, mean_load
+
+    batches = train_batches(source, stream_config(run, rows))
+    sampled = max(min(SAMPLED_DEVICES, SAMPLED_ROWS // rows), 2)
+    loads = [load_of(b, run.masking.rate, Blocks()) for b, _ in itertools.islice(batches, sampled)]
+    return mean_load(loads, devices)
+
+
+def compile_step(settings, mesh, rows: int, row_length: int):
+    """(abstract state, the compiled step, seconds it took), without allocating anything."""
     import jax
 
-    state = step.abstract_state(settled, mesh)
-    batch = step.abstract_batch(settled, mesh, rows, row_length)
+    from esm1nv_jax.training import step
+
+    state = step.abstract_state(settings, mesh)
+    batch = step.abstract_batch(settings, mesh, rows, row_length)
     start = time.perf_counter()
     try:
-        compiled = step.jit_steps(settled, mesh)[0].lower(state, batch).compile()
+        compiled = step.jit_steps(settings, mesh)[0].lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        first = str(error).splitlines()[0]
-        raise UserError(f"does not fit, says the compiler: {first[:200]}; {ADVICE}") from None
+        raise DoesNotFit(f"does not fit: {str(error).splitlines()[0][:200]}") from None
     return state, compiled, time.perf_counter() - start
 
 
-def memory_of(compiled, program, state, jax) -> dict[str, float]:
+def memory_of(compiled, program, state) -> dict[str, float]:
     """Bytes by kind; their sum is the peak."""
+    import jax
+
     parameters, optimizer = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
         for tree in (state.params, state.opt_state)
     )
     stats = compiled.memory_analysis()
-    arguments_size = stats.argument_size_in_bytes
-    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    activations = min(program.kept(), stats.temp_size_in_bytes)
+    inputs = stats.argument_size_in_bytes - parameters - optimizer
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    activations = min(program.saved_activations(), stats.temp_size_in_bytes)
     return {
         "parameters": parameters,
         "optimizer": optimizer,
-        "batch": max(arguments_size - parameters - optimizer, 0) + max(fresh, 0),
+        "batch": max(inputs, 0) + max(outputs, 0),
         "activations": activations,
         "temporaries": stats.temp_size_in_bytes - activations,
     }
 
 
-VARIANTS = {
-    "remat": ("compute.remat", ("none", "dots", "block")),
-    "attention": ("compute.attention", ("auto", "xla")),
-    "row_length": ("data.row_length", (1152, 1536, 2048)),
-}
+def changed(config, changes: dict[str, Any]):
+    """A locked copy of `config` with other values of some fields."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict(changes)
+    return copy.lock()
 
 
-def compared(config, field: str) -> list[tuple[str, Any]]:
-    """(what is changed, config) for each value of a field."""
+def variants(config, field: str) -> list[tuple[str, Any]]:
+    """(what is changed, config) for each value of a field. Raises UserError on an unknown one."""
     if field not in VARIANTS:
         raise UserError(f"--compare={field} is unknown; there are {', '.join(VARIANTS)}")
     name, values = VARIANTS[field]
-    group, _, leaf = name.partition(".")
-    found = []
-    for value in values:
-        changed = config.copy_and_resolve_references()
-        with changed.unlocked():
-            changed[group][leaf] = value
-        found.append((f"{field}={value}", changed.lock()))
-    return found
+    return [(f"{field}={value}", changed(config, {name: value})) for value in values]
 
 
-def measured(workdir: str) -> dict[str, float]:
-    """Median figures of the training lines of a run: seconds_per_step, mfu where it is known."""
+def attempt(name: str, config, target: tuple[str, int, int]) -> tuple[str, Plan | str]:
+    """A plan, or why there is none: one variant that is refused must not hide the others."""
+    console.print(f"compiling {name}", markup=False)
+    try:
+        return name, plan(config, *target)
+    except UserError as error:
+        return name, str(error)
+
+
+def advice(config, target: tuple[str, int, int]) -> str:
+    """The first change of SAVING that fits, each compiled to see."""
+    for changes in SAVING:
+        name = " ".join(f"--config.{field}={value}" for field, value in changes.items())
+        _, smaller = attempt(name, changed(config, changes), target)
+        if isinstance(smaller, Plan) and smaller.fits:
+            return f"{name} fits, in {smaller.peak / chips.GIB:.1f} GiB"
+    return (
+        "nor does it with 4 microbatches and compute.remat=block: take fewer rows, by "
+        "--config.batch.sequences_per_device or --config.batch.rows"
+    )
+
+
+def measured(workdir: str, config) -> dict[str, float]:
+    """Medians over the training lines of a run of the same model: seconds a step, rates.
+
+    Raises UserError where there is no such run.
+    """
     if not (Path(workdir) / metrics_log.FILE).is_file():
         raise UserError(
             f"--against {workdir} holds no {metrics_log.FILE}; name the folder of a run"
         )
-    lines = metrics_log.read(workdir)
-    lines = [line for line in lines if line["kind"] == "train"][1:]  # the first one compiled
-    if not lines:
+    lines = [line for line in metrics_log.read(workdir) if line["kind"] == "train"]
+    if len(lines) < 2:
         raise UserError(f"{workdir} has fewer than two lines of training; let the run go on")
-    names = ("seconds_per_step", "tokens_per_second", "mfu")
+    model = config_of(workdir).model.to_dict()
+    if model != config.model.to_dict():
+        fields = sorted(k for k in model if model[k] != config.model.get(k))
+        raise UserError(f"--against {workdir} has another model: {', '.join(fields)} differ")
     return {
-        name: statistics.median(line[name] for line in lines) for name in names if name in lines[0]
+        name: statistics.median(line[name] for line in lines[1:])  # the first one compiled
+        for name in ("seconds_per_step", "tokens_per_second", "mfu")
+        if name in lines[1]
     }
 
 
 def config_of(workdir: str):
+    """The config of a run, locked. Raises UserError where it has none."""
     from ml_collections import config_dict
 
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--against {workdir} holds no config.json; name the folder of a run")
-    return config_dict.ConfigDict(json.loads(path.read_text())).lock()
+    return config_dict.ConfigDict(json.loads(path.read_text(encoding="utf-8"))).lock()
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     parser = arguments.Parser(
         "plan",
         "Compile the configured step for chips that are not here; show memory, kernels and time.",
         "esm1nv plan --config=configs/pretrain_small.py --chip a100-80gb --hosts 22 "
-        "--devices_per_host 8",
+        "--devices-per-host 8",
     )
     parser.add_argument("--config", metavar="FILE[:ARGS]", help="a config file")
     parser.add_argument("--chip", default="a100-80gb", help=", ".join((*chips.CHIPS, "this-cpu")))
     parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--devices_per_host", type=int, default=1)
+    parser.add_argument("--devices-per-host", type=int, default=1)
     parser.add_argument("--compare", metavar="FIELDS", help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--against", metavar="WORKDIR", help="a run: measured beside predicted")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -248,14 +284,11 @@ def main(argv: list[str]) -> int | None:
     if not options.config and not options.against:
         raise UserError("name a config: --config=configs/pretrain_small.py")
     if min(options.hosts, options.devices_per_host) < 1:
-        raise UserError("--hosts and --devices_per_host must be at least 1")
+        raise UserError("--hosts and --devices-per-host must be at least 1")
     if options.chip != chips.THIS_CPU:
         chips.chip(options.chip)
-    timings = measured(options.against) if options.against else None
-    flags = chips.prepare_environment(options.chip)
 
     from esm1nv_jax.common import config_file
-    from esm1nv_jax.planning import plan_report
 
     if options.config:
         path, _, arg = options.config.partition(":")
@@ -263,28 +296,27 @@ def main(argv: list[str]) -> int | None:
     else:
         config = config_of(options.against)
     config = config_file.override(config, overrides)
-    where = (options.chip, options.hosts, options.devices_per_host)
+    timings = measured(options.against, config) if options.against else None
+    flags = chips.prepare_environment(options.chip)
+    target = (options.chip, options.hosts, options.devices_per_host)
     if options.compare:
         fields = options.compare.split(",")
-        plans = [attempt(*variant, where) for f in fields for variant in compared(config, f)]
-        shown = [{"variant": name} | plan_report.as_dict(found) for name, found in plans]
-    else:
-        found = plan(config, *where)
-        shown = plan_report.as_dict(found) | {"flags": flags}
-        if timings:
-            shown["measured"] = timings
-    if options.json:
-        print(json.dumps(shown, indent=1))
-    elif options.compare:
-        plan_report.show_comparison(plans)
-    else:
-        plan_report.show(found, flags, timings)
-    return 0
-
-
-def attempt(name: str, config, where: tuple[str, int, int]) -> tuple[str, Plan | str]:
-    """A plan, or why there is none: one variant that is refused must not hide the others."""
+        plans = [attempt(*v, target) for f in fields for v in variants(config, f)]
+        if options.json:
+            rows = [{"variant": name} | plan_report.as_dict(made) for name, made in plans]
+            print(json.dumps(rows, indent=1))
+        else:
+            plan_report.print_comparison(plans)
+        return 0
     try:
-        return name, plan(config, *where)
-    except UserError as error:
-        return name, str(error)
+        made = plan(config, *target)
+    except DoesNotFit as error:
+        raise UserError(f"{error}; {advice(config, target)}") from None
+    if not made.fits:
+        made = dataclasses.replace(made, advice=advice(config, target))
+    if options.json:
+        extra = {"flags": flags} | ({"measured": timings} if timings else {})
+        print(json.dumps(plan_report.as_dict(made) | extra, indent=1))
+    else:
+        plan_report.print_plan(made, flags, timings)
+    return 0

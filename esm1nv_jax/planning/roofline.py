@@ -1,7 +1,7 @@
-"""Time and memory of a compiled step, from its kernels and a chip's figures. A roofline.
+"""Time of a compiled step, from its kernels and a chip's figures: a roofline.
 
 A kernel takes the longest of its products (FLOPs over peak), its other operations and its reading
-and writing (bytes over bandwidth), each at the stated efficiency. Attention takes the sum of its
+and writing (bytes over bandwidth), each at the chip's efficiency. Attention takes the sum of its
 products and of what surrounds them (exponentials, dropout's hash), for no overlap of them is sure.
 """
 
@@ -9,129 +9,137 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
-from esm1nv_jax.planning.chips import Chip
+from esm1nv_jax.planning.chips import Chip, Efficiency
 from esm1nv_jax.planning.hlo import Kernel, Program
 
-EFFICIENCY = 0.85  # of the peaks of products and of memory
-ATTENTION_EFFICIENCY = 0.7  # of the peak of products inside flash attention: assumed, small tiles
-# Of each probability, each time it is computed: instructions in the PTX of the loops of `flash`.
+# Of each probability, each time it is computed: instructions in the PTX of the loops of flash_gpu.
 SOFTMAX_OPERATIONS = 10  # mask, scale, maximum, exponential, sum, rounding
 DROPOUT_OPERATIONS = 13  # the hash, its comparison, the selection
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What one device has to do in one update, from real rows."""
+    """The work of one device in one step, from rows of the input stream."""
 
-    rows: int
-    row_length: int
-    tokens: int  # with <s> and </s>, without padding
-    residues: int
-    sequences: int
+    rows: float
+    row_length: float
+    tokens: float  # with <s> and </s>, without padding
+    residues: float
+    sequences: float
     squares: float  # sum of squared segment lengths
-    selected: int  # positions predicted
-    tiles: tuple[int, int]  # tiles of scores that flash attention visits: forward, backward
+    selected: float  # positions predicted
+    tiles_forward: float  # scores of one head that flash attention computes
+    tiles_backward: float
+    slowest: float = 1.0  # expected scores of the busiest device over those of the mean device
 
     @property
-    def places(self) -> int:
+    def slots(self) -> float:
         return self.rows * self.row_length
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
+class Step:
+    """What the kernels do not tell of the step they belong to."""
+
+    attention: str  # backend
+    heads: int
+    head_size: int
+    dropout: float  # of attention
+    microbatches: int
+    hosts: int
+    per_host: int  # devices
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedKernel:
     kernel: Kernel
     seconds: float
-    bound: str  # compute, memory or network
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    kernels: tuple[Timed, ...]
+    kernels: tuple[TimedKernel, ...]
     exposed: float  # seconds of collectives that nothing overlaps
-    hidden: float  # seconds of collectives under compute
 
     @property
     def seconds(self) -> float:
         return sum(t.seconds for t in self.kernels if t.kernel.kind != "collective") + self.exposed
 
-    def classes(self) -> dict[tuple[str, str], dict[str, float]]:
+    def by_class(self) -> dict[tuple[str, str], dict[str, float]]:
         """By (phase, kind): number, bytes, FLOPs, seconds."""
-        found = collections.defaultdict(lambda: collections.defaultdict(float))
+        classes: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(
+            lambda: dict.fromkeys(("kernels", "bytes", "flops", "seconds"), 0.0)
+        )
         for t in self.kernels:
-            total = found[t.kernel.phase, t.kernel.kind]
+            total = classes[t.kernel.phase, t.kernel.kind]
             total["kernels"] += t.kernel.times
             total["bytes"] += t.kernel.bytes
             total["flops"] += t.kernel.flops
             total["seconds"] += t.seconds if t.kernel.kind != "collective" else 0.0
-        return {key: dict(value) for key, value in found.items()}
+        return dict(classes)
 
 
 def estimate(
-    program: Program,
-    chip: Chip,
-    load: Load,
-    heads: int,
-    dropout: float,
-    microbatches: int,
-    hosts: int,
-    per_host: int,
+    program: Program, chip: Chip, efficiency: Efficiency, load: Load, step: Step
 ) -> Estimate:
-    """Times every kernel; collectives overlap with the kernels scheduled while they are under way.
-
-    heads, dropout: of attention, whose kernels do not tell. hosts, per_host: devices.
-    """
-    timed = [
-        _time(kernel, chip, load, heads, dropout, microbatches, hosts, per_host)
-        for kernel in program.kernels
-    ]
-    exposed = hidden = 0.0
+    """Times every kernel; a collective overlaps with the kernels scheduled before its result."""
+    timed = [TimedKernel(k, _seconds(k, chip, efficiency, load, step)) for k in program.kernels]
+    exposed = 0.0
     for i, t in enumerate(timed):
         if t.kernel.kind != "collective":
             continue
-        end = program.ends.get(t.kernel.name, i)
-        under = sum(
-            other.seconds for other in timed[i + 1 : end] if other.kernel.kind != "collective"
-        )
-        covered = min(t.seconds, under) if t.kernel.asynchronous else 0.0
-        hidden, exposed = hidden + covered, exposed + t.seconds - covered
-    return Estimate(tuple(timed), exposed, hidden)
+        end = program.needed_at.get(t.kernel.name, i)
+        under = sum(o.seconds for o in timed[i + 1 : end] if o.kernel.kind != "collective")
+        exposed += t.seconds - (min(t.seconds, under) if t.kernel.asynchronous else 0.0)
+    return Estimate(tuple(timed), exposed)
 
 
-def _time(kernel, chip, load, heads, dropout, microbatches, hosts, per_host) -> Timed:
+def _seconds(kernel: Kernel, chip: Chip, efficiency: Efficiency, load: Load, step: Step) -> float:
     if kernel.kind == "collective":
-        devices = hosts * per_host
-        speed = EFFICIENCY * chip.link
-        if hosts > 1:  # a ring over all hosts passes each of a host's network cards
-            speed = min(speed, EFFICIENCY * chip.network_of(hosts) * per_host)
+        devices, speed = step.hosts * step.per_host, chip.link
+        if step.hosts > 1:  # a ring over all hosts passes each of a host's network cards
+            speed = min(speed, chip.network * step.per_host or speed)
         twice = 2 if kernel.opcode.startswith("all-reduce") else 1
         moved = twice * kernel.bytes * (devices - 1) / devices
-        return Timed(kernel, moved / speed if speed else 0.0, "network")
-    memory = kernel.bytes / (chip.bandwidth * EFFICIENCY) + chip.launch * kernel.times
-    compute = kernel.flops / (chip.flops * EFFICIENCY)
-    if chip.vector:
-        compute = max(compute, kernel.vector / (chip.vector * EFFICIENCY))
+        return moved / (speed * efficiency.memory) if speed else 0.0
+    memory = kernel.bytes / (chip.bandwidth * efficiency.memory)
+    if not kernel.asynchronous:
+        memory += chip.launch * kernel.times
     if kernel.kind == "attention":
-        compute = attention_seconds(kernel, chip, load, heads, dropout) / microbatches
-        compute *= kernel.times
-    if compute > memory:
-        return Timed(kernel, compute, "compute")
-    return Timed(kernel, memory, "memory")
+        once = attention_seconds(kernel, chip, load, step) / efficiency.attention
+        return max(memory, once / step.microbatches * kernel.times)
+    compute = kernel.flops / (chip.flops * efficiency.products)
+    if chip.vector:
+        compute = max(compute, kernel.vector / (chip.vector * efficiency.products))
+    return max(memory, compute)
 
 
-def attention_seconds(kernel: Kernel, chip: Chip, load: Load, heads: int, dropout: float) -> float:
-    """Of the attention of one layer over all rows of a device, by the blocks really visited."""
-    forward, backward = (tiles * heads for tiles in load.tiles)
-    head_size = 64
-    once = SOFTMAX_OPERATIONS + (DROPOUT_OPERATIONS if dropout else 0)
-    if kernel.phase == "backward" and "forward" not in kernel.op.rsplit("/", 2)[-2]:
-        flops, vector = backward * 7 * 2 * head_size, backward * 2 * once
+def attention_seconds(kernel: Kernel, chip: Chip, load: Load, step: Step) -> float:
+    """Of the attention of one layer over all rows of the slowest device, at the chip's peaks."""
+    forward, backward = load.tiles_forward, load.tiles_backward
+    if step.attention == "splash":  # with segment ids it still visits every block
+        forward = backward = load.rows * load.row_length**2
+    elif step.attention == "cudnn":  # one sequence a row, by its length
+        forward = backward = load.squares
+    operations = SOFTMAX_OPERATIONS + (DROPOUT_OPERATIONS if step.dropout else 0)
+    name = kernel.op.rsplit("/", 2)[-2] if "/" in kernel.op else kernel.op
+    if kernel.phase == "backward" and "forward" not in name and "_fwd_" not in name:
+        # Products of a score: the scores and dP again, dV, dK, dQ; for flash_gpu the first two
+        # twice; splash computes dQ in a kernel of its own.
+        products = 3 if "_dq_" in name else 4 if "_dkv_" in name else 7
+        products = 5 if step.attention == "cudnn" else products
+        passes = 1 if products < 7 else 2
+        scores = backward
     else:
-        flops, vector = forward * 2 * 2 * head_size, forward * once
-    seconds = flops / (chip.flops * ATTENTION_EFFICIENCY)
-    return seconds + (vector / chip.vector if chip.vector else 0.0)
+        products, passes, scores = 2, 1, forward
+    scores *= step.heads * load.slowest
+    seconds = scores * products * 2 * step.head_size / chip.flops
+    return seconds + (scores * passes * operations / chip.vector if chip.vector else 0.0)
 
 
 def load_of(batch, rate: float, flash_blocks) -> Load:
@@ -144,10 +152,6 @@ def load_of(batch, rate: float, flash_blocks) -> Load:
     owner = (np.arange(B)[:, None] * (T + 1) + ids_BT)[real]
     lengths = np.unique(owner, return_counts=True)[1]
     maskable = np.maximum(lengths - 2, 0)
-    tiles = (
-        _visited(ids_BT, flash_blocks.queries, flash_blocks.keys),
-        _visited(ids_BT, flash_blocks.backward, flash_blocks.backward),
-    )
     return Load(
         rows=B,
         row_length=T,
@@ -156,8 +160,22 @@ def load_of(batch, rate: float, flash_blocks) -> Load:
         sequences=len(lengths),
         squares=float((lengths.astype(np.float64) ** 2).sum()),
         selected=int(counts(rate, T)[maskable].sum()),
-        tiles=tiles,
+        tiles_forward=_visited(ids_BT, flash_blocks.queries, flash_blocks.keys),
+        tiles_backward=_visited(ids_BT, flash_blocks.backward, flash_blocks.backward),
     )
+
+
+def mean_load(loads: Sequence[Load], devices: int) -> Load:
+    """The mean of the work of several devices, and what the slowest of `devices` has more of it.
+
+    All wait for the slowest at the all-reduce. Its work is expected at the mean plus the spread
+    times the expected maximum of as many normal numbers (Blom, 1958).
+    """
+    columns = zip(*map(dataclasses.astuple, loads), strict=True)
+    mean = Load(*map(statistics.fmean, columns))
+    spread = statistics.pstdev(load.tiles_forward for load in loads) / mean.tiles_forward
+    largest = statistics.NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+    return dataclasses.replace(mean, slowest=1 + spread * max(largest, 0.0))
 
 
 def _visited(ids_BT, rows: int, columns: int) -> int:

@@ -1,4 +1,4 @@
-"""What a command sets up for itself, seen from other processes."""
+"""What a command sets up for its process, seen from other processes."""
 
 import os
 import subprocess
@@ -46,6 +46,20 @@ def test_compiled_programs_are_kept(tmp_path, variable):
     below = {"HOME": ".cache/esm1nv_jax", "XDG_CACHE_HOME": "esm1nv_jax"}.get(variable, "")
     assert list((tmp_path / "here" / below).rglob("*-cache"))
     assert not (tmp_path / "other").exists()
+
+
+NO_HOME = """
+from pathlib import Path
+def fails():
+    raise RuntimeError("Could not determine home directory.")
+Path.home = fails
+from esm1nv_jax.common import runtime
+runtime.set_up()
+"""
+
+
+def test_without_a_home_folder_nothing_is_kept():
+    assert python(NO_HOME) == ""
 
 
 def test_freed_memory_is_kept():

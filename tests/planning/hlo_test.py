@@ -1,6 +1,7 @@
-"""What is read out of compiled programs, held against programs whose figures are known."""
+"""What is read out of compiled programs, compared with programs whose figures are known."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import pytest
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.planning.hlo import Program, size
-from esm1nv_jax.training import sharding, step
+from esm1nv_jax.planning.plan import compile_step, miscounted
+from esm1nv_jax.training import sharding
 from esm1nv_jax.training.run_config import RunConfig
-from tests.planning import abstract
 
 
 def program(function, *shapes) -> Program:
@@ -24,16 +25,105 @@ def test_sizes_of_shapes():
 
 
 def test_flops_and_bytes_of_a_product():
-    found = program(lambda a, b: a @ b, (64, 256), (256, 32))
-    assert sum(k.flops for k in found.kernels) == 2 * 64 * 256 * 32
-    assert sum(k.bytes for k in found.of("gemm")) == 4 * (64 * 256 + 256 * 32 + 64 * 32)
+    result = program(lambda a, b: a @ b, (64, 256), (256, 32))
+    assert sum(k.flops for k in result.kernels) == 2 * 64 * 256 * 32
+    assert sum(k.bytes for k in result.of_kind("gemm")) == 4 * (64 * 256 + 256 * 32 + 64 * 32)
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def looped_program():
     def looped(x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=7)[0]
 
-    assert sum(k.flops for k in program(looped, (64, 64)).kernels) == 7 * 2 * 64**3
+    return jax.jit(looped).lower(jax.ShapeDtypeStruct((64, 64), jnp.float32)).compile().as_text()
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    assert sum(k.flops for k in Program(looped_program()).kernels) == 7 * 2 * 64**3
+
+
+def test_a_loop_without_a_number_of_iterations_is_reported():
+    text = re.sub(r'"known_trip_count":\{"n":"7"\}', '"known_trip_count":{}', looped_program())
+    text = text.replace("direction=LT", "direction=NE")
+    result = Program(text)
+    assert len(result.uncounted_loops) == 1
+    assert "iterations" in miscounted(result, useful=1.0, mfu=0.1)
+
+
+def test_an_impossible_utilization_is_refused():
+    result = Program(looped_program())
+    assert "245%" in miscounted(result, useful=1.0, mfu=2.45)
+    assert "fewer products" in miscounted(result, useful=8 * 2 * 64**3, mfu=0.5)
+    assert miscounted(result, useful=7 * 2 * 64**3, mfu=0.5) == ""
+
+
+# As TPUs print programs: products are convolutions, loops state no number of iterations, one
+# instruction may take several lines, and S(1) is memory on the chip.
+TPU = """\
+%body (p.1: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %p.1 = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x.1 = bf16[8,4]{1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i.1, %one)
+  %w.1 = bf16[4,4]{1,0:T(8,128)(2,1)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %y.1 = bf16[8,4]{1,0:T(8,128)(2,1)} convolution(%x.1, %w.1), dim_labels=bf_io->bf
+  ROOT %t.1 = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) tuple(%next, %y.1)
+}
+
+%condition (p.2: (s32[], bf16[8,4])) -> pred[] {
+  %p.2 = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  %limit = s32[]{:T(128)} constant(23)
+  ROOT %less = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
+  %x = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = s32[]{:T(128)} copy(%zero)
+  %t = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) tuple(%start, %x)
+  %loop = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) while(%t), condition=%condition, body=%body
+  %splash = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} custom-call(%x), frontend_attributes={metadata={
+"blocks":"128"
+}}, metadata={op_name="jit(f)/jvp(splash)/splash_mha_fwd"}
+  ROOT %sum = bf16[8,4]{1,0:T(8,128)(2,1)} all-reduce(%splash), replica_groups={{0,1}}
+}
+"""
+
+
+def test_a_tpu_program_is_counted_whole():
+    result = Program(TPU)
+    assert result.uncounted_loops == []
+    (product,) = result.of_kind("gemm")
+    assert (product.times, product.flops) == (23, 23 * 2 * 8 * 4 * 4)
+    assert product.bytes == 23 * 2 * (8 * 4 + 8 * 4)  # the operand on the chip costs nothing
+    (attention,) = result.of_kind("attention")
+    assert attention.phase == "forward"
+    (collective,) = result.of_kind("collective")
+    assert collective.bytes == 2 * 8 * 4
+
+
+DILATED = "window={size=2x3 lhs_dilate=2x3}, dim_labels=01bf_01io->01bf"
+PADDED = "window={size=2x3 stride=2x3 pad=1_1x2_2 rhs_reversal=1x1}, dim_labels=01bf_01io->01bf"
+GRADIENT = "window={size=2}, dim_labels=0fb_0io->bf0"
+
+
+@pytest.mark.parametrize(
+    "left, right, out, attributes, flops",
+    [  # a batch of 2 x 3 products of [5, 7] and [7, 11]; a sum over two dimensions; a plain product
+        ("2,3,5,7", "2,3,7,11", "2,3,5,11", DILATED, 2 * 6 * 5 * 7 * 11),
+        ("2,3,5,7", "2,3,7,11", "2,3,5,11", PADDED, 2 * 6 * 5 * 7 * 11),
+        ("2,5,7", "2,5,11", "7,11,1", GRADIENT, 2 * 2 * 5 * 7 * 11),
+        ("2,5,7", "7,11,1", "2,5,11", "window={size=1}, dim_labels=0bf_io0->0bf", 2 * 10 * 7 * 11),
+    ],
+)
+def test_products_written_as_convolutions(left, right, out, attributes, flops):
+    text = (
+        f"ENTRY %main () -> f32[{out}] {{\n  %a = f32[{left}] parameter(0)\n"
+        f"  %b = f32[{right}] parameter(1)\n"
+        f"  ROOT %c = f32[{out}] convolution(%a, %b), {attributes}\n}}\n"
+    )
+    assert sum(k.flops for k in Program(text).kernels) == flops
 
 
 @functools.cache
@@ -43,17 +133,16 @@ def tiny_step(microbatches=1) -> tuple[Program, int]:
     with config.unlocked():
         config.batch.update(rows=16, microbatches=microbatches)
     mesh = sharding.make_mesh(jax.devices("cpu")[:8])
-    settled = RunConfig.from_config_dict(config).step_config(mesh.devices.flat[0])
-    state, batch = abstract.arguments(settled, mesh, 16, config.data.row_length)
-    compiled = step.jit_steps(settled, mesh)[0].lower(state, batch).compile()
+    settings = RunConfig.from_config_dict(config).step_config(mesh.devices.flat[0])
+    state, compiled, _ = compile_step(settings, mesh, 16, config.data.row_length)
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(state.params))
     return Program(compiled.as_text()), parameters
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_the_step_reduces_each_gradient_once_and_gathers_nothing(microbatches):
-    found, parameters = tiny_step(microbatches)
-    collectives = found.of("collective")
+    step, parameters = tiny_step(microbatches)
+    collectives = step.of_kind("collective")
     assert {k.opcode.removesuffix("-start") for k in collectives} == {"all-reduce"}
     assert "bf16" not in " ".join(k.shape for k in collectives)
     total = sum(k.bytes for k in collectives)
@@ -66,5 +155,5 @@ def test_a_gather_would_be_seen():
     spread, whole = (sharding.sharding(mesh, kind) for kind in ("batch", "state"))
     function = jax.jit(lambda x: x * 2, in_shardings=spread, out_shardings=whole)
     x = jax.ShapeDtypeStruct((64, 3), jnp.float32, sharding=spread)
-    found = Program(function.lower(x).compile().as_text())
-    assert [k.opcode for k in found.of("collective")] == ["all-gather"]
+    result = Program(function.lower(x).compile().as_text())
+    assert [k.opcode for k in result.of_kind("collective")] == ["all-gather"]

@@ -7,14 +7,14 @@ import sys
 
 
 def plan(*arguments: str):
-    """What `esm1nv plan ... --json` prints."""
+    """Returns what `esm1nv plan ... --json` prints, parsed."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    ended = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "esm1nv_jax", "plan", *arguments, "--json"],
         capture_output=True,
         text=True,
         env=environment,
         check=False,
     )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return json.loads(ended.stdout)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    return json.loads(completed.stdout)
