@@ -42,16 +42,16 @@ def ours(sequences: list[bytes], precision: str, deterministic: bool = False):
     import jax
 
     from esm1nv_jax.data import tokenizer
-    from esm1nv_jax.inference.engine import Want, encode
+    from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
     from esm1nv_jax.inference.model import Model
     from esm1nv_jax.model import encoder
 
     config = encoder.EncoderConfig()
     model = Model(config, jax.device_put(encoder.init(config, 0)), {}, precision)
     ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
-    return lambda: encode(model.placed, ids, Want(("mean",)), model.longest, deterministic)[
-        "mean_-1"
-    ]
+    return lambda: embed_sequences(
+        model.on_devices, ids, OutputSpec(("mean",)), model.longest, deterministic
+    )["mean_-1"]
 
 
 def rival(sequences: list[bytes], bf16: bool):

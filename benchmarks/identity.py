@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from esm1nv_jax.inference.protein_source import read_fasta
+from esm1nv_jax.inference.evaluate import read_fasta
 
 LOW, MIDDLE, HIGH = "identity under 30 %", "identity 30 to 50 %", "identity over 50 %"
 

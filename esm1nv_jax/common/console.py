@@ -128,6 +128,11 @@ def bar(
         yield task
 
 
+def count(n: int, noun: str) -> str:
+    """`1 protein`, `2,000 proteins`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def clock(seconds: float) -> str:
     """Seconds as h:mm:ss or m:ss."""
     minutes, seconds = divmod(int(seconds), 60)

@@ -5,7 +5,12 @@ from __future__ import annotations
 import html
 import io
 import re
+import shlex
+import sys
+import time
 from collections.abc import Sequence
+
+from esm1nv_jax import __version__
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -20,8 +25,8 @@ svg { max-width: 100%; height: auto } p.note { color: #555; font-size: .9rem }
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9731a", "#777777"
 
 
-class Page:
-    """Filled from top to bottom; `text()` is the whole file."""
+class HtmlReport:
+    """A page, filled from top to bottom; `to_html()` is the whole file."""
 
     def __init__(self, title: str):
         self.title = title
@@ -30,7 +35,7 @@ class Page:
     def heading(self, text: str) -> None:
         self.parts.append(f"<h2>{html.escape(text)}</h2>")
 
-    def say(self, text: str) -> None:
+    def paragraph(self, text: str) -> None:
         self.parts.append(f"<p>{html.escape(text)}</p>")
 
     def note(self, text: str) -> None:
@@ -45,33 +50,49 @@ class Page:
             f"<table><thead>{line(head, 'th')}</thead>\n<tbody>{body}</tbody></table>"
         )
 
-    def plot(self, figure, described: str) -> None:
-        """A matplotlib Figure, as SVG within the page; `described` is for who cannot see it."""
+    def plot(self, figure, description: str) -> None:
+        """A matplotlib Figure, as SVG within the page; `description` is for who cannot see it."""
         text = io.StringIO()
         figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
         svg = text.getvalue()
         svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-        label = html.escape(described, quote=True)
+        label = html.escape(description, quote=True)
         self.parts.append(svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))
 
-    def text(self) -> str:
-        body = "\n".join(self.parts)
-        return (
+    def to_html(self) -> str:
+        """The page, with command, version and date at its foot."""
+        made = f"esm1nv_jax {__version__}, {time.strftime('%Y-%m-%d %H:%M')}: "
+        foot = html.escape(made + shlex.join(["esm1nv", *sys.argv[1:]]))
+        body = "\n".join([*self.parts, f'<p class="note">{foot}</p>'])
+        page = (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             f"<title>{html.escape(self.title)}</title><style>{_STYLE}</style></head>\n"
             f"<body>\n{body}\n</body></html>\n"
         )
+        return page.encode("utf-8", "backslashreplace").decode()  # names that are not UTF-8
 
 
-def figure(width: float = 8.0, height: float = 3.6, columns: int = 1):
-    """(Figure, axes) that need no display. Sizes in inches."""
+def new_figure(width: float = 8.0, height: float = 3.6, columns: int = 1):
+    """(Figure, axes) that need no display. Sizes in inches. `$` in a text is no formula."""
+    import matplotlib  # takes a while, and most commands draw nothing
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    axes = made.subplots(1, columns)
+    matplotlib.rcParams["text.parse_math"] = False
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns)
     for axis in [axes] if columns == 1 else axes:
         axis.spines[["top", "right"]].set_visible(False)
-    return made, axes
+    return figure, axes
+
+
+def log_scale(axis) -> None:
+    """A logarithmic y axis with ticks at 2, 5, 10, 20 rather than at powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def plus_minus(value: float, error: float, digits: int = 2) -> str:

@@ -58,7 +58,7 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
     Args:
       path: CSV, plain or compressed.
       name: one of TASKS. A label is a letter a residue, a class, or a number.
-      limit: at most so many proteins to train on, always the same ones.
+      limit: at most so many proteins of each split, always the same ones.
 
     Raises UserError that names the line at fault.
     """
@@ -96,10 +96,11 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
     digest = hashlib.sha256()
     for sequence, label, _ in rows["test"]:
         digest.update(b"%b %b\n" % (sequence, label.encode()))
-    if limit is not None and limit < len(rows["train"]):
-        n = len(rows["train"])
-        chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
-        rows["train"] = [rows["train"][i] for i in sorted(chosen.tolist())]
+    for split, found in rows.items():
+        n = len(found)
+        if limit is not None and limit < n:
+            chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
+            rows[split] = [found[i] for i in sorted(chosen.tolist())]
     labels = (row[1] for found in rows.values() for row in found)
     kinds = tuple(sorted(set("".join(labels) if name == TASKS[0] else labels)))
     if len(kinds) < 2:

@@ -16,11 +16,10 @@ from esm1nv_jax.checkpoints.average import Member
 from esm1nv_jax.common import arguments, files
 from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.html import BLUE, ORANGE, Page, figure, plus_minus
+from esm1nv_jax.common.html import BLUE, ORANGE, HtmlReport, new_figure, plus_minus
 from esm1nv_jax.data.source import MemorySource
-from esm1nv_jax.inference.evaluate import figures
+from esm1nv_jax.inference.evaluate import evaluate_model, open_source
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.protein_source import open_source
 
 
 def main(argv: list[str]) -> None:
@@ -69,7 +68,7 @@ def main(argv: list[str]) -> None:
         with files.writing(options.out):
             model_folder.write(options.out, dataclasses.replace(weights, provenance=provenance))
         show(rows, name)
-        files.write(options.report, page(rows, name).text())
+        files.write(options.report, page(rows, name).to_html())
         console.print(f"report   {options.report}", markup=False)
 
 
@@ -85,7 +84,7 @@ def beside_members(
             if member is not None:
                 params = manager.read_params(member.run, member.step)
             model = Model(weights.model, jax.device_put(params), weights.provenance)
-            found = figures(model, source)["overall"]
+            found = evaluate_model(model, source)["overall"]
             rows.append(
                 {
                     "name": str(member) if member else f"average of {len(members)}",
@@ -124,10 +123,10 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     return f"The average ({mine:.3f}) is not better than {best['name']} ({theirs:.3f}): {why}."
 
 
-def page(rows: list[dict[str, Any]], data: str) -> Page:
-    made = Page(f"{rows[-1]['name']} beside its members")
-    made.say(f"Perplexity at <mask> on {data}, the same masks for all. {verdict(rows)}")
-    plot, axis = figure()
+def page(rows: list[dict[str, Any]], data: str) -> HtmlReport:
+    made = HtmlReport(f"{rows[-1]['name']} beside its members")
+    made.paragraph(f"Perplexity at <mask> on {data}, the same masks for all. {verdict(rows)}")
+    plot, axis = new_figure()
     runs = sorted({row["run"] for row in rows[:-1]})
     for run, colour in zip(runs, [BLUE, "#5a9e4b", "#8a5fb0", "#777777"] * len(runs), strict=False):
         mine = [row for row in rows[:-1] if row["run"] == run]

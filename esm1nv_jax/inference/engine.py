@@ -1,7 +1,8 @@
-"""Sequences to hidden states and logits: rows laid out, computed, and taken apart again.
+"""Token sequences to hidden states, logits and log-probabilities: the one way through the encoder.
 
-Everything that embeds goes through `encode`, so that a protein's numbers are the same in a file, in
-Python and in an evaluation.
+Rows are planned (`row_shapes`), filled, sent ahead of the device, computed by one jitted `forward`
+and taken apart again. Embedding, scoring, evaluation, probes and the Python API all compute here,
+so that a protein's numbers are the same in a file, in Python and in an evaluation.
 """
 
 from __future__ import annotations
@@ -9,210 +10,259 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import row_shapes as rows_lib
-from esm1nv_jax.inference.row_shapes import Packed, Shapes
-from esm1nv_jax.inference.windows import windows
+from esm1nv_jax.data.stream_config import SPECIALS
+from esm1nv_jax.inference.row_shapes import (
+    RowBatch,
+    RowShapes,
+    pack_rows,
+    pad_rows,
+    split_into_windows,
+)
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import Compute, EncoderConfig
 
 IN_FLIGHT = 2  # batches dispatched before the first is fetched: the device never waits for the host
-SPECIALS = 2  # <s> and </s> around every window
 KINDS = ("mean", "per_residue", "cls", "logits")
 
 
 @dataclasses.dataclass(frozen=True)
-class Want:
+class OutputSpec:
     """What to give back: some of KINDS, for these layers; `dtype` is what leaves the device."""
 
     kinds: tuple[str, ...] = ("mean", "per_residue")
     layers: tuple[int, ...] = (-1,)
     dtype: str = "float32"  # of per_residue, cls and logits; means are taken in fp32 first
 
-    def fields(self) -> list[str]:
+    def names(self) -> list[str]:
         """Names of the arrays, such as `mean_-1`; `logits` belong to no layer."""
         layered = [k for k in KINDS if k in self.kinds and k != "logits"]
         names = [f"{kind}_{layer}" for kind in layered for layer in self.layers]
         return names + ["logits"] * ("logits" in self.kinds)
 
 
+NOTHING_ELSE = OutputSpec((), ())
+
+
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class DeviceModel:
     """A model on devices: replicated parameters, and how rows are spread over the devices."""
 
     config: EncoderConfig
     compute: Compute
     params: dict
-    rows: jax.sharding.Sharding
-    shapes: Shapes
+    row_sharding: jax.sharding.Sharding
+    shapes: RowShapes
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute", "want"))
-def _run(params, batch, config: EncoderConfig, compute: Compute, want: Want):
-    """One batch. Slots S are the sequences of a row. Returns fp32 sums over owned residues
-    [B, S, D], `<s>` [B, S, D], hidden states [B, T, D] and logits [B, T, V], as wanted."""
-    out = encoder.forward(
+@functools.partial(jax.jit, static_argnames=("config", "compute", "outputs"))
+def forward(params, batch, config: EncoderConfig, compute: Compute, outputs: OutputSpec):
+    """One batch through the encoder.
+
+    Args:
+      batch: int32 `tokens_BT`, `segment_ids_BT` and `positions_BT`; for log-probabilities
+        `index_BM`; for embeddings `slot_BT` (which of the S sequences of its row owns a residue,
+        else -1) and `starts_BS` (columns of their `<s>`).
+      outputs: what else is wanted.
+
+    Returns `log_probs` fp32 [B, M, vocabulary] at `index_BM` where it is given; sums over residues
+    under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D], `logits` [B, T, V].
+    """
+    output = encoder.forward(
         config,
         params,
         batch["tokens_BT"],
         batch["segment_ids_BT"],
         batch["positions_BT"],
         compute=compute,
-        hidden_layers=want.layers,
+        index_BM=batch.get("index_BM"),
+        hidden_layers=outputs.layers,
     )
-    found = {}
-    for layer, x_BTD in out.hidden.items():
-        if "mean" in want.kinds:
+    results = {}
+    if "index_BM" in batch:
+        log_probs_BMV = jax.nn.log_softmax(output.logits)
+        results["log_probs"] = log_probs_BMV[..., : tokenizer.VOCABULARY]
+    for layer, x_BTD in output.hidden.items():
+        if "mean" in outputs.kinds:
             slots = jnp.arange(batch["starts_BS"].shape[1])
             owned_BST = (batch["slot_BT"][:, None] == slots[:, None]).astype(jnp.float32)
-            found[f"mean_{layer}"] = jnp.einsum(
+            results[f"mean_{layer}"] = jnp.einsum(
                 "BST,BTD->BSD", owned_BST, x_BTD, precision=jax.lax.Precision.HIGHEST
             )
-        if "cls" in want.kinds:
-            found[f"cls_{layer}"] = jnp.take_along_axis(
+        if "cls" in outputs.kinds:
+            results[f"cls_{layer}"] = jnp.take_along_axis(
                 x_BTD, batch["starts_BS"][..., None], axis=1
-            ).astype(want.dtype)
-        if "per_residue" in want.kinds:
-            found[f"per_residue_{layer}"] = x_BTD.astype(want.dtype)
-    if "logits" in want.kinds:
-        found["logits"] = out.logits[..., : tokenizer.VOCABULARY].astype(want.dtype)
-    return found
+            ).astype(outputs.dtype)
+        if "per_residue" in outputs.kinds:
+            results[f"per_residue_{layer}"] = x_BTD.astype(outputs.dtype)
+    if "logits" in outputs.kinds:
+        results["logits"] = output.logits[..., : tokenizer.VOCABULARY].astype(outputs.dtype)
+    return results
+
+
+def run_batches(
+    model: DeviceModel,
+    batches: Iterable[tuple[dict[str, np.ndarray], Any]],
+    outputs: OutputSpec = NOTHING_ELSE,
+) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """(results on the host, context) of every (arrays for `forward`, context), in order.
+
+    While a batch is computed the next one is prepared and dispatched.
+    """
+    waiting: collections.deque = collections.deque()
+    for arrays, context in batches:
+        batch = jax.device_put(arrays, model.row_sharding)
+        waiting.append(
+            (forward(model.params, batch, model.config, model.compute, outputs), context)
+        )
+        if len(waiting) == IN_FLIGHT:
+            results, context = waiting.popleft()
+            yield jax.device_get(results), context
+    for results, context in waiting:
+        yield jax.device_get(results), context
+
+
+class Segments(NamedTuple):
+    """Where items stand in a batch; each int64 [k], an element an item, in the order of rows."""
+
+    item: np.ndarray
+    row: np.ndarray
+    slot: np.ndarray  # from 0 in each row
+    start: np.ndarray  # column of its first token
+
+
+def fill_rows(
+    batch: RowBatch, tokens: Sequence[np.ndarray], rows: int
+) -> tuple[dict[str, np.ndarray], Segments]:
+    """The tokens of a planned batch as arrays [rows, T] for `forward`, and where they stand."""
+    T = batch.length
+    item = np.concatenate([np.array(row, np.int64) for row in batch.rows])
+    row = np.repeat(np.arange(len(batch.rows)), [len(row) for row in batch.rows])
+    sizes = np.array([len(tokens[i]) for i in item], np.int64)
+    slot = np.arange(len(item)) - np.searchsorted(row, row)
+    before = np.cumsum(sizes) - sizes
+    start = before - before[np.searchsorted(row, row)]
+    flat = spans(row * T + start, sizes)
+    arrays = {name: np.zeros((rows, T), np.int32) for name in ("segment_ids_BT", "positions_BT")}
+    arrays["tokens_BT"] = np.full((rows, T), tokenizer.PAD, np.int32)
+    arrays["tokens_BT"].flat[flat] = np.concatenate([tokens[i] for i in item])
+    arrays["segment_ids_BT"].flat[flat] = np.repeat(slot + 1, sizes)
+    arrays["positions_BT"].flat[flat] = spans(np.zeros_like(sizes), sizes)
+    return arrays, Segments(item, row, slot, start)
+
+
+def spans(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, ..., `counts[0]` integers; then those from first[1]; and so on."""
+    shift = first - (np.cumsum(counts) - counts)
+    return np.arange(int(counts.sum())) + np.repeat(shift, counts)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Segments:
-    """What stands in rows: one element for each window of each sequence."""
+class LogProbQuery:
+    """Log-probabilities wanted at `columns` of `tokens`, ids with specials, `<mask>` in place.
 
-    owner: np.ndarray  # which sequence
-    start: np.ndarray  # the window's first residue
-    residues: np.ndarray
-    first: np.ndarray  # the residues taken from this window: first..last-1 of the sequence
-    last: np.ndarray
+    `context` comes back with the result.
+    """
 
-    @classmethod
-    def of(cls, lengths: Sequence[int], limit: int) -> _Segments:
-        table = [
-            (i, w.start, w.stop - w.start, w.first, w.last)
-            for i, length in enumerate(lengths)
-            for w in windows(int(length), limit)
-        ]
-        return cls(*np.array(table, np.int64).reshape(-1, 5).T)
+    tokens: np.ndarray
+    columns: Sequence[int] | np.ndarray
+    context: Any = None
 
 
-def encode(
-    placed: Placed, ids: Sequence[np.ndarray], want: Want, limit: int, deterministic: bool = False
+def run_queries(
+    model: DeviceModel, queries: Iterable[LogProbQuery], columns: int = 1
+) -> Iterator[tuple[LogProbQuery, np.ndarray]]:
+    """Each query with its log-probabilities, float32 [its columns, vocabulary]; in any order.
+
+    Each stands alone in a row whose length follows from its own. No query has more than `columns`
+    columns: they fix the shape, so that a protein takes one compilation. Queries are drawn as they
+    are needed, so any number of them takes little memory.
+    """
+
+    def batches():
+        pending: dict[int, list[LogProbQuery]] = {}
+        for query in queries:
+            T = model.shapes.length(len(query.tokens))
+            pending.setdefault(T, []).append(query)
+            if len(pending[T]) == model.shapes.rows(T):
+                yield batch(T, pending.pop(T))
+        for T, some in pending.items():
+            yield batch(T, some)
+
+    def batch(T: int, some: list[LogProbQuery]):
+        plan = RowBatch(T, [[i] for i in range(len(some))])
+        B = model.shapes.rows(T)
+        arrays, _ = fill_rows(plan, [query.tokens for query in some], B)
+        arrays["index_BM"] = np.zeros((B, 1 << (columns - 1).bit_length()), np.int32)
+        for row, query in zip(arrays["index_BM"], some, strict=False):
+            row[: len(query.columns)] = query.columns
+        return arrays, some
+
+    for results, some in run_batches(model, batches()):
+        for query, log_probs in zip(some, results["log_probs"], strict=False):
+            yield query, log_probs[: len(query.columns)]
+
+
+def embed_sequences(
+    model: DeviceModel,
+    ids: Sequence[np.ndarray],
+    outputs: OutputSpec,
+    limit: int,
+    deterministic: bool = False,
 ) -> dict[str, np.ndarray]:
     """Embeds sequences of token ids (uint8, without specials), each of at least one residue.
 
     Those longer than `limit` residues are read in windows. With `deterministic` a sequence stands
     alone in its row, whose length is a function of its own.
 
-    Returns, under the names of `want.fields()`: `mean_*` and `cls_*` [sequences, D],
-    `per_residue_*` [all residues, D] and `logits` [all residues, vocabulary], the residues of all
-    sequences one after another.
+    Returns, under `outputs.names()`: `mean_*` and `cls_*` [sequences, D], `per_residue_*`
+    [all residues, D] and `logits` [all residues, vocabulary], the residues of all sequences one
+    after another.
     """
     lengths = np.array([len(i) for i in ids], np.int64)
-    segments = _Segments.of(lengths, limit)
-    layout, shapes = rows_lib.alone, placed.shapes
-    if not deterministic:
-        layout, shapes = rows_lib.packed, shapes.for_work(segments.residues + SPECIALS)
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    found: dict[str, np.ndarray] = {}
-    waiting: collections.deque = collections.deque()
-    for batch in layout(segments.residues + SPECIALS, shapes):
-        arrays, places = _lay(batch, segments, ids, shapes, deterministic, offsets)
-        on_device = jax.device_put(arrays, placed.rows)
-        out = _run(placed.params, on_device, placed.config, placed.compute, want)
-        waiting.append((out, places))
-        if len(waiting) == IN_FLIGHT:
-            _collect(found, *waiting.popleft(), lengths)
-    while waiting:
-        _collect(found, *waiting.popleft(), lengths)
-    for layer in want.layers:
-        if f"mean_{layer}" in found:
-            found[f"mean_{layer}"] /= lengths[:, None].astype(np.float32)
-    return {name: found[name] for name in want.fields() if name in found}
+    windows = [(i, w) for i, n in enumerate(lengths) for w in split_into_windows(int(n), limit)]
+    owner = np.array([i for i, _ in windows], np.int64)
+    start, _, first, last = np.array([w for _, w in windows], np.int64).reshape(-1, 4).T
+    specials = (tokenizer.BOS, tokenizer.EOS)
+    tokens = [np.pad(ids[i][w.start : w.stop], 1, constant_values=specials) for i, w in windows]
+    sizes = np.array([len(t) for t in tokens], np.int64)
+    shapes = model.shapes if deterministic else model.shapes.for_work(sizes)
+    offsets = np.cumsum(lengths) - lengths
 
+    def batches():
+        for plan in (pad_rows if deterministic else pack_rows)(sizes, shapes):
+            arrays, at = fill_rows(plan, tokens, shapes.rows(plan.length))
+            owned = last[at.item] - first[at.item]
+            column = at.start + SPECIALS // 2 + first[at.item] - start[at.item]
+            token = spans(at.row * plan.length + column, owned)
+            arrays["slot_BT"] = np.full_like(arrays["tokens_BT"], -1)
+            arrays["slot_BT"].flat[token] = np.repeat(at.slot, owned)
+            slots = 1 if deterministic else shapes.slots(plan.length)
+            arrays["starts_BS"] = np.zeros((len(arrays["tokens_BT"]), slots), np.int32)
+            arrays["starts_BS"][at.row, at.slot] = at.start
+            yield arrays, (at, token, spans(offsets[owner[at.item]] + first[at.item], owned))
 
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where the numbers of a batch belong."""
-
-    owner: np.ndarray  # [segments] sequence,
-    row: np.ndarray  # its row
-    slot: np.ndarray  # and its slot
-    starts_sequence: np.ndarray  # bool: the window holds the sequence's first residue
-    token: np.ndarray  # [owned residues] place in the flattened batch,
-    residue: np.ndarray  # place among all residues
-
-
-def _lay(batch: Packed, segments: _Segments, ids, shapes: Shapes, alone: bool, offsets):
-    """The arrays of a batch, and where its numbers belong."""
-    B, T = shapes.rows(batch.length), batch.length
-    S = 1 if alone else shapes.slots(T)
-    tokens_BT = np.full((B, T), tokenizer.PAD, np.int32)
-    segment_ids_BT = np.zeros((B, T), np.int32)
-    positions_BT = np.zeros((B, T), np.int32)
-    slot_BT = np.full((B, T), -1, np.int32)
-    starts_BS = np.zeros((B, S), np.int32)
-    owner, row_of, slot_of, token, residue = [], [], [], [], []
-    for row, items in enumerate(batch.rows):
-        at = 0
-        for slot, item in enumerate(items):
-            i, start = segments.owner[item], segments.start[item]
-            n, first, last = segments.residues[item], segments.first[item], segments.last[item]
-            here = slice(at, at + n + 2)
-            tokens_BT[row, at] = tokenizer.BOS
-            tokens_BT[row, at + 1 : at + 1 + n] = ids[i][start : start + n]
-            tokens_BT[row, at + 1 + n] = tokenizer.EOS
-            segment_ids_BT[row, here] = slot + 1
-            positions_BT[row, here] = np.arange(n + 2)
-            taken = at + 1 + first - start
-            slot_BT[row, taken : taken + last - first] = slot
-            starts_BS[row, slot] = at
-            owner.append(i)
-            row_of.append(row)
-            slot_of.append(slot)
-            token.append(np.arange(taken, taken + last - first) + row * T)
-            residue.append(np.arange(first, last) + offsets[i])
-            at += n + 2
-    arrays = {
-        "tokens_BT": tokens_BT,
-        "segment_ids_BT": segment_ids_BT,
-        "positions_BT": positions_BT,
-        "slot_BT": slot_BT,
-        "starts_BS": starts_BS,
-    }
-    items = np.concatenate([np.array(r, np.int64) for r in batch.rows])
-    return arrays, _Places(
-        np.array(owner),
-        np.array(row_of),
-        np.array(slot_of),
-        segments.start[items] == 0,
-        np.concatenate(token),
-        np.concatenate(residue),
-    )
-
-
-def _collect(found: dict[str, np.ndarray], out: dict, places: _Places, lengths) -> None:
-    """Waits for a batch and puts its numbers where they belong."""
-    for name, value in jax.device_get(out).items():
-        kind = name.rpartition("_")[0] or name
-        if kind in ("mean", "cls"):
-            if name not in found:
-                found[name] = np.zeros((len(lengths), value.shape[-1]), value.dtype)
-            if kind == "mean":  # a long sequence adds up over its windows, in their order
-                np.add.at(found[name], places.owner, value[places.row, places.slot])
+    merged: dict[str, np.ndarray] = {}
+    for results, (at, token, residue) in run_batches(model, batches(), outputs):
+        for name, value in results.items():
+            by_protein = name.startswith(("mean", "cls"))
+            shape = (len(ids) if by_protein else int(lengths.sum()), value.shape[-1])
+            total = merged.setdefault(name, np.zeros(shape, value.dtype))
+            if not by_protein:
+                total[residue] = value.reshape(-1, value.shape[-1])[token]
+            elif name.startswith("mean"):  # a long sequence adds up over its windows
+                np.add.at(total, owner[at.item], value[at.row, at.slot])
             else:
-                first = places.starts_sequence
-                found[name][places.owner[first]] = value[places.row[first], places.slot[first]]
-        else:
-            if name not in found:
-                found[name] = np.empty((int(lengths.sum()), value.shape[-1]), value.dtype)
-            found[name][places.residue] = value.reshape(-1, value.shape[-1])[places.token]
+                begins = start[at.item] == 0
+                total[owner[at.item[begins]]] = value[at.row, at.slot][begins]
+    for name, value in merged.items():
+        if name.startswith("mean"):
+            value /= lengths[:, None].astype(np.float32)
+    return {name: merged[name] for name in outputs.names() if name in merged}

@@ -1,4 +1,4 @@
-"""`esm1nv evaluate`: a model held against fixed masks, as figures, a table, JSON and a page."""
+"""`esm1nv evaluate`: perplexity and accuracy on fixed masks, as a table, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import arguments, files
-from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
-from esm1nv_jax.data.source import Source
+from esm1nv_jax.data import manifest
+from esm1nv_jax.data.source import SAMPLE, SPLITS, MemorySource, Source, open_split
 from esm1nv_jax.inference import fixed_masks, perplexity
+from esm1nv_jax.inference.evaluation_report import build_report, compare_with_blosum62
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
-from esm1nv_jax.inference.protein_source import open_source
-from esm1nv_jax.inference.pseudo_perplexity import pseudo_perplexity
-from esm1nv_jax.inference.substitution import ORDER, substitution
+from esm1nv_jax.inference.proteins import scan
+from esm1nv_jax.inference.variant_scores import pseudo_perplexity
 from esm1nv_jax.model.masking import RECIPES, recipe
+
+UNIGRAM_PROTEINS = 20_000  # of training, from which the unigram baseline is counted
+THESE_PROTEINS = "these proteins"  # where no training data are known
 
 
 def main(argv: list[str]) -> None:
@@ -40,15 +45,15 @@ def main(argv: list[str]) -> None:
     add("--seed", type=int, help="of the masks (default 0)")
     add("--max-residues", type=int, metavar="N", help="cut longer proteins (default as trained)")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
-    add("--groups", metavar="TSV", help="id and name of a class, a line each: figures by class")
+    add("--groups", metavar="TSV", help="id and name of a class, a line each: results by class")
     add("--pseudo", action="store_true", help="also the pseudo-perplexity: for small sets")
     add("--masks-out", metavar="FILE", help="write the masks, to ask another model the same")
-    add("--json", metavar="FILE", help="write all figures")
+    add("--json", metavar="FILE", help="write all results")
     add("--report", metavar="FILE.html", help="write a page with plots")
     options = parser.parse_args(argv)
     files.check(options.json, options.report, options.masks_out)
 
-    records = None
+    mask_file = None
     if options.masks is not None:
         others = {name: getattr(options, name) for name in ("data", "fasta", "masking", "seed")}
         given = [f"--{name}" for name, value in others.items() if value is not None]
@@ -56,106 +61,164 @@ def main(argv: list[str]) -> None:
             raise UserError(
                 f"--masks brings its own proteins and masks; leave out {' and '.join(given)}"
             )
-        (source, records), name = fixed_masks.read(options.masks), options.masks
+        mask_file, name = fixed_masks.read_masks(options.masks), options.masks
+        source: Source = mask_file.source
     else:
         source, name = open_source(options.data, options.fasta)
     groups = read_groups(options.groups) if options.groups else None
     model = load(options.checkpoint, options.precision)
-    found = figures(
+    results = evaluate_model(
         model,
         source,
         masking=options.masking or "card",
         seed=options.seed or 0,
         max_residues=options.max_residues,
-        records=records,
+        mask_file=mask_file,
+        training_data=name.rpartition(":")[0] if options.data else None,
         groups=groups,
         pseudo=options.pseudo,
         masks_out=options.masks_out,
-        show=True,
+        progress=True,
     )
-    found = {"checkpoint": options.checkpoint, "data": name} | found
-    show(found)
+    results = {"checkpoint": options.checkpoint, "data": name} | results
+    print_results(results)
     if options.json:
-        files.write(options.json, to_json(found))
-        console.print(f"figures  {options.json}", markup=False)
+        files.write(options.json, to_json(results))
+        console.print(f"results  {options.json}")
     if options.report:
-        from esm1nv_jax.inference import evaluation_report
-
-        files.write(options.report, evaluation_report.page(found).text())
-        console.print(f"report   {options.report}", markup=False)
+        files.write(options.report, build_report(results, summary_rows(results)).to_html())
+        console.print(f"report   {options.report}")
 
 
-def figures(
+def open_source(data: str | None, path: str | None) -> tuple[Source, str]:
+    """The source behind `--data DIR[:split]` or `--fasta FILE`, of which exactly one is given, and
+    its name. The split is `validation` where none is named.
+
+    Raises UserError where there is none, or nothing in it can be used.
+    """
+    if (data is None) == (path is None):
+        raise UserError("give the proteins by --data DIR[:split] or by --fasta FILE, one of them")
+    if data is None:
+        assert path is not None
+        return read_fasta(path), path
+    folder, colon, split = data.rpartition(":")
+    if not data.endswith(tuple(f":{split}" for split in SPLITS)):
+        if colon and (folder == SAMPLE or Path(folder, manifest.FILE).exists()):
+            raise UserError(f"--data {data}: no split {split!r}; there are {', '.join(SPLITS)}")
+        folder, split = data, "validation"
+    return open_split(folder, split), f"{folder}:{split}"
+
+
+def read_fasta(path: str) -> MemorySource:
+    """All records of a FASTA file, plain or compressed. Faulty ones are counted and left out."""
+    proteins = scan(path, skip=True)
+    if proteins.skipped:
+        console.print(f"{path}: {proteins}")
+    return MemorySource(list(proteins))
+
+
+def evaluate_model(
     model: Model,
     source: Source,
     masking: str = "card",
     seed: int = 0,
     max_residues: int | None = None,
-    records: list[fixed_masks.Record] | None = None,
+    mask_file: fixed_masks.MaskFile | None = None,
+    training_data: str | None = None,
     groups: dict[str, str] | None = None,
     pseudo: bool = False,
     masks_out: str | None = None,
-    show: bool = False,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """All figures of a model on the proteins of `source`, ready for JSON.
+    """All results of a model on the proteins of `source`, ready for JSON.
 
     Args:
       masking: name of the recipe that chooses what is predicted; see `model/masking.py`.
       seed: of the masks.
       max_residues: longer proteins are cut to a prefix; as in training where None.
-      records: masks to use instead, one for each protein.
-      groups: id to class, for figures by class.
+      mask_file: masks to use instead, of the same proteins.
+      training_data: data set whose training split gives the unigram; else that of the model's run.
+      groups: id to class, for results by class.
       pseudo: whether to compute the pseudo-perplexity as well.
       masks_out: a file to write the masks to.
-      show: whether to show progress.
+      progress: whether to show progress.
 
     Raises UserError where nothing can be predicted.
     """
-    stream = perplexity.stream_of(model, seed, max_residues)
-    if records is None:
-        corrupted = fixed_masks.drawn(source, stream, recipe(masking), model.config.vocabulary)
+    stream = perplexity.evaluation_stream(model, seed, max_residues)
+    if mask_file is None:
+        corrupted = fixed_masks.draw_masks(source, stream, recipe(masking), model.config.vocabulary)
     else:
-        corrupted = fixed_masks.given(source, stream, records)
-    result = None
+        corrupted = fixed_masks.apply_masks(source, stream, mask_file.masks)
+    if mask_file is not None and mask_file.residue_counts is not None:
+        counts, counted_in = mask_file.residue_counts, "the data of the masks"
+    else:
+        counts, counted_in = unigram_counts(model, source, training_data)
+    sums = None
     with ExitStack() as stack:
         if masks_out:
             stack.enter_context(files.writing(masks_out))
-            file = stack.enter_context(open(masks_out, "w"))
-            corrupted = fixed_masks.written(file, source, corrupted)
-        task = stack.enter_context(bar("evaluating", len(source.lengths), "proteins", show))
-        for result in perplexity.evaluate(model, source, stream, corrupted, groups):
-            task.update(result.sequences)
-    if result is None or not result.overall["loss"].positions[0]:
+            file = stack.enter_context(open(masks_out, "w", encoding="utf-8"))
+            corrupted = fixed_masks.write_masks(file, source, corrupted, counts)
+        task = stack.enter_context(bar("evaluating", len(source.lengths), "proteins", progress))
+        for sums in perplexity.evaluate(model, source, stream, corrupted, counts, groups):
+            task.update(sums.sequences)
+    if sums is None or not sums.overall["loss"].positions[0]:
         raise UserError("no residue could be predicted: the proteins hold unknown letters only")
-    found = {
-        "masking": masking if records is None else "given",
-        "seed": seed if records is None else None,
+    results = {
+        "masking": masking if mask_file is None else "given",
+        "seed": seed if mask_file is None else None,
         "max_residues": stream.max_residues,
         "precision": model.precision,
+        "unigram_of": counted_in,
         "code": __version__,
         "provenance": model.provenance,
-    } | result.figures()
-    compared = substitution(result.substitution, perplexity.AMINO_ACIDS)
-    found["substitution"] = {
-        "order": ORDER,
-        "log_odds_bits": compared.log_odds.tolist(),
-        "pearson_blosum62": compared.pearson,
-        "spearman_blosum62": compared.spearman,
-    }
+    } | sums.results()
+    results["substitution"] = compare_with_blosum62(sums.substitution)
     if pseudo:
         sequences = source.sequences(range(len(source.lengths)))
         passes = int(sum(min(len(s), stream.max_residues) for s in sequences))
-        with bar("pseudo-perplexity", passes, "passes", show) as task:
-            each = pseudo_perplexity(model, sequences, stream.max_residues, task.advance)
-        found["pseudo_perplexity"] = each.figures(source.ids(range(len(sequences))))
-    return found
+        with bar("pseudo-perplexity", passes, "passes", progress) as task:
+            each = pseudo_perplexity(model.on_devices, sequences, stream.max_residues, task.advance)
+        mean = perplexity.GroupedMean.zeros(1)
+        mean.add(np.zeros(len(sequences), np.int64), each.residues, each.nats)
+        weighted, error = mean.perplexity()
+        proteins = zip(source.ids(range(len(sequences))), each.residues, each.each, strict=True)
+        results["pseudo_perplexity"] = {
+            "median": each.median,
+            "token_weighted": weighted,
+            "token_weighted_se": error,
+            "sequences": [
+                {"id": name, "residues": int(n), "pseudo_perplexity": float(value)}
+                for name, n, value in proteins
+            ],
+        }
+    return results
+
+
+def unigram_counts(
+    model: Model, source: Source, training_data: str | None = None
+) -> tuple[np.ndarray, str]:
+    """Residue counts [25] of the unigram baseline, and of what: of training proteins where a data
+    set is known, for frequencies of the evaluated proteins hold the answers."""
+    data = (model.provenance.get("config") or {}).get("data") or {}
+    for folder in (training_data, data.get("path")):
+        if folder is None:
+            continue
+        try:
+            train = open_split(str(folder), "train")
+        except UserError:  # it has no training split, or lies elsewhere by now
+            continue
+        counts = perplexity.count_residues(train, UNIGRAM_PROTEINS)
+        return counts, f"{folder}:train"
+    return perplexity.count_residues(source), THESE_PROTEINS
 
 
 def read_groups(path: str) -> dict[str, str]:
     """Id to class, from lines `id<TAB>class`."""
-    found = {}
+    groups = {}
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -163,54 +226,62 @@ def read_groups(path: str) -> dict[str, str]:
             name, tab, group = line.partition("\t")
             if not tab or not group.strip():
                 raise UserError(f"{path}, line {number}: {line[:60]!r} is not id<TAB>class")
-            found[name.strip()] = group.strip()
-    if not found:
+            groups[name.strip()] = group.strip()
+    if not groups:
         raise UserError(f"{path} names no class; write id<TAB>class, a line each")
-    return found
+    return groups
 
 
-def show(found: dict[str, Any]) -> None:
-    """The figures that matter, on the terminal."""
-    whole = found["overall"]
-    title = f"{found['checkpoint']} on {found['data']}: {found['sequences']:,} proteins"
+def summary_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The results that matter: (what, over all selected positions, at `<mask>` only)."""
+    overall = results["overall"]
+
+    def cell(name: str, row: dict[str, Any] = overall, scale: float = 1) -> str:
+        return plus_minus(scale * row[name], scale * row[f"{name}_se"])
+
+    rows = [
+        ("perplexity (lower is better)", cell("perplexity"), cell("perplexity_mask")),
+        ("  among the 20 amino acids", "", cell("perplexity_mask_20")),
+        (f"unigram of {results['unigram_of']}", "", cell("unigram_mask")),
+        ("composition of each protein", "", cell("composition_mask")),
+        ("accuracy, percent", "", cell("accuracy_mask", scale=100)),
+        ("positions", f"{overall['positions']:,}", f"{overall['positions_mask']:,}"),
+    ]
+    for name, row in results["by_group"].items():
+        what = f"perplexity, {name} ({row['sequences']:,})"
+        rows.append((what, "", cell("perplexity_mask", row)))
+    if "pseudo_perplexity" in results:
+        pseudo = results["pseudo_perplexity"]
+        rows.append(("pseudo-perplexity, by residue", cell("token_weighted", pseudo), ""))
+        rows.append(("pseudo-perplexity, median protein", f"{pseudo['median']:.2f}", ""))
+    return rows
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The results that matter, on standard output."""
+    title = (
+        f"{results['checkpoint']} on {results['data']}: {count(results['sequences'], 'protein')}"
+    )
     table = Table(title=title, title_justify="left")
     for name, side in (("", "left"), ("all selected", "right"), ("<mask> only", "right")):
-        table.add_column(name, justify=side)
-
-    def cell(name):
-        return plus_minus(whole[name], whole[f"{name}_se"])
-
-    table.add_row("perplexity", cell("perplexity"), cell("perplexity_mask"), style="bold")
-    table.add_row("  among the 20 amino acids", "", cell("perplexity_mask_20"))
-    table.add_row("unigram of these proteins", "", cell("unigram_mask"))
-    table.add_row("composition of each protein", "", cell("composition_mask"))
-    accuracy = plus_minus(100 * whole["accuracy_mask"], 100 * whole["accuracy_mask_se"])
-    table.add_row("accuracy, percent", "", accuracy)
-    table.add_row("positions", f"{whole['positions']:,}", f"{whole['positions_mask']:,}")
-    for name, row in found["by_group"].items():
-        value = plus_minus(row["perplexity_mask"], row["perplexity_mask_se"])
-        table.add_row(f"perplexity, {name} ({row['sequences']:,})", "", value)
-    if "pseudo_perplexity" in found:
-        pseudo = found["pseudo_perplexity"]
-        weighted = plus_minus(pseudo["token_weighted"], pseudo["token_weighted_se"])
-        table.add_row("pseudo-perplexity, by residue", weighted, "")
-        table.add_row("pseudo-perplexity, median protein", f"{pseudo['median']:.2f}", "")
-    console.print(table)
-    gain = plus_minus(whole["nats_gained_mask"], whole["nats_gained_mask_se"], 3)
-    console.print(
-        f"Gain over composition at <mask>: {gain} nats a residue (standard errors by protein).",
-        markup=False,
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for i, row in enumerate(summary_rows(results)):
+        table.add_row(*row, style="" if i else "bold")
+    stdout.print(table)
+    overall = results["overall"]
+    gain = plus_minus(overall["nats_gained_mask"], overall["nats_gained_mask_se"], 3)
+    stdout.print(
+        f"Gain over composition at <mask>: {gain} nats a residue (standard errors by protein)."
     )
-    if found["cropped"]:
-        console.print(
-            f"{found['cropped']:,} proteins were cut to their first {found['max_residues']:,} "
-            "residues.",
-            markup=False,
+    if results["cropped"]:
+        stdout.print(
+            f"{count(results['cropped'], 'protein')} cut to the first "
+            f"{count(results['max_residues'], 'residue')}."
         )
 
 
-def to_json(found: Any) -> str:
-    """JSON has no NaN: figures that do not exist become null."""
+def to_json(results: Any) -> str:
+    """JSON has no NaN: numbers that do not exist become null."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -219,4 +290,4 @@ def to_json(found: Any) -> str:
             return [plain(x) for x in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(plain(found), indent=1)
+    return json.dumps(plain(results), indent=1)

@@ -1,4 +1,4 @@
-"""The page of an evaluation: what a biologist would ask a language model of proteins first."""
+"""The HTML report of an evaluation, and a model's substitutions beside BLOSUM62."""
 
 from __future__ import annotations
 
@@ -6,92 +6,131 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from esm1nv_jax.common import metrics_log
-from esm1nv_jax.common.html import BLUE, GREY, ORANGE, Page, figure, plus_minus
-from esm1nv_jax.inference.substitution import ORDER, blosum62
+from esm1nv_jax.common.html import BLUE, GREY, ORANGE, HtmlReport, log_scale, new_figure, plus_minus
+from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
+
+# Henikoff and Henikoff, PNAS 89, 10915 (1992), as NCBI distributes it; half-bits.
+ORDER = "ARNDCQEGHILKMFPSTWYV"
+_LOWER_TRIANGLE = """
+ 4
+-1  5
+-2  0  6
+-2 -2  1  6
+ 0 -3 -3 -3  9
+-1  1  0  0 -3  5
+-1  0  0  2 -4  2  5
+ 0 -2  0 -1 -3 -2 -2  6
+-2  0  1 -1 -3  0  0 -2  8
+-1 -3 -3 -3 -1 -3 -3 -4 -3  4
+-1 -2 -3 -4 -1 -2 -3 -4 -3  2  4
+-1  2  0 -1 -3  1  1 -2 -1 -3 -2  5
+-1 -1 -2 -3 -1  0 -2 -3 -2  1  2 -1  5
+-2 -3 -3 -3 -2 -3 -3 -3 -1  0  0 -3  0  6
+-1 -2 -2 -1 -3 -1 -1 -2 -2 -3 -3 -1 -2 -4  7
+ 1 -1  1  0 -1  0  0  0 -1 -2 -2  0 -1 -2 -1  4
+ 0 -1  0 -1 -1 -1 -1 -2 -2 -1 -1 -1 -1 -2 -1  1  5
+-3 -3 -4 -4 -2 -2 -3 -2 -2 -3 -2 -3 -1  1 -4 -3 -2 11
+-2 -2 -2 -3 -2 -1 -2 -3  2 -1 -1 -2 -1  3 -3 -2 -2  2  7
+ 0 -3 -3 -3 -1 -2 -2 -3 -3  3  1 -2  1 -1 -2 -2  0 -3 -1  4
+"""
 
 
-def page(found: dict[str, Any]) -> Page:
-    """From the figures of `evaluate.figures`, with the names of checkpoint and data."""
-    made = Page(f"{found['checkpoint']} on {found['data']}")
-    _summary(made, found)
-    _curves(made, found["provenance"])
-    _residues(made, found["by_residue"])
-    _substitution(made, found["substitution"])
-    _lengths(made, found)
-    if "pseudo_perplexity" in found:
-        _pseudo(made, found["pseudo_perplexity"])
-    _origin(made, found)
-    return made
+def blosum62() -> np.ndarray:
+    """BLOSUM62 in half-bits, [20, 20] in the order of ORDER."""
+    scores = np.zeros((20, 20))
+    for i, line in enumerate(_LOWER_TRIANGLE.split("\n")[1:-1]):
+        scores[i, : i + 1] = line.split()
+    return scores + np.tril(scores, -1).T
 
 
-def _summary(made: Page, found: dict[str, Any]) -> None:
-    whole = found["overall"]
-    made.say(
-        f"{found['sequences']:,} proteins, {whole['positions']:,} residues predicted, "
-        f"{whole['positions_mask']:,} of them hidden behind <mask>. "
-        f"Masking: {found['masking']}, seed {found['seed']}."
+def compare_with_blosum62(sums: np.ndarray, letters: str = RESIDUES[:STANDARD]) -> dict[str, Any]:
+    """Log-odds of substitution from sums[a, b] of p(b) over `<mask>` positions that were a.
+
+    The sums, over all positions, estimate how often a and b could stand in one place; symmetrised,
+    their log-odds against chance are what BLOSUM is of aligned columns.
+
+    Returns `order`, the letters; `log_odds_bits` [20, 20]; and its correlation with BLOSUM62 over
+    the 190 pairs off the diagonal, NaN where a pair was never seen.
+    """
+    order = [letters.index(a) for a in ORDER]
+    joint = np.asarray(sums, np.float64)[np.ix_(order, order)]
+    joint = (joint + joint.T) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        joint = joint / joint.sum()
+        expected = joint.sum(axis=1)
+        log_odds = np.log2(joint / np.outer(expected, expected))
+    pairs = np.tril_indices(20, -1)
+    ours, theirs = log_odds[pairs], blosum62()[pairs]
+    pearson = spearman = float("nan")
+    if np.isfinite(ours).all() and ours.std() >= 1e-12:
+        pearson = float(stats.pearsonr(ours, theirs).statistic)
+        spearman = float(stats.spearmanr(ours, theirs).statistic)
+    return {
+        "order": ORDER,
+        "log_odds_bits": log_odds.tolist(),
+        "pearson_blosum62": pearson,
+        "spearman_blosum62": spearman,
+    }
+
+
+def build_report(results: dict[str, Any], summary: list[tuple[str, str, str]]) -> HtmlReport:
+    """From the results of `evaluate_model`, with the names of checkpoint and data, and their
+    summary."""
+    report = HtmlReport(f"{results['checkpoint']} on {results['data']}")
+    overall = results["overall"]
+    report.paragraph(
+        f"{results['sequences']:,} proteins, {overall['positions']:,} residues predicted, "
+        f"{overall['positions_mask']:,} of them hidden behind <mask>. "
+        f"Masking: {results['masking']}, seed {results['seed']}."
     )
-
-    def cell(name):
-        return plus_minus(whole[name], whole[f"{name}_se"])
-
-    accuracy = plus_minus(100 * whole["accuracy_mask"], 100 * whole["accuracy_mask_se"])
-    made.table(
-        ["perplexity (lower is better)", "all selected", "<mask> only"],
-        [
-            ["this model", cell("perplexity"), cell("perplexity_mask")],
-            ["this model, among the 20 amino acids", "", cell("perplexity_mask_20")],
-            ["unigram: residue frequencies of these proteins", "", cell("unigram_mask")],
-            ["composition: each protein's visible residues", "", cell("composition_mask")],
-            ["accuracy of the best guess, percent", "", accuracy],
-            *(
-                [
-                    f"{name} ({row['sequences']:,} proteins)",
-                    "",
-                    plus_minus(row["perplexity_mask"], row["perplexity_mask_se"]),
-                ]
-                for name, row in found["by_group"].items()
-            ),
-        ],
+    report.table(["", "all selected", "<mask> only"], summary)
+    cropped = (
+        f" {results['cropped']:,} proteins were cut to their first {results['max_residues']:,} "
+        "residues."
     )
-    made.note(
+    report.note(
         "± is one standard error, by protein. Perplexity over all selected positions is not "
         "comparable with the baselines: where a residue was left as it was, the answer stands in "
-        "the input. "
-        + (
-            f"{found['cropped']:,} proteins were cut to their first {found['max_residues']:,} "
-            "residues."
-            if found["cropped"]
-            else ""
-        )
+        "the input." + cropped * bool(results["cropped"])
     )
+    _plot_learning_curves(report, results["provenance"])
+    _plot_residues(report, results["by_residue"])
+    _plot_substitutions(report, results["substitution"])
+    _plot_lengths(report, results)
+    if "pseudo_perplexity" in results:
+        _plot_pseudo_perplexity(report, results["pseudo_perplexity"])
+    _add_provenance(report, results)
+    return report
 
 
-def _curves(made: Page, provenance: dict[str, Any]) -> None:
+def _plot_learning_curves(report: HtmlReport, provenance: dict[str, Any]) -> None:
     """Learning curves, where the run that the weights come from still lies where it was."""
     run = provenance.get("run")
     if not run or not (Path(run) / metrics_log.FILE).is_file():
-        made.note("Learning curves are not shown: the run of these weights is not on this machine.")
+        report.note(
+            "Learning curves are not shown: the run of these weights is not on this machine."
+        )
         return
     lines = metrics_log.read(run)
-    made.heading("Learning curves")
-    plot, axis = figure()
+    report.heading("Learning curves")
+    figure, axis = new_figure()
     for kind, colour, style in (("train", GREY, "-"), ("validation", BLUE, "o-")):
         points = [(x["step"], x["perplexity_mask"]) for x in lines if x["kind"] == kind]
         if points:
             axis.plot(*zip(*points, strict=True), style, color=colour, label=kind, ms=4, lw=1.2)
-    axis.set(xlabel="update", ylabel="perplexity, <mask> only", yscale="log")
-    _plain_ticks(axis)
+    axis.set(xlabel="step", ylabel="perplexity, <mask> only")
+    log_scale(axis)
     axis.legend(frameon=False)
-    made.plot(plot, "perplexity of training and validation against updates")
+    report.plot(figure, "perplexity of training and validation against steps")
 
 
-def _residues(made: Page, rows: dict[str, dict]) -> None:
-    made.heading("Accuracy by residue")
+def _plot_residues(report: HtmlReport, rows: dict[str, dict]) -> None:
+    report.heading("Accuracy by residue")
     letters = sorted((a for a in rows if a in ORDER), key=lambda a: -rows[a]["accuracy_mask"])
-    plot, axis = figure(height=3.2)
+    figure, axis = new_figure(height=3.2)
     values = [100 * rows[a]["accuracy_mask"] for a in letters]
     errors = [100 * rows[a]["accuracy_mask_se"] for a in letters]
     share = np.array([rows[a]["positions_mask"] for a in letters], float)
@@ -107,8 +146,8 @@ def _residues(made: Page, rows: dict[str, dict]) -> None:
     )
     axis.set(xlabel="residue", ylabel="right at <mask>, percent")
     axis.legend(frameon=False)
-    made.plot(plot, "accuracy at masked positions for each amino acid")
-    made.table(
+    report.plot(figure, "accuracy at masked positions for each amino acid")
+    report.table(
         ["residue", "<mask> positions", "accuracy, percent", "perplexity"],
         [
             [
@@ -122,13 +161,13 @@ def _residues(made: Page, rows: dict[str, dict]) -> None:
     )
 
 
-def _substitution(made: Page, found: dict[str, Any]) -> None:
-    made.heading("What the model takes for what, beside BLOSUM62")
-    log_odds, theirs = np.array(found["log_odds_bits"], float), blosum62()
+def _plot_substitutions(report: HtmlReport, results: dict[str, Any]) -> None:
+    report.heading("What the model takes for what, beside BLOSUM62")
+    log_odds, theirs = np.array(results["log_odds_bits"], float), blosum62()
     # Neighbours in this order are alike: small, acid and amide, basic, aromatic, aliphatic.
     order = [ORDER.index(a) for a in "CSTAGPDENQHRKMILVFYW"]
     names = [ORDER[i] for i in order]
-    plot, axes = figure(10, 4.2, columns=3)
+    figure, axes = new_figure(10, 4.2, columns=3)
     off = ~np.eye(20, dtype=bool)
     for axis, matrix, title in (
         (axes[0], log_odds, "model, log-odds in bits"),
@@ -141,31 +180,31 @@ def _substitution(made: Page, found: dict[str, Any]) -> None:
         axis.set_xticks(range(20), names, fontsize=7)
         axis.set_yticks(range(20), names, fontsize=7)
         axis.set_title(title, fontsize=10)
-        plot.colorbar(image, ax=axis, shrink=0.7)
+        figure.colorbar(image, ax=axis, shrink=0.7)
     pairs = np.tril_indices(20, -1)
     jitter = np.linspace(-0.18, 0.18, len(pairs[0]))
     axes[2].plot(theirs[pairs] + jitter, log_odds[pairs], ".", color=BLUE, ms=4)
     axes[2].set(xlabel="BLOSUM62", ylabel="model, bits")
     axes[2].set_title("190 pairs", fontsize=10)
     axes[2].set_box_aspect(1)
-    made.plot(plot, "substitution log-odds of the model beside BLOSUM62")
-    pearson, spearman = found["pearson_blosum62"], found["spearman_blosum62"]
-    made.say(
+    report.plot(figure, "substitution log-odds of the model beside BLOSUM62")
+    pearson, spearman = results["pearson_blosum62"], results["spearman_blosum62"]
+    report.paragraph(
         f"Correlation off the diagonal: Pearson {plus_minus(pearson, np.nan)}, "
         f"Spearman {plus_minus(spearman, np.nan)}."
     )
-    made.note(
+    report.note(
         "From the probabilities at <mask> positions, summed over what stood there, symmetrised. "
         "A model that only knows each protein's composition has log-odds near 0, and some "
         "correlation from proteins that differ in composition."
     )
 
 
-def _lengths(made: Page, found: dict[str, Any]) -> None:
-    made.heading("Perplexity against length")
-    rows = found["by_length"]
+def _plot_lengths(report: HtmlReport, results: dict[str, Any]) -> None:
+    report.heading("Perplexity against length")
+    rows = results["by_length"]
     names = list(rows)
-    plot, axis = figure(height=3.2)
+    figure, axis = new_figure(height=3.2)
     for key, colour, label in (
         ("perplexity_mask", BLUE, "this model"),
         ("composition_mask", ORANGE, "composition of each protein"),
@@ -176,8 +215,8 @@ def _lengths(made: Page, found: dict[str, Any]) -> None:
         axis.errorbar(names, values, errors, fmt="o-", color=colour, label=label, capsize=2, lw=1.2)
     axis.set(xlabel="residues in the protein", ylabel="perplexity, <mask> only")
     axis.legend(frameon=False)
-    made.plot(plot, "perplexity at masked positions for classes of length")
-    made.table(
+    report.plot(figure, "perplexity at masked positions for classes of length")
+    report.table(
         ["residues", "proteins", "model", "composition"],
         [
             [
@@ -191,37 +230,28 @@ def _lengths(made: Page, found: dict[str, Any]) -> None:
     )
 
 
-def _pseudo(made: Page, found: dict[str, Any]) -> None:
-    made.heading("Pseudo-perplexity")
-    made.say(
-        f"Median protein {found['median']:.2f}; by residue "
-        f"{plus_minus(found['token_weighted'], found['token_weighted_se'])}."
+def _plot_pseudo_perplexity(report: HtmlReport, results: dict[str, Any]) -> None:
+    report.heading("Pseudo-perplexity")
+    report.paragraph(
+        f"Median protein {results['median']:.2f}; by residue "
+        f"{plus_minus(results['token_weighted'], results['token_weighted_se'])}."
     )
-    plot, axis = figure(height=2.8)
-    values = [x["pseudo_perplexity"] for x in found["sequences"]]
+    figure, axis = new_figure(height=2.8)
+    values = [x["pseudo_perplexity"] for x in results["sequences"]]
     axis.hist([v for v in values if v == v], bins=30, color=BLUE)
     axis.set(xlabel="pseudo-perplexity", ylabel="proteins")
-    made.plot(plot, "histogram of pseudo-perplexity over proteins")
+    report.plot(figure, "histogram of pseudo-perplexity over proteins")
 
 
-def _origin(made: Page, found: dict[str, Any]) -> None:
-    made.heading("Where this comes from")
-    origin = found["provenance"]
-    rows = [["weights", str(found["checkpoint"])], ["proteins", str(found["data"])]]
+def _add_provenance(report: HtmlReport, results: dict[str, Any]) -> None:
+    report.heading("Where this comes from")
+    origin = results["provenance"]
+    rows = [["weights", str(results["checkpoint"])], ["proteins", str(results["data"])]]
     if origin.get("run"):
         rows.append(["run", str(origin["run"])])
     if origin.get("steps"):
         steps = list(map(str, origin["steps"]))
         shown = ", ".join(steps if len(steps) <= 6 else [*steps[:3], "...", *steps[-2:]])
-        rows.append(["updates", f"{shown} ({len(steps)} averaged)" if len(steps) > 1 else shown])
-    rows += [["products in", found["precision"]], ["code", found["code"]]]
-    made.table(["", ""], rows)
-
-
-def _plain_ticks(axis) -> None:
-    """2, 5, 10, 20 rather than powers of ten."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(NullFormatter())
+        rows.append(["steps", f"{shown} ({len(steps)} averaged)" if len(steps) > 1 else shown])
+    rows += [["products in", results["precision"]], ["code", results["code"]]]
+    report.table(["", ""], rows)

@@ -4,12 +4,14 @@ A file of masks is JSON lines, one a protein:
   {"id": "P12345", "sequence": "MKV", "positions": [1], "inputs": ["<mask>"]}
 `sequence` is the protein as it was cropped, `?` for an unknown letter; `positions` count its
 residues from 0, and `inputs` is what stands there instead: `<mask>`, another letter, or the same.
+The first line also holds `residue_counts`, those of the unigram baseline, by letter.
 """
 
 from __future__ import annotations
 
 import collections
 import json
+import re
 from collections.abc import Iterator
 from typing import NamedTuple, TextIO
 
@@ -25,17 +27,26 @@ from esm1nv_jax.model.masking import Masked, MaskingConfig
 
 UNKNOWN = "?"
 # What may stand at a predicted position.
-_IDS = {t: i for i, t in enumerate(tokenizer.TOKENS) if i >= tokenizer.MASK}
+_INPUT_IDS = {t: i for i, t in enumerate(tokenizer.TOKENS) if i >= tokenizer.MASK}
 
 
-class Record(NamedTuple):
+class ProteinMasks(NamedTuple):
     """The masks of one protein; positions count residues from 0."""
 
     positions: np.ndarray  # int [n]
     inputs: np.ndarray  # int [n]: tokens that stand there
 
 
-def drawn(
+class MaskFile(NamedTuple):
+    """The proteins of a file of masks, the masks of each, and the residue counts [25] of the
+    unigram baseline where the file has them."""
+
+    source: MemorySource
+    masks: list[ProteinMasks]
+    residue_counts: np.ndarray | None
+
+
+def draw_masks(
     source: Source, stream: StreamConfig, recipe: MaskingConfig, vocabulary: str
 ) -> Iterator[tuple[Batch, Masked]]:
     """Every protein once, masked by the hash of its own sequence; arrays on the host.
@@ -49,57 +60,59 @@ def drawn(
         yield batch, jax.device_get(masked)
 
 
-def given(
-    source: Source, stream: StreamConfig, records: list[Record]
+def apply_masks(
+    source: Source, stream: StreamConfig, masks: list[ProteinMasks]
 ) -> Iterator[tuple[Batch, Masked]]:
-    """Every protein once, masked as `records`, one for each example of `source`, say.
+    """Every protein once, with the masks of the same index.
 
     Raises UserError where a mask lies beyond the residues that are read.
     """
-    for example, record in enumerate(records):
-        if len(record.positions) and record.positions.max() >= stream.max_residues:
+    for example, mask in enumerate(masks):
+        if len(mask.positions) and mask.positions.max() >= stream.max_residues:
             raise UserError(
-                f"{source.ids([example])[0]}: residue {record.positions.max() + 1} is masked, "
+                f"{source.ids([example])[0]}: residue {mask.positions.max() + 1} is masked, "
                 f"{stream.max_residues} are read; raise --max-residues if the model has positions "
                 f"for them, or write the masks with --max-residues {stream.max_residues}"
             )
     for batch in evaluation_batches(source, stream):
         tokens, B = batch["tokens"], len(batch["tokens"])
-        found = collections.defaultdict(list)
-        for row, example, start in segments(batch):
-            record = records[example]
-            for position, token in zip(record.positions, record.inputs, strict=True):
-                found[row].append((start + 1 + int(position), int(token)))
+        entries = collections.defaultdict(list)
+        for row, example, start in _proteins(batch):
+            positions, inputs = masks[example]
+            entries[row] += zip((start + 1 + positions).tolist(), inputs.tolist(), strict=True)
         # One shape for all batches: as many entries as a row could be asked for.
         M = stream.row_length
         index_BM, inputs_BT = np.zeros((B, M), np.int32), tokens.copy()
         selected_BM = np.zeros((B, M), bool)
-        for row, entries in found.items():
-            at, token = np.array(sorted(entries), np.int32).T
-            index_BM[row, : len(at)], selected_BM[row, : len(at)] = at, True
-            inputs_BT[row, at] = token
+        for row, of_row in entries.items():
+            column, token = np.array(sorted(of_row), np.int32).reshape(-1, 2).T
+            index_BM[row, : len(column)], selected_BM[row, : len(column)] = column, True
+            inputs_BT[row, column] = token
         targets_BM = np.take_along_axis(tokens, index_BM, axis=1)
-        masked_BM = selected_BM & (
-            np.take_along_axis(inputs_BT, index_BM, axis=1) == tokenizer.MASK
-        )
-        yield batch, Masked(inputs_BT, index_BM, targets_BM, selected_BM, masked_BM)
+        is_mask_BM = np.take_along_axis(inputs_BT, index_BM, axis=1) == tokenizer.MASK
+        yield batch, Masked(inputs_BT, index_BM, targets_BM, selected_BM, selected_BM & is_mask_BM)
 
 
-def segments(batch: Batch) -> Iterator[tuple[int, int, int]]:
+def _proteins(batch: Batch) -> Iterator[tuple[int, int, int]]:
     """(row, example, column of its <s>) of every protein in a batch."""
     rows, columns = np.nonzero((batch["segment_ids"] > 0) & (batch["positions"] == 0))
     examples = batch["example_ids"][rows, columns]
     yield from zip(rows.tolist(), examples.tolist(), columns.tolist(), strict=True)
 
 
-def written(
-    file: TextIO, source: Source, corrupted: Iterator[tuple[Batch, Masked]]
+def write_masks(
+    file: TextIO,
+    source: Source,
+    corrupted: Iterator[tuple[Batch, Masked]],
+    residue_counts: np.ndarray,
 ) -> Iterator[tuple[Batch, Masked]]:
     """Passes `corrupted` on, and writes the masks of every protein to `file`."""
+    counts = dict(zip(tokenizer.RESIDUES, map(int, residue_counts), strict=True))
+    first: dict = {"residue_counts": counts}
     for batch, masked in corrupted:
-        found = list(segments(batch))
-        names = source.ids([example for _, example, _ in found])
-        for name, (row, _, start) in zip(names, found, strict=True):
+        proteins = list(_proteins(batch))
+        ids = source.ids([example for _, example, _ in proteins])
+        for name, (row, _, start) in zip(ids, proteins, strict=True):
             segment = batch["segment_ids"][row, start]
             end = start + int((batch["segment_ids"][row] == segment).sum())
             residues = tokenizer.decode(batch["tokens"][row, start + 1 : end - 1])
@@ -111,46 +124,54 @@ def written(
                 "positions": (at - start - 1).tolist(),
                 "inputs": [tokenizer.TOKENS[i] for i in masked.inputs_BT[row, at]],
             }
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line | first) + "\n")
+            first = {}
         yield batch, masked
 
 
-def read(path: str) -> tuple[MemorySource, list[Record]]:
-    """The proteins of a file of masks, and the masks of each."""
-    proteins, records, number = [], [], 0
+def read_masks(path: str) -> MaskFile:
+    """Reads a file of masks. Raises UserError that names the line at fault."""
+    proteins, masks, counts, number = [], [], None, 0
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             for text in file:
                 number += 1
-                name, sequence, record = _record(json.loads(text))
+                line = json.loads(text)
+                name, sequence, mask = _parse(line)
                 proteins.append((name, sequence))
-                records.append(record)
+                masks.append(mask)
+                if "residue_counts" in line:
+                    letters = line["residue_counts"]
+                    counts = np.array([int(letters[a]) for a in tokenizer.RESIDUES])
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise UserError(
             f"{path}, line {number}: {error}; make a file of masks by esm1nv evaluate --masks-out"
         ) from None
-    if not records:
+    if not masks:
         raise UserError(f"{path} holds no masks; make it by esm1nv evaluate --masks-out")
-    return MemorySource(proteins), records
+    return MaskFile(MemorySource(proteins), masks, counts)
 
 
-def _record(line: object) -> tuple[str, bytes, Record]:
+def _parse(line: object) -> tuple[str, bytes, ProteinMasks]:
     """(id, sequence, masks) of a line. Raises ValueError that says what is wrong with it."""
     kinds = {"id": str, "sequence": str, "positions": list, "inputs": list}
+    if not isinstance(line, dict):
+        raise ValueError("no JSON object")
     for name, kind in kinds.items():
-        if not (isinstance(line, dict) and isinstance(line.get(name), kind)):
+        if not isinstance(line.get(name), kind):
             raise ValueError(f"no {name!r} that is a {kind.__name__}")
-    sequence = tokenizer.clean(line["sequence"]).sequence
-    positions, inputs = line["positions"], line["inputs"]
+    sequence, positions, inputs = line["sequence"].upper(), line["positions"], line["inputs"]
+    if wrong := re.search(r"[^A-Z*?]", sequence):
+        raise ValueError(f"the sequence has {wrong[0]!r}, which is no residue letter")
     if len(positions) != len(inputs):
         raise ValueError(f"{len(positions)} positions, {len(inputs)} inputs")
     if not all(type(at) is int and 0 <= at < len(sequence) for at in positions):
         raise ValueError(f"positions are integers in 0..{len(sequence) - 1}")
     if len(set(positions)) < len(positions):
         raise ValueError("a position stands there twice")
-    if unknown := [token for token in inputs if token not in list(_IDS)]:
+    if unknown := [token for token in inputs if token not in list(_INPUT_IDS)]:
         raise ValueError(f"input {unknown[0]!r} is neither <mask> nor a residue letter")
-    found = Record(np.array(positions, np.int64), np.array([_IDS[t] for t in inputs], np.int64))
-    return line["id"], sequence, found
+    ids = np.array([_INPUT_IDS[token] for token in inputs], np.int64)
+    return line["id"], sequence.encode(), ProteinMasks(np.array(positions, np.int64), ids)

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -21,11 +24,11 @@ import numpy as np
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import variant_scores
-from esm1nv_jax.inference.engine import Placed, Want, encode
-from esm1nv_jax.inference.mutants import parse_all
-from esm1nv_jax.inference.row_shapes import Shapes
+from esm1nv_jax.data import fasta, tokenizer
+from esm1nv_jax.data.stream_config import SPECIALS
+from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
+from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.inference.variant_scores import MODES, parse_mutants, score_mutants
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
@@ -34,6 +37,10 @@ from esm1nv_jax.model.masking import recipe
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Tokens in a batch on one device: enough to keep its matrix units full.
 TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
+# Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
+SCORES_BYTES = 1 << 30
+# Letters, and what is removed from a sequence: gaps, stops, white space.
+_NO_RESIDUE = re.compile(r"[^A-Za-z*.\-\s]", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +69,17 @@ class Model:
     params: dict  # jax arrays; for `apply`
     provenance: dict[str, Any]
     precision: str = "fp32"
+    max_residues: int | None = None  # read at once, instead of what `longest` would choose
 
     @property
     def longest(self) -> int:
-        """Residues read at once: as many as the positions hold and training has used."""
-        return min(self.config.positions - 2, self.trained_residues or self.config.positions)
+        """Residues read at once: as many as the positions hold, training has used, and attention
+        scores of a gigabyte allow."""
+        room = self.config.positions - SPECIALS
+        if self.max_residues is not None:
+            return min(room, self.max_residues)
+        affordable = math.isqrt(SCORES_BYTES // (4 * self.config.heads)) - SPECIALS
+        return min(room, self.trained_residues or room, affordable)
 
     @property
     def trained_residues(self) -> int | None:
@@ -82,77 +95,85 @@ class Model:
     def _data(self) -> dict:
         return (self.provenance.get("config") or {}).get("data") or {}
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of the names and values of all parameters."""
+        total = hashlib.blake2b(digest_size=16)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            total.update(jax.tree_util.keystr(path).encode())
+            total.update(np.ascontiguousarray(leaf))
+        return total.hexdigest()
+
     @property
     def compute(self) -> Compute:
         return Compute(dtype=PRECISIONS[self.precision])
 
     @functools.cached_property
-    def placed(self) -> Placed:
-        """The model on all devices of this host; a CPU is one, however many it is said to be."""
+    def on_devices(self) -> DeviceModel:
+        """The model on all devices of this host; on a CPU, on the first one."""
         devices = jax.local_devices()
-        return self.place(devices[:1] if devices[0].platform == "cpu" else devices)
+        return self.to_devices(devices[:1] if devices[0].platform == "cpu" else devices)
 
-    def place(self, devices: Sequence[jax.Device]) -> Placed:
+    def to_devices(self, devices: Sequence[jax.Device]) -> DeviceModel:
         """The model on these devices, over which the rows of a batch are spread."""
         mesh = jax.make_mesh(
             (len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices
         )
         cpu = devices[0].platform == "cpu"
-        native = multiplies_bf16(devices[0].platform)
-        compute = dataclasses.replace(self.compute, native=native)
-        params = _rounded(self.params) if self.precision == "bf16" else self.params
-        spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-        everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return Placed(
-            self.config,
-            compute,
-            jax.device_put(params, everywhere),
-            spread,
-            Shapes.of(self.longest + 2, TOKENS_CPU if cpu else TOKENS_ACCELERATOR, len(devices)),
+        compute = dataclasses.replace(self.compute, native=multiplies_bf16(devices[0].platform))
+        params = _kernels_in_bf16(self.params) if self.precision == "bf16" else self.params
+        sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        tokens = TOKENS_CPU if cpu else TOKENS_ACCELERATOR
+        shapes = RowShapes.up_to(self.longest + SPECIALS, tokens, len(devices))
+        return DeviceModel(
+            self.config, compute, jax.device_put(params, replicated), sharded, shapes
         )
 
     def embed(
-        self, sequences: Sequence[str | bytes], layer: int = -1, deterministic: bool = False
+        self, sequences: Iterable[str | bytes], layer: int = -1, deterministic: bool = False
     ) -> Embeddings:
         """Embeds proteins; those longer than `longest` residues in overlapping windows.
 
         Args:
-          sequences: residue letters, lower case raised, `<mask>` allowed. One token a residue.
+          sequences: residue letters, read as from FASTA: lower case is raised, white space, gaps
+            and final stops are removed. `<mask>` may stand in them. `Bio.Seq` and `SeqRecord` will
+            do. One token a residue.
           layer: 0 the embeddings, k the output of block k, -1 the last after the final LayerNorm.
           deterministic: the same bits whatever else is embedded; slower.
 
-        Raises UserError for an empty sequence or an unknown layer.
+        Raises UserError, a ValueError, for an unknown layer or for what is no sequence.
         """
         check_layers((layer,), self.config)
-        ids = [_ids(sequence, i) for i, sequence in enumerate(_several(sequences))]
+        ids = [_residue_ids(s, f"sequence {i}") for i, s in enumerate(_as_list(sequences))]
         if not ids:
             none = np.zeros((0, self.config.width), np.float32)
             return Embeddings([], none, none)
-        want = Want(("mean", "per_residue", "cls"), (layer,))
-        found = encode(self.placed, ids, want, self.longest, deterministic)
+        outputs = OutputSpec(("mean", "per_residue", "cls"), (layer,))
+        results = embed_sequences(self.on_devices, ids, outputs, self.longest, deterministic)
         return Embeddings(
-            _ragged(found[f"per_residue_{layer}"], ids),
-            found[f"mean_{layer}"],
-            found[f"cls_{layer}"],
+            _split_by_sequence(results[f"per_residue_{layer}"], ids),
+            results[f"mean_{layer}"],
+            results[f"cls_{layer}"],
         )
 
-    def logits(self, sequences: Sequence[str | bytes]) -> list[np.ndarray]:
+    def logits(self, sequences: Iterable[str | bytes]) -> list[np.ndarray]:
         """Scores of every token at every residue: float32 [residues, vocabulary] for each sequence.
 
         Columns are `esm1nv_jax.data.tokenizer.TOKENS`; `<mask>` may stand in a sequence.
         """
-        ids = [_ids(sequence, i) for i, sequence in enumerate(_several(sequences))]
+        ids = [_residue_ids(s, f"sequence {i}") for i, s in enumerate(_as_list(sequences))]
         if not ids:
             return []
-        found = encode(self.placed, ids, Want(("logits",), ()), self.longest)
-        return _ragged(found["logits"], ids)
+        results = embed_sequences(self.on_devices, ids, OutputSpec(("logits",), ()), self.longest)
+        return _split_by_sequence(results["logits"], ids)
 
     def fill_mask(self, sequence: str, top: int = 5) -> list[Prediction]:
         """The `top` likeliest of the 20 standard residues at each `<mask>` of a sequence.
 
         Probabilities are among the 20.
         """
-        at = np.flatnonzero(_ids(sequence, 0) == tokenizer.MASK)
+        at = np.flatnonzero(_residue_ids(sequence, "the sequence") == tokenizer.MASK)
         if not at.size:
             raise UserError("the sequence holds no <mask>; write one, as in MK<mask>V")
         first = tokenizer.FIRST_RESIDUE
@@ -177,15 +198,23 @@ class Model:
         trained = recipe(masking["recipe"])
         return trained.mask + trained.random >= 1 and not trained.may_repeat
 
+    def check_mode(self, mode: str, force: bool = False) -> None:
+        """Raises UserError where a mode of scoring means nothing for this model."""
+        if mode == "wt-marginals" and self.sees_wrong_residues_only and not force:
+            raise UserError(
+                "wt-marginals: this model was trained without unchanged targets, so what it "
+                "predicts at visible residues means nothing; take masked-marginals (or force it)"
+            )
+
     def score_variants(
         self,
         sequence: str,
         mutants: Sequence[str],
-        mode: str = "masked-marginals",
+        mode: str = MODES[0],
         additive: bool = False,
         offset: int = 0,
         force: bool = False,
-        tell: Callable[[float], None] = lambda done: None,
+        on_progress: Callable[[float], None] = lambda done: None,
     ) -> np.ndarray:
         """How much likelier than the wild type each mutant is: float64 [mutants], higher is fitter.
 
@@ -196,20 +225,16 @@ class Model:
             "wt-marginals" (nothing masked) or "pseudo-perplexity" (PLL(mutant) - PLL(wild type)).
           additive: mask the sites of a mutant one at a time, and add up.
           force: allow wt-marginals for a model whose visible positions mean nothing.
-          tell: called with how many mutants are done.
+          on_progress: called with how many mutants are done.
 
         Raises UserError for what is no substitution of the sequence, and for sites too far apart
         for one window of a long protein.
         """
-        if mode == "wt-marginals" and self.sees_wrong_residues_only and not force:
-            raise UserError(
-                "wt-marginals: this model was trained without unchanged targets, so what it "
-                "predicts at visible residues means nothing; take masked-marginals (or force it)"
-            )
-        wild_type = tokenizer.clean(sequence).sequence.decode()
-        parsed = parse_all(_several(mutants), wild_type, offset)
-        return variant_scores.scores(
-            self.placed, wild_type, parsed, self.longest, mode, additive, tell
+        self.check_mode(mode, force)
+        wild_type = _letters(sequence, "the sequence").decode()
+        parsed = parse_mutants(_as_list(mutants), wild_type, offset)
+        return score_mutants(
+            self.on_devices, wild_type, parsed, self.longest, mode, additive, on_progress
         )
 
     def apply(
@@ -241,19 +266,27 @@ class Model:
         )
 
 
-def load(path: str, precision: str = "fp32") -> Model:
+def load(path: str, precision: str = "fp32", max_residues: int | None = None) -> Model:
     """Loads a model from a run's folder, one of its steps, a model folder or an exported folder.
 
     Args:
       path: where it lies.
       precision: of matrix products, "fp32" or "bf16".
+      max_residues: read at once; by default what training has used.
 
     Raises UserError where there is no model.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
     weights = model_folder.read(path)
-    return Model(weights.model, jax.device_put(weights.params), weights.provenance, precision)
+    room = weights.model.positions - SPECIALS
+    if max_residues is not None and not 1 <= max_residues <= room:
+        raise UserError(
+            f"max_residues={max_residues}: this model has {weights.model.positions} positions; "
+            f"give 1 to {room}"
+        )
+    params = jax.device_put(weights.params)
+    return Model(weights.model, params, weights.provenance, precision, max_residues)
 
 
 def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:
@@ -265,34 +298,61 @@ def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:
             )
 
 
-def _several(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:
-    """Refuses one text, which would be taken for as many as it has letters."""
-    if isinstance(texts, str | bytes):
-        raise UserError(f"{texts[:20]!r} is one text; give a list, as in [text]")
-    return texts
+def _as_list(texts: Iterable) -> list:
+    """Refuses one text, which is as many as it has letters, and what has no order of its own."""
+    if isinstance(texts, str | bytes | bytearray) or hasattr(texts, "seq") or _is_biopython(texts):
+        raise UserError(f"{str(texts)[:20]!r} is one text; give a list, as in [text]")
+    if isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable):
+        raise UserError(f"a {type(texts).__name__} is given; give a list of texts")
+    return list(texts)
 
 
-def _ids(sequence: str | bytes, index: int) -> np.ndarray:
+def _is_biopython(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] == "Bio"
+
+
+def _letters(sequence: object, name: str) -> bytes:
+    """A sequence as FASTA files are read, with `?` for `<mask>`.
+
+    Raises UserError, which begins with `name`, for what is no sequence of residue letters.
+    """
+    sequence = getattr(sequence, "seq", sequence)
+    if isinstance(sequence, bytes | bytearray):
+        sequence = sequence.decode("latin-1")
+    elif _is_biopython(sequence):
+        sequence = str(sequence)
+    if not isinstance(sequence, str):
+        raise UserError(
+            f"{name} is {str(sequence)[:20]}, a {type(sequence).__name__}; give residue letters as "
+            "str or bytes"
+        )
+    if wrong := _NO_RESIDUE.search(sequence.replace("<mask>", " " * len("<mask>"))):
+        raise UserError(
+            f"{name} has {wrong[0]!r} as its character {wrong.start() + 1}, which is no residue "
+            "letter; give A to Z, and <mask> for an unknown residue"
+        )
+    letters, _ = fasta.tidy(sequence.encode("ascii").replace(b"<mask>", b"?"))
+    if not letters:
+        raise UserError(f"{name} is empty; give at least one residue")
+    return letters
+
+
+def _residue_ids(sequence: object, name: str) -> np.ndarray:
     """uint8 ids of the residues, `<mask>` included; no specials."""
-    if isinstance(sequence, str):
-        sequence = sequence.encode("ascii", "replace")
-    parts = [tokenizer.residue_ids(tokenizer.clean(p).sequence) for p in sequence.split(b"<mask>")]
-    mask = np.array([tokenizer.MASK], np.uint8)
-    joined = [parts[0]] + [x for part in parts[1:] for x in (mask, part)]
-    ids = np.concatenate(joined)
-    if not ids.size:
-        raise UserError(f"sequence {index} is empty; give at least one residue")
+    letters = _letters(sequence, name)
+    ids = tokenizer.residue_ids(letters)
+    ids[np.frombuffer(letters, np.uint8) == ord("?")] = tokenizer.MASK
     return ids
 
 
-def _ragged(flat: np.ndarray, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _split_by_sequence(flat: np.ndarray, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(flat, np.cumsum([len(i) for i in ids])[:-1])
 
 
-def _rounded(params: dict) -> dict:
+def _kernels_in_bf16(params: dict) -> dict:
     """Kernels in bf16 once, instead of at every batch; everything else stays as it is."""
 
-    def rounded(path, leaf):
+    def cast(path, leaf):
         return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
 
-    return jax.tree_util.tree_map_with_path(rounded, params)
+    return jax.tree_util.tree_map_with_path(cast, params)

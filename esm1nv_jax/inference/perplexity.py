@@ -1,19 +1,17 @@
 """How well a model predicts residues it does not see, on masks that are fixed by the proteins.
 
 The mask of a protein is keyed by the hash of its sequence and a seed, so the same proteins give the
-same figure in any order of the file, with any batch, on any number of devices, and every model is
-asked the same questions.
+same perplexity in any order of the file, with any batch, on any number of devices, and every model
+is asked the same questions. Errors are by sequence: positions of one are not independent.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
@@ -22,34 +20,101 @@ from esm1nv_jax.data.pipeline import Batch
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.data.stream_config import SPECIALS, StreamConfig
 from esm1nv_jax.data.vocabulary import vocabulary
-from esm1nv_jax.inference.grouped_mean import Tally
+from esm1nv_jax.inference.engine import run_batches
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.model import baselines, encoder
+from esm1nv_jax.model import baselines
 from esm1nv_jax.model.masking import Masked
 
 LENGTHS = (100, 200, 300, 400, 600, 800, 1024)  # classes by length end here, inclusive
 FIRST, STANDARD = tokenizer.FIRST_RESIDUE, tokenizer.STANDARD
-AMINO_ACIDS = tokenizer.RESIDUES[:STANDARD]
-# What is averaged, over all selected positions (no suffix) or over `<mask>` positions only; `_20`
-# is renormalised over the 20 amino acids, with targets among them, as other models can be asked.
-QUANTITIES = ("loss", "loss_mask", "right_mask", "loss_mask_20", "unigram", "composition", "gain")
-IN_FLIGHT = 2  # batches dispatched before the first is fetched
+# What is averaged over positions, and the name of exp of its mean or of the mean itself. Over all
+# selected positions (no suffix) or over `<mask>` positions only; `_20` is renormalised over the 20
+# amino acids, with targets among them, as other models can be asked.
+PERPLEXITIES = {
+    "loss": "perplexity",
+    "loss_mask": "perplexity_mask",
+    "loss_mask_20": "perplexity_mask_20",
+    "unigram": "unigram_mask",
+    "composition": "composition_mask",
+}
+MEANS = {"correct": "accuracy_mask", "gain": "nats_gained_mask"}
+QUANTITIES = (*PERPLEXITIES, *MEANS)
+
+
+@dataclasses.dataclass
+class GroupedMean:
+    """Means over positions with standard errors by sequence, for K groups. Sums, float64 [K].
+
+    The error of a mean over positions is that of a ratio of sums over sequences: with l_i and n_i
+    the sum and the number of positions of sequence i and R = sum l / sum n, the variance is
+    k / (k - 1) sum (l_i - R n_i)^2 / (sum n)^2 over k sequences (Cochran, "Sampling Techniques",
+    1977, section 6.4).
+    """
+
+    sequences: np.ndarray  # that have a position here
+    positions: np.ndarray  # sum of n,
+    total: np.ndarray  # l,
+    total_squared: np.ndarray  # l^2,
+    total_positions: np.ndarray  # l n
+    positions_squared: np.ndarray  # and n^2
+
+    @classmethod
+    def zeros(cls, groups: int) -> GroupedMean:
+        return cls(*(np.zeros(groups) for _ in dataclasses.fields(cls)))
+
+    def add(self, group: np.ndarray, n: np.ndarray, total: np.ndarray) -> None:
+        """Adds an entry a sequence (or a sequence and group): its group, positions and sum."""
+        present = n > 0
+        group, n, total = group[present], n[present].astype(float), total[present].astype(float)
+        terms = (np.ones_like(n), n, total, total**2, total * n, n**2)
+        for field, term in zip(dataclasses.fields(self), terms, strict=True):
+            sums = getattr(self, field.name)
+            sums += np.bincount(group, term, minlength=len(sums))
+
+    def mean(self, k: int = 0) -> tuple[float, float]:
+        """The mean over positions of group k and its standard error; NaN where it has none."""
+        n, sequences = self.positions[k], self.sequences[k]
+        if not n:
+            return math.nan, math.nan
+        mean = self.total[k] / n
+        if sequences < 2:
+            return float(mean), math.nan
+        spread = self.total_squared[k] - 2 * mean * self.total_positions[k]
+        spread += mean**2 * self.positions_squared[k]
+        error = math.sqrt(max(spread, 0.0) * sequences / (sequences - 1)) / n
+        return float(mean), error
+
+    def perplexity(self, k: int = 0) -> tuple[float, float]:
+        """exp of the mean, with the error of the mean carried through."""
+        mean, error = self.mean(k)
+        value = math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
+        return value, value * error
+
+
+GroupedMeans = dict[str, GroupedMean]  # by quantity
 
 
 @dataclasses.dataclass
 class Evaluation:
-    """Sums of an evaluation. `figures` makes of them what a person reads."""
+    """Sums of an evaluation; `results` makes means of them."""
 
     groups: list[str]  # names of classes of proteins beside those by length
-    by_length: dict[str, Tally]  # quantity: classes of LENGTHS, the last is longer
-    by_group: dict[str, Tally]
-    overall: dict[str, Tally]  # one class
-    by_residue: dict[str, Tally]  # classes are the residue letters that stood there
+    overall: GroupedMeans  # one group
+    by_length: GroupedMeans  # classes of LENGTHS, the last is longer
+    by_group: GroupedMeans
+    by_residue: GroupedMeans  # groups are the residue letters that stood there
     substitution: np.ndarray  # [20, 20]: sums of p(predicted b) over `<mask>` positions that were a
     sequences: int = 0
     cropped: int = 0
 
-    def figures(self) -> dict[str, Any]:
+    @classmethod
+    def zeros(cls, groups: list[str]) -> Evaluation:
+        counts = (1, len(LENGTHS) + 1, len(groups), baselines.LETTERS)
+        means = [{q: GroupedMean.zeros(n) for q in QUANTITIES} for n in counts]
+        return cls(groups, *means, np.zeros((STANDARD, STANDARD)))
+
+    def results(self) -> dict[str, Any]:
+        """Perplexities and accuracies of everything and of each class, for JSON."""
         lengths = [f"{a + 1}-{b}" for a, b in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True)]
         lengths.append(f"over {LENGTHS[-1]}")
         return {
@@ -62,35 +127,25 @@ class Evaluation:
         }
 
 
-def _rows(tallies: dict[str, Tally], names: list[str]) -> dict[str, dict]:
-    some = next(iter(tallies.values()))
-    return {name: _row(tallies, k) for k, name in enumerate(names) if some.positions[k]}
+def _rows(means: GroupedMeans, names: list[str]) -> dict[str, dict]:
+    return {name: _row(means, k) for k, name in enumerate(names) if means["loss"].positions[k]}
 
 
-def _row(tallies: dict[str, Tally], k: int) -> dict[str, float]:
+def _row(means: GroupedMeans, k: int) -> dict[str, float]:
     """Perplexities and accuracies of one class, each with its standard error as `_se`."""
-    found: dict[str, float] = {
-        "sequences": int(tallies["loss"].sequences[k]),
-        "positions": int(tallies["loss"].positions[k]),
-        "positions_mask": int(tallies["loss_mask"].positions[k]),
+    row: dict[str, float] = {
+        "sequences": int(means["loss"].sequences[k]),
+        "positions": int(means["loss"].positions[k]),
+        "positions_mask": int(means["loss_mask"].positions[k]),
     }
-    names = {
-        "loss": "perplexity",
-        "loss_mask": "perplexity_mask",
-        "loss_mask_20": "perplexity_mask_20",
-        "unigram": "unigram_mask",
-        "composition": "composition_mask",
-    }
-    for quantity, name in names.items():
-        if quantity in tallies:
-            found[name], found[f"{name}_se"] = tallies[quantity].perplexity(k)
-    for quantity, name in {"right_mask": "accuracy_mask", "gain": "nats_gained_mask"}.items():
-        if quantity in tallies:
-            found[name], found[f"{name}_se"] = tallies[quantity].mean(k)
-    return found
+    for quantity, name in PERPLEXITIES.items():
+        row[name], row[f"{name}_se"] = means[quantity].perplexity(k)
+    for quantity, name in MEANS.items():
+        row[name], row[f"{name}_se"] = means[quantity].mean(k)
+    return row
 
 
-def stream_of(model: Model, seed: int, max_residues: int | None = None) -> StreamConfig:
+def evaluation_stream(model: Model, seed: int, max_residues: int | None = None) -> StreamConfig:
     """Rows as long as the model reads at once; longer proteins are cut to a prefix.
 
     Raises UserError where `max_residues` is more than the model has positions for.
@@ -102,7 +157,7 @@ def stream_of(model: Model, seed: int, max_residues: int | None = None) -> Strea
             f"give 1 to {room}"
         )
     kept = max_residues or model.longest
-    shapes = model.placed.shapes
+    shapes = model.on_devices.shapes
     length = max(shapes.lengths[-1], kept + SPECIALS)
     return StreamConfig(seed, rows=shapes.rows(length), row_length=length, max_residues=kept)
 
@@ -112,23 +167,20 @@ def evaluate(
     source: Source,
     stream: StreamConfig,
     corrupted: Iterator[tuple[Batch, Masked]],
+    residue_counts: np.ndarray,
     groups: dict[str, str] | None = None,
 ) -> Iterator[Evaluation]:
     """Yields the sums after every batch, the same object each time.
 
     Args:
-      corrupted: batches of `source` with their masks, from `masks.drawn` or `masks.given`.
-      groups: id to the name of a class of proteins, for figures by class.
+      corrupted: batches of `source` with their masks, from `fixed_masks.draw` or `apply`.
+      residue_counts: of the unigram baseline [25], see `count_residues`.
+      groups: id to the name of a class of proteins, for results by class.
     """
-    unigram = baselines.unigram(residue_counts(source))
+    unigram = baselines.unigram(residue_counts)
     names = sorted(set(groups.values())) if groups else []
-    found = Evaluation(
-        names,
-        *({q: Tally.empty(n) for q in QUANTITIES} for n in (len(LENGTHS) + 1, len(names), 1)),
-        {q: Tally.empty(baselines.LETTERS) for q in QUANTITIES},
-        np.zeros((STANDARD, STANDARD)),
-    )
-    found.cropped = int((np.asarray(source.lengths) > stream.max_residues).sum())
+    sums = Evaluation.zeros(names)
+    sums.cropped = int((np.asarray(source.lengths) > stream.max_residues).sum())
     group_of = None
     if groups is not None:
         order = {name: k for k, name in enumerate(names)}
@@ -136,66 +188,54 @@ def evaluate(
         group_of = np.array([order.get(groups.get(name, ""), -1) for name in ids])
         if (group_of < 0).all():
             raise UserError(f"--groups names none of the {len(ids)} proteins, such as {ids[0]}")
-    unanswerable = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
-    waiting: collections.deque = collections.deque()
+    missing = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
 
-    def collect() -> Evaluation:
-        batch, masked, logp = waiting.popleft()
-        logp = np.asarray(jax.device_get(logp))
-        values = _positions(batch, masked, logp, unigram, unanswerable)
-        _count(found, source, batch, values, group_of)
-        return found
+    def batches():
+        for batch, masked in corrupted:
+            arrays = {
+                "tokens_BT": masked.inputs_BT,
+                "segment_ids_BT": batch["segment_ids"],
+                "positions_BT": batch["positions"],
+                "index_BM": masked.index_BM,
+            }
+            yield arrays, (batch, masked)
 
-    for batch, masked in corrupted:
-        arrays = (masked.inputs_BT, batch["segment_ids"], batch["positions"], masked.index_BM)
-        on_device = jax.device_put(arrays, model.placed.rows)
-        logp = predict(model.placed.params, *on_device, model.config, model.compute)
-        waiting.append((batch, masked, logp))
-        if len(waiting) == IN_FLIGHT:
-            yield collect()
-    while waiting:
-        yield collect()
+    for results, (batch, masked) in run_batches(model.on_devices, batches()):
+        predictions = _predictions(batch, masked, results["log_probs"], unigram, missing)
+        _add_batch(sums, source, batch, predictions, group_of)
+        yield sums
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def predict(params, inputs_BT, segment_ids_BT, positions_BT, index_BM, config, compute):
-    """log p of every token at the positions asked for: fp32 [B, M, VOCABULARY]."""
-    output = encoder.forward(
-        config, params, inputs_BT, segment_ids_BT, positions_BT, compute=compute, index_BM=index_BM
-    )
-    return jax.nn.log_softmax(output.logits, axis=-1)[..., : tokenizer.VOCABULARY]
-
-
-def residue_counts(source: Source, chunk: int = 4096) -> np.ndarray:
-    """How often each residue letter stands in the proteins themselves: int64 [25]."""
+def count_residues(source: Source, most: int | None = None) -> np.ndarray:
+    """How often each residue letter stands in the first `most` proteins, or in all: int64 [25]."""
     counts = np.zeros(baselines.LETTERS, np.int64)
-    for start in range(0, len(source.lengths), chunk):
-        some = source.sequences(range(start, min(start + chunk, len(source.lengths))))
-        ids = tokenizer.residue_ids(b"".join(some))
+    n = min(len(source.lengths), most or len(source.lengths))
+    for start in range(0, n, 4096):
+        ids = tokenizer.residue_ids(b"".join(source.sequences(range(start, min(start + 4096, n)))))
         counts += np.bincount(ids[ids >= FIRST] - FIRST, minlength=baselines.LETTERS)
     return counts
 
 
 @dataclasses.dataclass(frozen=True)
-class _Positions:
+class _Predictions:
     """The predicted positions of a batch; one element each."""
 
     example: np.ndarray
     letter: np.ndarray  # that stood there, from 0
     masked: np.ndarray  # bool
     values: dict[str, np.ndarray]  # quantity: what is to be averaged,
-    where: dict[str, np.ndarray]  # and at which positions it is
-    share: np.ndarray  # [n, 20]: p of each amino acid, renormalised over the 20
+    used: dict[str, np.ndarray]  # and at which of the positions
+    probabilities: np.ndarray  # [n, 20]: of each amino acid, renormalised over the 20
 
 
-def _positions(
-    batch: Batch, masked: Masked, logp_BMV: np.ndarray, unigram, unanswerable
-) -> _Positions:
+def _predictions(
+    batch: Batch, masked: Masked, logp_BMV: np.ndarray, unigram, missing
+) -> _Predictions:
     """Left out: unknown letters, which a file of masks may ask for, and letters that the model has
     no token for. All other questions are the same for every model."""
     rows, entries = np.nonzero(masked.selected_BM)
     at, targets = masked.index_BM[rows, entries], masked.targets_BM[rows, entries]
-    residues = (targets >= FIRST) & ~np.isin(targets, unanswerable)
+    residues = (targets >= FIRST) & ~np.isin(targets, missing)
     rows, entries, at, targets = (x[residues] for x in (rows, entries, at, targets))
     logp = logp_BMV[rows, entries].astype(np.float64)
     own = np.arange(len(targets))
@@ -212,36 +252,36 @@ def _positions(
     values = {
         "loss": loss,
         "loss_mask": loss,
-        "right_mask": (logp.argmax(axis=1) == targets).astype(np.float64),
+        "correct": (logp.argmax(axis=1) == targets).astype(np.float64),
         "loss_mask_20": -amino[own, np.minimum(letter, STANDARD - 1)],
         "unigram": plain,
         "composition": composition,
         "gain": composition - loss,  # of the model over the composition of the protein, paired
     }
-    where = {q: mask for q in QUANTITIES} | {"loss": np.ones_like(mask), "loss_mask_20": standard}
-    return _Positions(batch["example_ids"][rows, at], letter, mask, values, where, np.exp(amino))
+    used = {q: mask for q in QUANTITIES} | {"loss": np.ones_like(mask), "loss_mask_20": standard}
+    return _Predictions(batch["example_ids"][rows, at], letter, mask, values, used, np.exp(amino))
 
 
-def _count(found: Evaluation, source: Source, batch: Batch, p: _Positions, group_of) -> None:
+def _add_batch(sums: Evaluation, source: Source, batch: Batch, p: _Predictions, group_of) -> None:
     """Adds a batch. Every protein lies in one batch, whole, so its sums are complete here."""
     starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
     examples = np.unique(batch["example_ids"][starts])
-    found.sequences += int(starts.sum())
+    sums.sequences += int(starts.sum())
     protein = np.searchsorted(examples, p.example)
     length_class = np.searchsorted(LENGTHS, np.asarray(source.lengths)[examples])
     k = len(examples)
     for quantity in QUANTITIES:
-        use = p.where[quantity]
+        use = p.used[quantity]
         value, who, letter = p.values[quantity][use], protein[use], p.letter[use]
         n, total = np.bincount(who, minlength=k), np.bincount(who, value, minlength=k)
-        found.overall[quantity].add(np.zeros(k, np.int64), n, total)
-        found.by_length[quantity].add(length_class, n, total)
+        sums.overall[quantity].add(np.zeros(k, np.int64), n, total)
+        sums.by_length[quantity].add(length_class, n, total)
         if group_of is not None:
             known = group_of[examples] >= 0
-            found.by_group[quantity].add(group_of[examples][known], n[known], total[known])
+            sums.by_group[quantity].add(group_of[examples][known], n[known], total[known])
         pair = who * baselines.LETTERS + letter
         size = k * baselines.LETTERS
         n, total = np.bincount(pair, minlength=size), np.bincount(pair, value, minlength=size)
-        found.by_residue[quantity].add(np.arange(size) % baselines.LETTERS, n, total)
+        sums.by_residue[quantity].add(np.arange(size) % baselines.LETTERS, n, total)
     standard = p.masked & (p.letter < STANDARD)
-    np.add.at(found.substitution, p.letter[standard], p.share[standard])
+    np.add.at(sums.substitution, p.letter[standard], p.probabilities[standard])

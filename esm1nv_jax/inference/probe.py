@@ -1,8 +1,8 @@
-"""`esm1nv probe`: what a frozen encoder knows of a downstream task, beside what it need not know.
+"""`esm1nv probe`: what a frozen encoder's embeddings predict, beside baselines.
 
 Each head is trained on three kinds of features: one-hot residues, an untrained encoder of the same
-shape (another for each seed), and the encoder in question. Its learning rate and weight decay are
-chosen on the validation split with the first seed; the test split is looked at once, at the end.
+shape (another for each seed), and the encoder in question. Its penalty and learning rate are chosen
+on the validation split with the first seed; the test split is used once, at the end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,21 @@ from scipy import stats
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import arguments, files
-from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import labeled_data, tokenizer
 from esm1nv_jax.data.labeled_data import Split, Task
 from esm1nv_jax.inference import probe_heads
-from esm1nv_jax.inference.engine import Want, encode
+from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.evaluate import to_json
-from esm1nv_jax.inference.grouped_mean import Tally
-from esm1nv_jax.inference.model import Model, load
-from esm1nv_jax.inference.probe_heads import GRID, Data
+from esm1nv_jax.inference.model import PRECISIONS, Model, load
+from esm1nv_jax.inference.perplexity import GroupedMean
+from esm1nv_jax.inference.probe_heads import GRIDS, LabeledFeatures
 from esm1nv_jax.model import encoder
 
 KINDS = ONE_HOT, UNTRAINED, TRAINED = "one-hot", "untrained encoder", "this encoder"
-HEADS = {"secondary_structure": ("linear", "cnn")}  # else linear and mlp
+NETWORK = {"secondary_structure": "cnn"}  # the head beside the linear one; else mlp
 CHUNK = 256  # proteins embedded together
 # Published with the same test set, probes and frozen encoders; keyed by Task.fingerprint.
 PUBLISHED = {
@@ -62,38 +63,46 @@ def main(argv: list[str]) -> None:
     add("--task", required=True, choices=labeled_data.TASKS)
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
-    add("--limit", type=int, metavar="N", help="at most N proteins to train on, always the same")
-    add("--json", metavar="FILE", help="write all figures")
+    add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
+    add("--json", metavar="FILE", help="write all results")
     options = parser.parse_args(argv)
     for name, least in (("seeds", 1), ("limit", 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} {value} must be {least} or more")
     files.check(options.json)
     task = labeled_data.read(options.csv, options.task, options.limit)
-    found = probe(load(options.checkpoint), task, options.seeds, show=True)
-    found = {"checkpoint": options.checkpoint, "csv": options.csv, "limit": options.limit} | found
-    show(found)
+    results = probe(load(options.checkpoint, options.precision), task, options.seeds, progress=True)
+    results = {
+        "checkpoint": options.checkpoint,
+        "csv": options.csv,
+        "limit": options.limit,
+    } | results
+    print_results(results)
     if options.json:
-        files.write(options.json, to_json(found))
-        console.print(f"figures  {options.json}", markup=False)
+        files.write(options.json, to_json(results))
+        console.print(f"results  {options.json}")
 
 
-def probe(model: Model, task: Task, seeds: int, show: bool = False) -> dict[str, Any]:
-    """Figures of every head on every kind of features, on the test split."""
-    chosen = HEADS.get(task.name, ("linear", "mlp"))
+def probe(model: Model, task: Task, seeds: int, progress: bool = False) -> dict[str, Any]:
+    """Results of every head on every kind of features, on the test split."""
+    heads = ("linear", NETWORK.get(task.name, "mlp"))
     settings: dict[tuple[str, str], probe_heads.Setting] = {}
-    tried: dict[tuple[str, str], list[np.ndarray]] = {}
-    total = seeds * 3 * len(chosen) + 3 * len(chosen) * (len(GRID) - 1)
-    with bar("probing", total, "heads", show) as progress:
-        for kind in KINDS:
-            for seed in range(seeds):
-                if seed == 0 or kind == UNTRAINED:
-                    data = features(kind, model, task, seed)
-                for head in chosen:
-                    where = (head, kind)
-                    grid = GRID if seed == 0 else (settings[where],)
+    predictions: dict[tuple[str, str], list[np.ndarray]] = {}  # of the test labels, by seed
+    for kind in KINDS:
+        for seed in range(seeds):
+            if seed == 0 or kind == UNTRAINED:  # an encoder embeds each protein once
+                data = features(kind, model, task, seed, progress)
+            total = sum(len(GRIDS[head]) if seed == 0 else 1 for head in heads)
+            with bar(f"heads on {kind}", total, "fits", progress) as task_bar:
+                for head in heads:
+                    key = (head, kind)
+                    if head == "linear" and seed and kind != UNTRAINED:
+                        predictions[key].append(predictions[key][0])  # it knows no chance
+                        task_bar.advance(note=head)
+                        continue
                     best = -math.inf
-                    for setting in grid:
+                    for setting in GRIDS[head] if seed == 0 else (settings[key],):
                         score, predict = probe_heads.fit(
                             head,
                             len(task.classes),
@@ -101,46 +110,45 @@ def probe(model: Model, task: Task, seeds: int, show: bool = False) -> dict[str,
                             data["valid"],
                             setting,
                             seed,
-                            functools.partial(main_figure, task),
+                            functools.partial(main_metric, task),
                         )
-                        progress.advance(note=f"{head} on {kind}")
-                        if score > best or setting is grid[0]:
-                            best, settings[where] = score, setting
-                            predicted = predict(data["test"])
-                    tried.setdefault(where, []).append(predicted)
-    rows = [
-        row_of(task, head, kind, settings[head, kind], tried[head, kind])
-        for head in chosen
-        for kind in KINDS
-    ]
+                        task_bar.advance(note=head)
+                        if score > best or key not in settings:
+                            best, settings[key] = score, setting
+                            best_predict = predict
+                    predictions.setdefault(key, []).append(best_predict(data["test"]))
+    keys = [(head, kind) for head in heads for kind in KINDS]
     return {
         "task": task.name,
         "classes": list(task.classes),
         "proteins": {s: len(getattr(task, s).sizes) for s in ("train", "valid", "test")},
         "labels_scored": int(task.test.used.sum()),
         "seeds": seeds,
+        "precision": model.precision,
         "test_set": task.fingerprint,
-        "rows": rows,
-        "differences": [gain(task, head, tried) for head in chosen],
+        "rows": [row_of(task, *key, settings[key], predictions[key]) for key in keys],
+        "differences": [gain(task, head, predictions) for head in heads],
         "published": PUBLISHED.get(task.fingerprint),
         "provenance": model.provenance,
         "code": __version__,
     }
 
 
-def features(kind: str, model: Model, task: Task, seed: int) -> dict[str, Data]:
+def features(
+    kind: str, model: Model, task: Task, seed: int, progress: bool = False
+) -> dict[str, LabeledFeatures]:
     """Features of every split. `seed` is that of the untrained encoder."""
     if kind == UNTRAINED:
         model = dataclasses.replace(model, params=encoder.init(model.config, seed))
-    found = {}
-    for name in ("train", "valid", "test"):
-        split = getattr(task, name)
-        if kind == ONE_HOT:
-            made = one_hot(split, task.per_residue)
-        else:
-            made = embeddings(model, split, task.per_residue)
-        found[name] = Data(split, made)
-    return found
+    splits = {name: getattr(task, name) for name in ("train", "valid", "test")}
+    if kind == ONE_HOT:
+        return {n: LabeledFeatures(s, one_hot(s, task.per_residue)) for n, s in splits.items()}
+    total = sum(len(sequence) for split in splits.values() for sequence in split.sequences)
+    with bar(f"embed by {kind}", total, "residues", progress) as task_bar:
+        return {
+            n: LabeledFeatures(s, embeddings(model, s, task.per_residue, task_bar.advance))
+            for n, s in splits.items()
+        }
 
 
 def one_hot(split: Split, per_residue: bool) -> np.ndarray:
@@ -151,25 +159,33 @@ def one_hot(split: Split, per_residue: bool) -> np.ndarray:
     return np.stack([eye[tokenizer.residue_ids(s)].mean(axis=0) for s in split.sequences])
 
 
-def embeddings(model: Model, split: Split, per_residue: bool) -> np.ndarray:
+def embeddings(
+    model: Model,
+    split: Split,
+    per_residue: bool,
+    on_progress: Callable[[int], None] = lambda residues: None,
+) -> np.ndarray:
     """The last hidden state, after the final LayerNorm: float16 [residues, D], or the mean over
     residues, float32 [proteins, D]."""
     kind, dtype = ("per_residue", "float16") if per_residue else ("mean", "float32")
+    outputs = OutputSpec((kind,), (-1,), dtype)
     ids = [tokenizer.residue_ids(sequence) for sequence in split.sequences]
-    parts = [
-        encode(model.placed, ids[i : i + CHUNK], Want((kind,), (-1,), dtype), model.longest)
-        for i in range(0, len(ids), CHUNK)
-    ]
-    return np.concatenate([part[f"{kind}_-1"] for part in parts])
+    parts = []
+    for i in range(0, len(ids), CHUNK):
+        some = ids[i : i + CHUNK]
+        arrays = embed_sequences(model.on_devices, some, outputs, model.longest)
+        parts.append(arrays[f"{kind}_-1"])
+        on_progress(sum(map(len, some)))
+    return np.concatenate(parts)
 
 
-def main_figure(task: Task, split: Split, predicted: np.ndarray) -> float:
-    """What settings and epochs are chosen by; higher is better."""
-    found = figures(task, split, predicted)
+def main_metric(task: Task, split: Split, predicted: np.ndarray) -> float:
+    """What settings and rounds are chosen by; higher is better."""
+    found = metrics(task, split, predicted)
     return -found["mse"] if task.name == "regression" else found["accuracy"]
 
 
-def figures(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
+def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
     """Of the labels that are used. Accuracy for secondary structure; accuracy, macro-F1 and MCC for
     localisation; Spearman's rho and mean squared error for regression."""
     labels, predicted = split.labels[split.used], predicted[split.used]
@@ -181,8 +197,7 @@ def figures(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]
     if task.name == "localisation":
         k = len(task.classes)
         table = np.bincount(labels * k + guess, minlength=k * k).reshape(k, k).astype(float)
-        found["macro_f1"] = macro_f1(table)
-        found["mcc"] = matthews(table)
+        found |= {"macro_f1": macro_f1(table), "mcc": matthews(table)}
     return found
 
 
@@ -200,90 +215,93 @@ def matthews(table: np.ndarray) -> float:
     return float((right * n - true @ guess) / scale) if scale else 0.0
 
 
-def row_of(task: Task, head: str, kind: str, setting, tried: list[np.ndarray]) -> dict[str, Any]:
-    """Mean over seeds of every figure, with its standard error over seeds; and for the figures that
+def row_of(
+    task: Task, head: str, kind: str, setting, predictions: list[np.ndarray]
+) -> dict[str, Any]:
+    """Mean over seeds of every metric, with its standard error over seeds; and for the metrics that
     are means over labels, the error over test proteins."""
-    each = [figures(task, task.test, predicted) for predicted in tried]
+    by_seed = [metrics(task, task.test, predicted) for predicted in predictions]
     row = {"head": head, "features": kind, **dataclasses.asdict(setting)}
-    for name in each[0]:
-        values = [x[name] for x in each]
-        row[name] = float(np.mean(values))
-        row[f"{name}_se_seeds"] = _error(values)
-    name = "mse" if task.name == "regression" else "accuracy"
-    row[f"{name}_se_proteins"] = by_protein(task, np.mean([_each(task, p) for p in tried], axis=0))
+    for name in by_seed[0]:
+        values = np.array([x[name] for x in by_seed])
+        row[name], row[f"{name}_se_seeds"] = float(values.mean()), _error(values)
+    losses = np.mean([_by_label(task, predicted) for predicted in predictions], axis=0)
+    row[f"{_mean_metric(task)}_se_proteins"] = error_by_protein(task, losses)
     return row
 
 
-def gain(task: Task, head: str, tried: dict[tuple[str, str], list[np.ndarray]]) -> dict[str, Any]:
+def gain(task: Task, head: str, predictions: dict[tuple[str, str], list]) -> dict[str, Any]:
     """This encoder less the untrained one, on the same proteins. The standard error joins that over
     test proteins, of paired differences, and that over seeds."""
-    mine, theirs = (
-        np.array([_each(task, predicted) for predicted in tried[head, kind]])
+    trained, untrained = (
+        np.array([_by_label(task, predicted) for predicted in predictions[head, kind]])
         for kind in (TRAINED, UNTRAINED)
     )
-    used = task.test.used
-    per_seed = (mine - theirs)[:, used].mean(axis=1)
-    proteins = by_protein(task, (mine - theirs).mean(axis=0))
-    error = math.hypot(proteins, _error(per_seed.tolist()) if len(per_seed) > 1 else 0.0)
-    name = "mse" if task.name == "regression" else "accuracy"
-    mean = float(per_seed.mean())
+    difference = trained - untrained
+    by_seed = difference[:, task.test.used].mean(axis=1)
+    over_proteins = error_by_protein(task, difference.mean(axis=0))
+    error = math.hypot(over_proteins, _error(by_seed) if len(by_seed) > 1 else 0.0)
+    mean = float(by_seed.mean())
     return {
         "head": head,
-        "figure": name,
+        "metric": _mean_metric(task),
         "difference": mean,
         "se": error,
         "standard_errors": mean / error if error else math.nan,
     }
 
 
-def _each(task: Task, predicted: np.ndarray) -> np.ndarray:
-    """Of each test label, used or not: whether it is right, or its squared error."""
+def _mean_metric(task: Task) -> str:
+    return "mse" if task.name == "regression" else "accuracy"
+
+
+def _by_label(task: Task, predicted: np.ndarray) -> np.ndarray:
+    """Of each test label, used or not: whether it is correct, or its squared error."""
     if task.name == "regression":
         return (task.test.labels - predicted[:, 0]) ** 2
     return (predicted.argmax(axis=1) == task.test.labels).astype(np.float64)
 
 
-def by_protein(task: Task, each: np.ndarray) -> float:
-    """Standard error, by protein, of the mean of a figure over the labels that are used."""
+def error_by_protein(task: Task, by_label: np.ndarray) -> float:
+    """Standard error, by protein, of the mean over the labels that are used."""
     split = task.test
-    protein = np.repeat(np.arange(len(split.sizes)), split.sizes)
-    tally = Tally.empty(1)
-    tally.add(
-        np.zeros(len(split.sizes), np.int64),
-        np.bincount(protein, split.used, minlength=len(split.sizes)),
-        np.bincount(protein, np.where(split.used, each, 0.0), minlength=len(split.sizes)),
+    n = len(split.sizes)
+    protein = np.repeat(np.arange(n), split.sizes)
+    mean = GroupedMean.zeros(1)
+    mean.add(
+        np.zeros(n, np.int64),
+        np.bincount(protein, split.used, minlength=n),
+        np.bincount(protein, np.where(split.used, by_label, 0.0), minlength=n),
     )
-    return tally.mean()[1]
+    return mean.mean()[1]
 
 
-def _error(values: list[float]) -> float:
+def _error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
-def show(found: dict[str, Any]) -> None:
-    names = [n for n in ("accuracy", "macro_f1", "mcc", "spearman", "mse") if n in found["rows"][0]]
-    counts = found["proteins"]
-    title = (
-        f"{found['task']}: {counts['test']:,} test proteins, {counts['train']:,} to train on, "
-        f"mean ± standard error over {found['seeds']} seeds"
-    )
+def print_results(results: dict[str, Any]) -> None:
+    rows, counts, seeds = results["rows"], results["proteins"], results["seeds"]
+    names = [n for n in ("accuracy", "macro_f1", "mcc", "spearman", "mse") if n in rows[0]]
+    title = f"{results['task']}: {count(counts['test'], 'test protein')}"
+    title += f", {counts['train']:,} to train on"
+    title += f", mean ± standard error over {seeds} seeds" if seeds > 1 else ""
     table = Table(title=title, title_justify="left")
     for name in ("head", "features", *names):
         table.add_column(name, justify="left" if name in ("head", "features") else "right")
-    for row in found["rows"]:
+    for row in rows:
         cells = (plus_minus(row[n], row[f"{n}_se_seeds"], 3) for n in names)
-        table.add_row(
-            row["head"], row["features"], *cells, style="bold" if row["features"] == TRAINED else ""
+        style = "bold" if row["features"] == TRAINED else ""
+        table.add_row(row["head"], row["features"], *cells, style=style)
+    stdout.print(table)
+    for difference in results["differences"]:
+        stdout.print(
+            f"{difference['head']}: this encoder less the untrained, {difference['metric']} "
+            f"{difference['difference']:+.4f} ± {difference['se']:.4f} (by protein"
+            f"{' and seed' if seeds > 1 else ''}), "
+            f"{difference['standard_errors']:+.1f} standard errors"
         )
-    console.print(table)
-    for difference in found["differences"]:
-        console.print(
-            f"{difference['head']}: this encoder less the untrained, {difference['figure']} "
-            f"{difference['difference']:+.4f} ± {difference['se']:.4f} (by protein and seed), "
-            f"{difference['standard_errors']:+.1f} standard errors",
-            markup=False,
-        )
-    if found["published"] and not found.get("limit"):
-        where, what, values = found["published"]
+    if results["published"] and not results.get("limit"):
+        where, what, values = results["published"]
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        console.print(f"Published on this test set ({where}; {what}): {shown}", markup=False)
+        stdout.print(f"Published on this test set ({where}; {what}): {shown}")

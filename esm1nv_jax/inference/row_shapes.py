@@ -1,4 +1,4 @@
-"""Which sequence goes into which row of which compiled shape.
+"""Which residues are read together, and which sequence goes into which row of which compiled shape.
 
 A program is compiled for each shape, so there are few: rows of a handful of lengths, and for each
 length one number of rows. Short rows are worth their compilation, since attention costs the square
@@ -11,8 +11,11 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
+
+from esm1nv_jax.data.packing import best_fit
 
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024)  # tokens; then doubling
 WORTH_COMPILING = 4  # batches; a program takes about as long to compile as to run once or twice
@@ -20,7 +23,7 @@ SLOT_TOKENS = 8  # a row of T tokens holds at most T / SLOT_TOKENS sequences
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes:
+class RowShapes:
     """The shapes of a model: `lengths` of rows, ascending, and about `tokens` tokens a device."""
 
     lengths: tuple[int, ...]
@@ -28,7 +31,7 @@ class Shapes:
     devices: int
 
     @classmethod
-    def of(cls, longest: int, tokens: int, devices: int) -> Shapes:
+    def up_to(cls, longest: int, tokens: int, devices: int) -> RowShapes:
         """Shapes for sequences of up to `longest` tokens, specials included."""
         lengths = [*LENGTHS]
         while lengths[-1] < longest:
@@ -37,8 +40,8 @@ class Shapes:
         # The longest row is no longer than it must be: 1,026 positions need no row of 2,048.
         return cls((*shorter, -(-longest // 32) * 32), tokens, devices)
 
-    def for_work(self, tokens: np.ndarray) -> Shapes:
-        """These, or the one that holds all items where there is less to compute than to compile."""
+    def for_work(self, tokens: np.ndarray) -> RowShapes:
+        """These, or one shape for all items where there is less to compute than to compile."""
         if tokens.sum() > WORTH_COMPILING * self.tokens * self.devices:
             return self
         return dataclasses.replace(self, lengths=(self.length(int(tokens.max())),))
@@ -52,18 +55,19 @@ class Shapes:
         return max(1, self.tokens // length) * self.devices
 
     def slots(self, length: int) -> int:
+        """The most sequences in a row."""
         return max(1, length // SLOT_TOKENS)
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class RowBatch:
     """One batch: `length` tokens a row, and for each row the items that follow each other in it."""
 
     length: int
     rows: list[list[int]]
 
 
-def alone(tokens: np.ndarray, shapes: Shapes) -> Iterator[Packed]:
+def pad_rows(tokens: np.ndarray, shapes: RowShapes) -> Iterator[RowBatch]:
     """One item a row, in a row whose length depends on the item's own length alone."""
     by_length: dict[int, list[list[int]]] = {}
     for item, size in enumerate(tokens.tolist()):
@@ -71,34 +75,31 @@ def alone(tokens: np.ndarray, shapes: Shapes) -> Iterator[Packed]:
     yield from _batches(by_length, shapes)
 
 
-def packed(tokens: np.ndarray, shapes: Shapes) -> Iterator[Packed]:
-    """Several items a row: longest first, each into the fullest row that has room, or a new one."""
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    rows: list[list[int]] = []
-    lengths: list[int] = []
-    for item in np.argsort(-tokens, kind="stable").tolist():
-        size = int(tokens[item])
-        at = bisect.bisect_left(room, (size, -1))
-        if at < len(room):
-            free, row = room.pop(at)
-        else:
-            free, row = shapes.length(size), len(rows)
-            rows.append([])
-            lengths.append(free)
-        rows[row].append(item)
-        if len(rows[row]) < shapes.slots(lengths[row]):
-            bisect.insort(room, (free - size, row))
+def pack_rows(tokens: np.ndarray, shapes: RowShapes) -> Iterator[RowBatch]:
+    """Several items a row, best-fit decreasing; a row is as short as its longest item allows.
+
+    From the longest rows down: all items that are left are packed, and the rows that hold an item
+    too long for shorter rows stay. What shares no such row is packed again, into shorter rows.
+    """
     by_length: dict[int, list[list[int]]] = {}
-    for length, row in zip(lengths, rows, strict=True):
-        by_length.setdefault(length, []).append(row)
+    left = np.argsort(-tokens, kind="stable")
+    for length, shorter in zip(shapes.lengths[::-1], (*shapes.lengths[-2::-1], 0), strict=True):
+        if not left.size or tokens[left[0]] <= shorter:
+            continue
+        row = best_fit(np.maximum(tokens[left], SLOT_TOKENS), length)
+        stays = np.isin(row, row[tokens[left] > shorter])
+        rows: dict[int, list[int]] = {}
+        for item, number in zip(left[stays].tolist(), row[stays].tolist(), strict=True):
+            rows.setdefault(number, []).append(item)
+        by_length[length] = list(rows.values())
+        left = left[~stays]
     _fill_batches(by_length, tokens, shapes)
     yield from _batches(by_length, shapes)
 
 
-def _fill_batches(by_length: dict[int, list[list[int]]], tokens: np.ndarray, shapes: Shapes):
+def _fill_batches(by_length: dict[int, list[list[int]]], tokens: np.ndarray, shapes: RowShapes):
     """Moves rows that would leave a batch half empty into longer rows, several into one."""
-    in_use = sorted(by_length)
-    for length, longer in itertools.pairwise(in_use):
+    for length, longer in itertools.pairwise(sorted(by_length)):
         rows = by_length[length]
         left = rows[len(rows) - len(rows) % shapes.rows(length) :]
         del rows[len(rows) - len(left) :]
@@ -112,8 +113,50 @@ def _fill_batches(by_length: dict[int, list[list[int]]], tokens: np.ndarray, sha
             room, slots = room - size, slots - len(row)
 
 
-def _batches(by_length: dict[int, list[list[int]]], shapes: Shapes) -> Iterator[Packed]:
+def _batches(by_length: dict[int, list[list[int]]], shapes: RowShapes) -> Iterator[RowBatch]:
     for length, rows in sorted(by_length.items()):
         size = shapes.rows(length)
         for start in range(0, len(rows), size):
-            yield Packed(length, rows[start : start + size])
+            yield RowBatch(length, rows[start : start + size])
+
+
+class ResidueWindow(NamedTuple):
+    """Residues start..stop-1 are read together; those from first to last-1 are taken from it."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def split_into_windows(length: int, limit: int) -> list[ResidueWindow]:
+    """Windows of `limit` residues at a stride of half, the last one flush with the end.
+
+    A residue is taken from the window in which it is farthest from a cut (an end of the protein is
+    none), the earlier one where two are equal. For windows of one size this is the middle of the
+    overlap of neighbours.
+    """
+    if length <= limit:
+        return [ResidueWindow(0, length, 0, length)]
+    stride = max(1, limit // 2)
+    starts = [*range(0, length - limit, stride), length - limit]
+    # One past the last residue as far from a window's right cut as from the next one's left cut.
+    bounds = [(a + limit - 1 + b) // 2 + 1 for a, b in itertools.pairwise(starts)]
+    return [
+        ResidueWindow(start, start + limit, first, last)
+        for start, first, last in zip(starts, [0, *bounds], [*bounds, length], strict=True)
+    ]
+
+
+def centered_window(first: int, last: int, length: int, limit: int) -> tuple[int, int] | None:
+    """The window (start, stop) of `limit` residues around residues first..last, inside the protein.
+
+    None where they do not fit into one window.
+    """
+    if length <= limit:
+        return 0, length
+    if last - first >= limit:
+        return None
+    start = (first + last + 1) // 2 - limit // 2
+    start = min(max(start, 0), length - limit)
+    return start, start + limit

@@ -4,24 +4,140 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from esm1nv_jax.common import files
 from esm1nv_jax.common.arguments import Parser
-from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.compression import Archive, BrokenArchive
-from esm1nv_jax.inference import mutants as mutants_lib
-from esm1nv_jax.inference.mutants import MODES
-from esm1nv_jax.inference.parts import disk
+from esm1nv_jax.inference import variant_scores
+from esm1nv_jax.inference.model import PRECISIONS, load
+from esm1nv_jax.inference.partial_results import disk_errors
 from esm1nv_jax.inference.proteins import scan
 
 COLUMN, SCORE = "mutant", "score"
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
+BLOCK = 64  # mutants after which scores that take hours are saved
+HEAT_MAP_ORDER = "GAVLIMCPFWYSTNQHKRDE"  # by kind: small, aliphatic, aromatic, polar, charged
+HEAT_MAP_RESIDUES = 100  # in a line; a longer protein takes several
+
+
+def main(argv: list[str]) -> int | None:
+    modes = variant_scores.MODES
+    parser = Parser(
+        "score",
+        "Scores mutants of a protein: higher is likelier, hence fitter. With --all-singles also "
+        "draws a heat map beside --out.",
+        "esm1nv score --checkpoint runs/first --fasta wt.fasta --mutants dms.csv --out scores.csv",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
+    add("--fasta", required=True, help="the wild type")
+    add("--mutants", help="CSV with a column `mutant`: A4G, or A4G:L10P for several at once")
+    add("--all-singles", action="store_true", help="every single substitution, and a heat map")
+    add("--out", required=True, help="CSV to write: the table of --mutants with a column `score`")
+    add("--mode", default=modes[0], choices=modes)
+    add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
+    add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
+    add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
+    add("--on-error", default="stop", choices=("stop", "skip"), help="skip: leave rows that cannot "
+        "be scored without a score, and count them")  # fmt: skip
+    add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
+    add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of matrix products")
+    add("--force", action="store_true", help="allow wt-marginals where they mean nothing")
+    add("--overwrite", action="store_true", help="replace --out")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    picture = out.with_suffix(".png")
+    if bool(args.mutants) == args.all_singles:
+        parser.error("give --mutants or --all-singles")
+    if out.suffix == ".png":
+        raise UserError(f"--out {out} is the table; the picture is drawn beside it")
+    for path in (out, picture) if args.all_singles else (out,):
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} exists; add --overwrite, or choose another --out")
+    files.check(args.out)
+    if args.additive and args.mode != modes[0]:
+        raise UserError(f"--additive is for --mode={modes[0]}, found --mode={args.mode}")
+    name, wild_type = read_wild_type(args.fasta)
+    if args.all_singles:
+        columns, names = [COLUMN], variant_scores.all_singles(wild_type, args.offset)
+        rows = [[mutant] for mutant in names]
+    else:
+        columns, rows = read_mutants(args.mutants)
+        names = [row[columns.index(COLUMN)] for row in rows]
+        if SCORE in columns:
+            raise UserError(f"{args.mutants} has a column {SCORE!r} already; rename it")
+    # Row 1 of the file is its header. Checked before the model is loaded.
+    skipped: Counter | None = Counter() if args.on_error == "skip" else None
+    parsed = variant_scores.parse_mutants(names, wild_type, args.offset, 2, skipped)
+    if skipped:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(skipped.items()))
+        console.print(f"{count(skipped.total(), 'row')} without a score: {kinds}")
+    measured = read_measurements(columns, rows, args.target)
+
+    model = load(args.checkpoint, args.precision, args.max_residues)
+    model.check_mode(args.mode, args.force)
+    if len(wild_type) > model.longest:
+        console.print(
+            f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "
+            "centred on the sites"
+        )
+    scores = np.full(len(rows), np.nan)
+    todo = np.array([i for i, mutant in enumerate(parsed) if mutant is not None], int)
+    mutants = [mutant for mutant in parsed if mutant is not None]
+    saved = None
+    if args.mode == "pseudo-perplexity":
+        settings = {"model": model.digest, "wild_type": wild_type, "offset": args.offset}
+        settings |= {"precision": args.precision, "longest": model.longest}
+        saved = SavedScores(out, settings, args.overwrite)
+        known = np.array([mutant.name in saved.scores for mutant in mutants], bool)
+        scores[todo[known]] = [saved.scores[mutants[i].name] for i in np.flatnonzero(known)]
+        todo, mutants = todo[~known], [m for m in mutants if m.name not in saved.scores]
+    step = BLOCK if saved else max(1, len(mutants))
+    already = len(names) - len(todo)
+    with bar("score", len(names), "mutants", start=already) as progress:
+        for first in range(0, len(mutants), step):
+            some = mutants[first : first + step]
+            found = variant_scores.score_mutants(
+                model.on_devices,
+                wild_type,
+                some,
+                model.longest,
+                args.mode,
+                args.additive,
+                lambda done, first=first: progress.update(already + first + done),
+            )
+            scores[todo[first : first + step]] = found
+            if saved:
+                saved.add([mutant.name for mutant in some], found)
+    write_scores(out, columns, rows, scores)
+    if saved:
+        saved.path.unlink()
+    done = f"{out}: {count(len(rows), 'mutant')} of {name} by {args.mode}"
+    if args.all_singles:
+        with disk_errors(picture, out):
+            plot_heat_map(picture, wild_type, names, scores, args.offset)
+        done += f"; heat map {picture}"
+    console.print(done)
+    if measured is not None:
+        rho, used = spearman(scores, measured[1])
+        stdout.print(f"spearman {rho:.4f} with {measured[0]} over {count(used, 'mutant')}")
+
+
+def read_wild_type(path: str) -> tuple[str, str]:
+    """(id, sequence) of the only record of a FASTA file."""
+    proteins = list(scan(path))
+    if len(proteins) > 1:
+        raise UserError(f"{path} holds {len(proteins)} proteins; give a file with the wild type")
+    return proteins[0][0], proteins[0][1].decode()
 
 
 def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
@@ -31,12 +147,12 @@ def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
         table = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
     except (BrokenArchive, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as CSV: {error}") from None
-    if not table or COLUMN not in table[0]:
+    columns, rows = [name.strip() for name in table[0]] if table else [], table[1:]
+    if COLUMN not in columns:
         raise UserError(
             f"{path} has no column {COLUMN!r}; its first line must name one, with A4G or A4G:L10P "
             "below it"
         )
-    columns, *rows = table
     for number, row in enumerate(rows, 2):
         if len(row) != len(columns):
             raise UserError(f"{path}, row {number}: {len(row)} fields, {len(columns)} are named")
@@ -45,7 +161,7 @@ def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def measurements(
+def read_measurements(
     columns: list[str], rows: list[list[str]], target: str | None
 ) -> tuple[str, np.ndarray] | None:
     """(column, float64 [rows], NaN where there is no number) to rank the scores against; None where
@@ -58,129 +174,133 @@ def measurements(
         return None
     if column not in columns:
         raise UserError(f"--target={column} is no column; there are {', '.join(columns)}")
-    at = columns.index(column)
-    measured = np.full(len(rows), np.nan)
-    for i, row in enumerate(rows):
+    texts = [row[columns.index(column)].strip() for row in rows]
+    measured, wrong = np.full(len(rows), np.nan), []
+    for i, text in enumerate(texts):
         try:
-            measured[i] = float(row[at])
+            measured[i] = float(text) if text else np.nan
         except ValueError:
-            if target and row[at].strip():
-                raise UserError(
-                    f"row {i + 2}: {column} is {row[at]!r}, which is no number"
-                ) from None
+            wrong.append(i)
+    if wrong:
+        first = f"row {wrong[0] + 2}: {column} is {texts[wrong[0]]!r}, which is no number"
+        if target:
+            raise UserError(first)
+        console.print(f"{first} ({len(wrong):,} of {len(rows):,} rows; not compared)")
     numbers = measured[np.isfinite(measured)]
     if len(numbers) < 3 or np.ptp(numbers) == 0:
         if target:
             raise UserError(f"--target={column} holds no three numbers that differ; leave it out")
+        console.print(f"{column} holds no three numbers that differ: no rank correlation")
         return None
     return column, measured
 
 
+class SavedScores:
+    """Scores beside --out, by mutant, so that a job that was killed goes on where it was.
+
+    JSON lines: the settings, then a mutant and its score each.
+    """
+
+    def __init__(self, out: Path, settings: dict, overwrite: bool):
+        self.path = out.with_name(out.name + ".partial")
+        self.scores: dict[str, float] = {}
+        if self.path.exists() and not overwrite:
+            lines = list(_json_lines(self.path.read_text(encoding="utf-8")))
+            if not lines or lines[0] != settings:
+                raise UserError(
+                    f"{self.path} holds unfinished work with other settings; finish it with those, "
+                    "or begin anew with --overwrite"
+                )
+            self.scores = {line["mutant"]: line["score"] for line in lines[1:]}
+            console.print(f"going on with {self.path}: {count(len(self.scores), 'mutant')} done")
+        with disk_errors(self.path, self.path):  # whole lines only
+            lines = [settings, *_lines(self.scores.items())]
+            self.path.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+
+    def add(self, names: Sequence[str], scores: np.ndarray) -> None:
+        with disk_errors(self.path, self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(x) + "\n" for x in _lines(zip(names, map(float, scores), strict=True))
+            )
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lines(scores: Iterable[tuple[str, float]]) -> list[dict]:
+    return [{"mutant": name, "score": score} for name, score in scores]
+
+
+def _json_lines(text: str) -> Iterable[dict]:
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # cut short by a crash
+            return
+
+
 def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
-    """Rank correlation, and how many rows have a measurement. NaN where all scores are equal."""
+    """Rank correlation, and over how many rows. NaN where all scores are equal."""
     from scipy.stats import spearmanr
 
-    used = np.isfinite(measured)
+    used = np.isfinite(measured) & np.isfinite(scores)
     rho = spearmanr(scores[used], measured[used]).statistic if np.ptp(scores[used]) else np.nan
     return float(rho), int(used.sum())
 
 
-def write(out: Path, columns: list[str], rows: list[list[str]], scores: np.ndarray) -> None:
-    """The table with its scores behind, in place of OUT at once."""
+def write_scores(out: Path, columns: list[str], rows: list[list[str]], scores: np.ndarray) -> None:
+    """The table with its scores as last column, empty where there is none; in place of OUT at
+    once."""
     temporary = out.with_name(out.name + ".tmp")
-    with disk(out, out):
+    with disk_errors(out, out):
         try:
-            with open(temporary, "w", newline="") as file:
+            with open(temporary, "w", newline="", encoding="utf-8") as file:
                 table = csv.writer(file, lineterminator="\n")
                 table.writerow([*columns, SCORE])
                 table.writerows(
-                    [*row, f"{score:.6g}"] for row, score in zip(rows, scores, strict=True)
+                    [*row, "" if np.isnan(score) else f"{score:.6g}"]
+                    for row, score in zip(rows, scores, strict=True)
                 )
             os.replace(temporary, out)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def protein(path: str) -> tuple[str, str]:
-    """(id, sequence) of the only record of a FASTA file."""
-    found = list(scan(path))
-    if len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} proteins; give a file with the wild type alone")
-    return found[0][0], found[0][1].decode()
+def plot_heat_map(
+    path: Path, wild_type: str, names: list[str], scores: np.ndarray, offset: int = 0
+) -> None:
+    """Writes a PNG of the scores of single mutants `names` of `wild_type`: residues across, amino
+    acids down; dots mark the wild type's own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-
-def main(argv: list[str]) -> int | None:
-    parser = Parser(
-        "score",
-        "Scores mutants of a protein: higher is likelier, hence fitter. With --all_singles also "
-        "draws a heat map beside --out.",
-        "esm1nv score --checkpoint runs/first --fasta wt.fasta --mutants dms.csv --out scores.csv",
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
-    add("--fasta", required=True, help="the wild type")
-    add("--mutants", help="CSV with a column `mutant`: A4G, or A4G:L10P for several at once")
-    add("--all_singles", action="store_true", help="every single substitution, and a heat map")
-    add("--out", required=True, help="CSV to write: the table of --mutants with a column `score`")
-    add("--mode", default=MODES[0], choices=MODES)
-    add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
-    add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
-    add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
-    add("--force", action="store_true", help="allow wt-marginals where they mean nothing")
-    add("--overwrite", action="store_true", help="replace --out")
-    args = parser.parse_args(argv)
-    out = Path(args.out)
-    picture = out.with_suffix(".png")
-    if bool(args.mutants) == args.all_singles:
-        parser.error("give --mutants or --all_singles")
-    if out.suffix == ".png":
-        raise UserError(f"--out {out} is the table; the picture is drawn beside it")
-    for path in (out, picture) if args.all_singles else (out,):
-        if path.exists() and not args.overwrite:
-            raise UserError(f"{path} exists; add --overwrite, or choose another --out")
-    files.check(args.out)
-    if args.additive and args.mode != MODES[0]:
-        raise UserError(f"--additive is for --mode={MODES[0]}, found --mode={args.mode}")
-    name, wild_type = protein(args.fasta)
-    if args.all_singles:
-        columns, names = [COLUMN], mutants_lib.all_singles(wild_type, args.offset)
-        rows = [[mutant] for mutant in names]
-    else:
-        columns, rows = read_mutants(args.mutants)
-        names = [row[columns.index(COLUMN)] for row in rows]
-        # Row 1 of the file is its header. Checked before the model is loaded.
-        mutants_lib.parse_all(names, wild_type, args.offset, first_row=2)
-        if SCORE in columns:
-            raise UserError(f"{args.mutants} has a column {SCORE!r} already; rename it")
-    measured = measurements(columns, rows, args.target)
-
-    from esm1nv_jax.inference.model import load
-
-    model = load(args.checkpoint)
-    if len(wild_type) > model.longest:
-        console.print(
-            f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "
-            "centred on the sites",
-            markup=False,
+    order, across = HEAT_MAP_ORDER, HEAT_MAP_RESIDUES
+    values = np.full((len(order), len(wild_type)), np.nan)
+    for name, score in zip(names, scores, strict=True):
+        values[order.index(name[-1]), int(name[1:-1]) - 1 - offset] = score
+    lines = -(-len(wild_type) // across)
+    figure = Figure(figsize=(16, 3.4 * lines + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    # Colours span what nine in ten mutants score; the rest would wash out the picture.
+    span = float(np.nanpercentile(np.abs(values), 95)) or 1.0
+    image = None
+    for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):
+        first, last = line * across, min((line + 1) * across, len(wild_type))
+        image = axes.imshow(
+            values[:, first:last],
+            cmap="RdBu",
+            vmin=-span,
+            vmax=span,
+            aspect="auto",
+            extent=(first - 0.5, last - 0.5, len(order) - 0.5, -0.5),
+            interpolation="nearest",
         )
-    scores = _score(model, wild_type, names, args)
-    write(out, columns, rows, scores)
-    told = f"{out}: {len(rows):,} mutants of {name} by {args.mode}"
-    if args.all_singles:
-        from esm1nv_jax.inference import heatmap
-
-        with disk(picture, out):
-            heatmap.draw(picture, wild_type, names, scores, args.offset)
-        told += f"; heat map {picture}"
-    console.print(told, markup=False)
-    if measured is not None:
-        rho, used = spearman(scores, measured[1])
-        print(f"spearman {rho:.4f} with {measured[0]} over {used} mutants")
-
-
-def _score(model, wild_type: str, names: list[str], args) -> np.ndarray:
-    with bar("score", len(names), "mutants") as progress:
-        tell: Callable[[float], None] = progress.update
-        return model.score_variants(
-            wild_type, names, args.mode, args.additive, args.offset, args.force, tell
-        )
+        own = [(i, order.index(wild_type[i])) for i in range(first, last) if wild_type[i] in order]
+        axes.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
+        axes.set_xlim(first - 0.5, first + min(across, len(wild_type)) - 0.5)
+        axes.set_yticks(range(len(order)), order, fontsize=6)
+        ticks = [i for i in range(first, last) if (i + 1 + offset) % 10 == 0]
+        axes.set_xticks(ticks, [str(i + 1 + offset) for i in ticks])
+        axes.set_facecolor("0.85")
+    figure.supxlabel("residue")
+    figure.colorbar(image, ax=figure.axes, label="score (higher is fitter)", fraction=0.02)
+    figure.savefig(path, format="png", dpi=120)

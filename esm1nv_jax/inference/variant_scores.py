@@ -1,199 +1,292 @@
-"""How much likelier a model finds a mutant than the wild type: three ways of asking.
+"""How likely a model finds a protein or its mutants: variant scores and pseudo-perplexity.
 
 Masked and wild-type marginals: Meier et al., "Language models enable zero-shot prediction of the
-effects of mutations on protein function", 2021. Pseudo-perplexity: Salazar et al., "Masked language
-model scoring", 2020. Higher is fitter in all of them; natural logarithms, softmax over all tokens.
+effects of mutations on protein function", 2021. Pseudo-perplexity, each residue predicted with only
+itself masked: Salazar et al., "Masked language model scoring", 2020. Natural logarithms, softmax
+over all tokens.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
+import math
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference.engine import IN_FLIGHT, Placed
-from esm1nv_jax.inference.mutants import MODES, Mutant
-from esm1nv_jax.inference.windows import centred
-from esm1nv_jax.model import encoder
+from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
+from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.inference.engine import DeviceModel, LogProbQuery, run_queries
+from esm1nv_jax.inference.row_shapes import centered_window
 
-BLOCK = 64  # mutants whose pseudo-perplexities are computed together
+MODES = ("masked-marginals", "wt-marginals", "pseudo-perplexity")
+AMINO_ACIDS = RESIDUES[:STANDARD]
+_SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
+
+
+class MutantError(UserError):
+    """What is not a mutant that can be scored; `kind` says in two words why, to be counted."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Site(NamedTuple):
+    """One substitution; `index` counts residues from 0."""
+
+    index: int
+    old: str
+    new: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
-    """Log-probabilities wanted at `sites` of the window start..stop-1 of `sequence`, with <mask>
-    standing there if `masked`."""
+class Mutant:
+    """Substitutions of one sequence, by ascending index."""
 
-    sequence: str
-    start: int
-    stop: int
-    sites: tuple[int, ...]
-    masked: bool = True
+    name: str
+    sites: tuple[Site, ...]
 
-
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _log_probabilities(params, tokens_BT, segment_ids_BT, index_BM, config, compute):
-    """log softmax at columns `index_BM` of rows that hold one sequence each: fp32 [B, M, V]."""
-    positions_BT = jax.lax.broadcasted_iota(np.int32, tokens_BT.shape, 1) * segment_ids_BT
-    out = encoder.forward(
-        config, params, tokens_BT, segment_ids_BT, positions_BT, compute=compute, index_BM=index_BM
-    )
-    return jax.nn.log_softmax(out.logits)[..., : tokenizer.VOCABULARY]
+    def apply_to(self, wild_type: str) -> str:
+        letters = list(wild_type)
+        for site in self.sites:
+            letters[site.index] = site.new
+        return "".join(letters)
 
 
-def answers(
-    placed: Placed, questions: Sequence[Question], residues: int, sites: int
-) -> Iterator[np.ndarray]:
-    """For each question in turn: log-probabilities, float32 [its sites, vocabulary].
+def parse_mutant(name: str, wild_type: str, offset: int = 0, where: str = "mutant") -> Mutant:
+    """Reads `A4G:L10P`; the first residue of the sequence has number 1 + `offset`.
 
-    No window may be longer than `residues`, no question may have more than `sites`: they fix the
-    shape, so that a protein takes one compilation.
+    Raises MutantError, beginning with `where`, for anything but substitutions of the residues that
+    stand in the sequence by standard amino acids.
     """
-    T, M = placed.shapes.length(residues + 2), 1 << (sites - 1).bit_length()
-    B = placed.shapes.rows(T)
-    waiting: list[tuple] = []
+    sites = []
+    for text in map(str.strip, name.split(":")):
+        match = _SUBSTITUTION.fullmatch(text)
+        if match is None:
+            raise MutantError(*_not_a_substitution(text, where))
+        old, index, new = match[1].upper(), int(match[2]) - 1 - offset, match[3].upper()
+        if not 0 <= index < len(wild_type):
+            raise MutantError(
+                "outside the sequence",
+                f"{where}: {text} is outside the sequence, whose residues have the numbers "
+                f"{1 + offset} to {len(wild_type) + offset}; is --offset right?",
+            )
+        if wild_type[index] != old:
+            raise MutantError(
+                "another residue in the sequence",
+                f"{where}: {text} begins with {old}, but the sequence has {wild_type[index]} "
+                "there; is --offset right, is it the right sequence?",
+            )
+        if new not in AMINO_ACIDS:
+            raise MutantError(
+                "no standard amino acid",
+                f"{where}: {text} ends in {new}, which is no standard amino acid",
+            )
+        sites.append(Site(index, old, new))
+    if len({site.index for site in sites}) < len(sites):
+        raise MutantError("one residue twice", f"{where}: {name} changes one residue twice")
+    return Mutant(name, tuple(sorted(sites)))
 
-    def collect():
-        out, batch = waiting.pop(0)
-        for row, question in zip(jax.device_get(out), batch, strict=False):
-            yield row[: len(question.sites)]
 
-    for first in range(0, len(questions), B):
-        batch = questions[first : first + B]
-        tokens_BT = np.full((B, T), tokenizer.PAD, np.int32)
-        index_BM = np.zeros((B, M), np.int32)
-        for row, q in enumerate(batch):
-            ids = tokenizer.encode(q.sequence[q.start : q.stop])
-            columns = np.array(q.sites) - q.start + 1
-            if q.masked:
-                ids[columns] = tokenizer.MASK
-            tokens_BT[row, : len(ids)] = ids
-            index_BM[row, : len(columns)] = columns
-        segment_ids_BT = (tokens_BT != tokenizer.PAD).astype(np.int32)
-        arrays = jax.device_put((tokens_BT, segment_ids_BT, index_BM), placed.rows)
-        out = _log_probabilities(placed.params, *arrays, placed.config, placed.compute)
-        waiting.append((out, batch))
-        if len(waiting) == IN_FLIGHT:
-            yield from collect()
-    while waiting:
-        yield from collect()
+def _not_a_substitution(text: str, where: str) -> tuple[str, str]:
+    """(kind, message) of what is no `A4G`."""
+    parts = re.split(r"\s*[,;/+&\s]\s*", text)
+    if len(parts) > 1 and all(map(_SUBSTITUTION.fullmatch, parts)):
+        return "not joined by ':'", (
+            f"{where}: {text!r} has several substitutions; join them by ':', as {':'.join(parts)}"
+        )
+    kind = "no substitution"
+    if not text:
+        kind = "blank"
+    elif text.lower().strip("_") in ("wt", "wildtype", "wild-type", "wild_type"):
+        kind = "wild type"
+    elif text.endswith(("*", "Ter")):
+        kind = "stop"
+    return kind, (
+        f"{where}: {text!r} is no substitution such as A4G; insertions, deletions and stops cannot "
+        "be scored"
+    )
 
 
-def scores(
-    placed: Placed,
+def parse_mutants(
+    names: Sequence[str],
+    wild_type: str,
+    offset: int = 0,
+    first_row: int = 1,
+    skipped: Counter | None = None,
+) -> list[Mutant | None]:
+    """`parse_mutant` for each row of a table.
+
+    Where `skipped` is given, a row that cannot be scored becomes None and its kind is counted.
+    """
+    mutants: list[Mutant | None] = []
+    for row, name in enumerate(names, first_row):
+        try:
+            mutants.append(parse_mutant(name, wild_type, offset, f"row {row}"))
+        except MutantError as error:
+            if skipped is None:
+                raise
+            skipped[error.kind] += 1
+            mutants.append(None)
+    return mutants
+
+
+def all_singles(wild_type: str, offset: int = 0) -> list[str]:
+    """Every single substitution of a residue by another standard amino acid, by position."""
+    return [
+        f"{old}{index + 1 + offset}{new}"
+        for index, old in enumerate(wild_type)
+        for new in AMINO_ACIDS
+        if new != old and old in RESIDUES
+    ]
+
+
+def score_mutants(
+    model: DeviceModel,
     wild_type: str,
     mutants: Sequence[Mutant],
     limit: int,
     mode: str = MODES[0],
     additive: bool = False,
-    tell: Callable[[float], None] = lambda done: None,
+    on_progress: Callable[[float], None] = lambda done: None,
 ) -> np.ndarray:
     """The score of each mutant, higher is fitter: float64 [mutants].
 
     Args:
-      placed: the model.
       wild_type: upper-case sequence that the mutants are of.
-      mutants: from `mutants.parse`.
       limit: residues read at once; longer proteins are read in a window centred on the sites.
       mode: one of MODES.
       additive: mask the sites of a mutant one at a time, and add up.
-      tell: called with how many mutants are done.
+      on_progress: called with how many mutants are done.
 
     Raises UserError where the sites of a mutant do not share a window.
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown; there are {', '.join(MODES)}")
-    plan = {
-        "masked-marginals": _masked_additive if additive else _masked,
-        "wt-marginals": _wild_type,
-        "pseudo-perplexity": _pseudo,
-    }[mode]
-    if not additive:
-        for mutant in mutants:  # one that cannot be scored is told before the first is computed
-            _window(wild_type, mutant, mutant.indices, limit)
-    residues = min(len(wild_type), limit)
-    at_once = max((len(mutant.sites) for mutant in mutants), default=1)
-    sites = {"masked-marginals": at_once, "wt-marginals": residues, "pseudo-perplexity": 1}[mode]
-    # A pseudo-perplexity puts a question a residue: only so many mutants are planned together.
-    block = BLOCK if mode == "pseudo-perplexity" else max(1, len(mutants))
-    known: dict[Question, np.ndarray] = {}  # many mutants ask the same
-    result = np.zeros(len(mutants))
-    for first in range(0, len(mutants), block):
-        terms = [plan(wild_type, mutant, limit) for mutant in mutants[first : first + block]]
-        asked = dict.fromkeys(q for mutant in terms for q, _ in mutant)
-        new = [q for q in asked if q not in known]
-        for done, answer in enumerate(answers(placed, new, residues, sites)):
-            known[new[done]] = answer
-            tell(first + len(terms) * (done + 1) / len(new))
-        for row, mutant in enumerate(terms, first):
-            result[row] = sum(_term(known[q], wanted) for q, wanted in mutant)
-        known = {q: answer for q, answer in known.items() if q.sequence == wild_type}
-    return result
+    if mode == "pseudo-perplexity":
+        return _pseudo_log_ratios(model, wild_type, mutants, limit, on_progress)
+    # Mutants that ask the same share a query: (window, masked sites) to (row, site, old, new).
+    wanted: dict[tuple, list[tuple]] = collections.defaultdict(list)
+    for row, mutant in enumerate(mutants):
+        for sites in [(site,) for site in mutant.sites] if additive else [mutant.sites]:
+            window = _window(wild_type, mutant.name, sites, limit)
+            masked = tuple(s.index for s in sites) if mode == "masked-marginals" else ()
+            wanted[window, masked] += [(row, *site) for site in sites]
+
+    def queries() -> Iterator[LogProbQuery]:
+        for ((start, stop), masked), terms in wanted.items():
+            tokens = tokenizer.encode(wild_type[start:stop])
+            tokens[np.array(masked, int) - start + 1] = tokenizer.MASK
+            sites = sorted({site for _, site, _, _ in terms})
+            yield LogProbQuery(tokens, np.array(sites) - start + 1, (sites, terms))
+
+    scores = np.zeros(len(mutants))
+    columns = max((len({site for _, site, _, _ in terms}) for terms in wanted.values()), default=1)
+    for done, (query, log_probs) in enumerate(run_queries(model, queries(), columns), 1):
+        sites, terms = query.context
+        row, site, old, new = zip(*terms, strict=True)
+        at, logp = np.searchsorted(sites, site), log_probs.astype(np.float64)
+        np.add.at(scores, list(row), logp[at, _ids(new)] - logp[at, _ids(old)])
+        on_progress(len(mutants) * done / len(wanted))
+    return scores
 
 
-# A term: the sites of a question in order, each with (letter counted in, letter counted out).
-Terms = list[tuple[Question, tuple[tuple[str | None, str | None], ...]]]
+def _pseudo_log_ratios(model, wild_type, mutants, limit, on_progress) -> np.ndarray:
+    """PLL(mutant) - PLL(wild type), both over the same window, of each mutant."""
+    windows = [_window(wild_type, mutant.name, mutant.sites, limit) for mutant in mutants]
+    sequences = {
+        (row, w): m.apply_to(wild_type)
+        for row, (m, w) in enumerate(zip(mutants, windows, strict=True))
+    }
+    sequences |= {(None, window): wild_type for window in windows}
+    total = sum(stop - start for _, (start, stop) in sequences)
+
+    def queries() -> Iterator[LogProbQuery]:
+        for key, sequence in sequences.items():
+            tokens = tokenizer.encode(sequence[slice(*key[1])])
+            yield from _one_masked(tokens, range(1, len(tokens) - 1), key)
+
+    pll: Counter = Counter()
+    for done, (query, log_probs) in enumerate(run_queries(model, queries()), 1):
+        key, token = query.context
+        pll[key] += float(log_probs[0, token])
+        on_progress(len(mutants) * done / total)
+    return np.array([pll[row, w] - pll[None, w] for row, w in enumerate(windows)])
 
 
-def _term(log_p: np.ndarray, wanted) -> float:
-    total = 0.0
-    for row, (plus, minus) in zip(log_p.astype(np.float64), wanted, strict=True):
-        for letter, sign in ((plus, 1), (minus, -1)):
-            if letter is not None:
-                total += sign * row[tokenizer.residue_ids(letter.encode())[0]]
-    return total
+def _one_masked(tokens: np.ndarray, columns, key: Any) -> Iterator[LogProbQuery]:
+    """One query for each of `columns`, with that token masked; context (key, the token)."""
+    for column in columns:
+        masked = tokens.copy()
+        masked[column] = tokenizer.MASK
+        yield LogProbQuery(masked, [column], (key, int(tokens[column])))
 
 
-def _window(wild_type: str, mutant: Mutant, indices: Sequence[int], limit: int) -> tuple[int, int]:
-    window = centred(min(indices), max(indices), len(wild_type), limit)
+def _ids(letters: Sequence[str]) -> np.ndarray:
+    return tokenizer.residue_ids("".join(letters).encode())
+
+
+def _window(wild_type: str, name: str, sites: Sequence[Site], limit: int) -> tuple[int, int]:
+    first, last = min(sites).index, max(sites).index
+    window = centered_window(first, last, len(wild_type), limit)
     if window is None:
         raise UserError(
-            f"{mutant.name}: its sites are {max(indices) - min(indices) + 1} residues apart, the "
-            f"model reads {limit} at once; leave the mutant out, or score its parts with --additive"
+            f"{name}: its sites are {last - first + 1} residues apart, the model reads {limit} at "
+            "once; leave the mutant out, or score its parts with --additive"
         )
     return window
 
 
-def _masked(wild_type: str, mutant: Mutant, limit: int) -> Terms:
-    window = _window(wild_type, mutant, mutant.indices, limit)
-    return [
-        (
-            Question(wild_type, *window, mutant.indices),
-            tuple((new, old) for _, old, new in mutant.sites),
-        )
-    ]
+@dataclasses.dataclass(frozen=True)
+class PseudoPerplexity:
+    """Of n proteins, in their order: residues that were predicted (int [n]) and the sums of their
+    -log p in nats (float64 [n])."""
+
+    residues: np.ndarray
+    nats: np.ndarray
+
+    @property
+    def each(self) -> np.ndarray:
+        """Pseudo-perplexity of every protein: float64 [n], NaN where no residue is known."""
+        with np.errstate(invalid="ignore"):
+            return np.exp(self.nats / self.residues)
+
+    @property
+    def median(self) -> float:
+        known = self.each[self.residues > 0]
+        return float(np.median(known)) if len(known) else math.nan
 
 
-def _masked_additive(wild_type: str, mutant: Mutant, limit: int) -> Terms:
-    return [
-        (Question(wild_type, *_window(wild_type, mutant, (i,), limit), (i,)), ((new, old),))
-        for i, old, new in mutant.sites
-    ]
+def pseudo_perplexity(
+    model: DeviceModel,
+    sequences: Sequence[bytes],
+    max_residues: int,
+    on_progress: Callable[[int], None] = lambda passes: None,
+) -> PseudoPerplexity:
+    """exp(-mean log p(x_i | x without i)) of clean sequences, one forward pass a residue.
 
+    Sequences longer than `max_residues` are cut to a prefix. Unknown letters, and those that the
+    model has no token for, stay and are not predicted. `on_progress` is called for each pass.
+    """
+    residues, nats = np.zeros(len(sequences), np.int64), np.zeros(len(sequences))
+    missing = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
 
-def _wild_type(wild_type: str, mutant: Mutant, limit: int) -> Terms:
-    # The whole window is one question, so that a short protein is read once for all mutants.
-    window = _window(wild_type, mutant, mutant.indices, limit)
-    letters = {i: (new, old) for i, old, new in mutant.sites}
-    sites = tuple(range(*window))
-    return [
-        (
-            Question(wild_type, *window, sites, masked=False),
-            tuple(letters.get(i, (None, None)) for i in sites),
-        )
-    ]
+    def queries() -> Iterator[LogProbQuery]:
+        for i, sequence in enumerate(sequences):
+            tokens = tokenizer.encode(sequence[:max_residues])
+            known = (tokens >= tokenizer.FIRST_RESIDUE) & ~np.isin(tokens, missing)
+            residues[i] = known.sum()
+            yield from _one_masked(tokens, np.flatnonzero(known).tolist(), i)
 
-
-def _pseudo(wild_type: str, mutant: Mutant, limit: int) -> Terms:
-    """PLL(mutant) - PLL(wild type), both over the same window."""
-    window = _window(wild_type, mutant, mutant.indices, limit)
-    changed = mutant.applied(wild_type)
-    inside = range(*window)
-    return [(Question(changed, *window, (i,)), ((changed[i], None),)) for i in inside] + [
-        (Question(wild_type, *window, (i,)), ((None, wild_type[i]),)) for i in inside
-    ]
+    for query, log_probs in run_queries(model, queries()):
+        i, token = query.context
+        nats[i] -= float(log_probs[0, token])
+        on_progress(1)
+    return PseudoPerplexity(residues, nats)

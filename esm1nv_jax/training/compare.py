@@ -15,7 +15,7 @@ from rich.table import Table
 from esm1nv_jax.common import arguments, config_file, files, metrics_log
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.html import Page, figure
+from esm1nv_jax.common.html import HtmlReport, new_figure
 from esm1nv_jax.training.run_config import changes_learning
 from esm1nv_jax.training.workdir import CONFIG
 
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
             with files.writing(options.out):
                 plot_curves(runs).savefig(options.out, dpi=110)
         else:
-            files.write(options.out, page(runs, differences, table).text())
+            files.write(options.out, page(runs, differences, table).to_html())
         console.print(f"wrote  {options.out}", markup=False)
 
 
@@ -147,7 +147,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def plot_curves(runs: list[Run]):
     """Plot the validation perplexity of every run against steps."""
-    plot, axis = figure(height=4.2)
+    plot, axis = new_figure(height=4.2)
     colour_of: dict[tuple, str] = {}
     for run in runs:
         known = run.recipe in colour_of
@@ -169,8 +169,8 @@ def plot_curves(runs: list[Run]):
     return plot
 
 
-def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Page:
-    made = Page("Runs side by side")
+def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> HtmlReport:
+    made = HtmlReport("Runs side by side")
     made.plot(plot_curves(runs), "validation perplexity of every run against steps")
     made.note("One colour a recipe; dashed lines are further seeds of it.")
     made.heading("Over seeds")
@@ -183,7 +183,7 @@ def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> Pa
             [[name, *map(str, values)] for name, values in differences.items()],
         )
     else:
-        made.say("The configs do not differ.")
+        made.paragraph("The configs do not differ.")
     return made
 
 

@@ -15,3 +15,11 @@ def model(model_path):
     from esm1nv_jax import load
 
     return load(model_path)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    from esm1nv_jax.inference import embed
+
+    monkeypatch.setattr(embed, "PART_RESIDUES", 400)
+    monkeypatch.setattr(embed, "PART_BATCHES", 0)

@@ -1,15 +1,11 @@
-"""Files of embeddings: their contents, what they do not depend on, and how they survive."""
+"""Files of embeddings: their contents, and what they do not depend on."""
 
 import dataclasses
 import gzip
 import hashlib
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 
 import h5py
@@ -22,42 +18,10 @@ from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference import embed as embed_lib
-from esm1nv_jax.inference.embed import Request, embed, merge
-from esm1nv_jax.inference.parts import Spool
+from esm1nv_jax.inference.embed import EmbedRequest, embed
 from esm1nv_jax.inference.proteins import scan
+from tests.inference.embed_jobs import EVERYTHING, PROTEINS, by_protein, read_npz, request
 from tests.inference.models import make_proteins, write_fasta
-
-PROTEINS = make_proteins(40, seed=11, longest=150)  # some longer than the model's 64 residues
-EVERYTHING = ("mean", "per_residue", "cls", "logits")
-
-
-def request(model_path, folder, proteins=PROTEINS, out="out.npz", **options):
-    fasta = write_fasta(model_folder / "in.fasta", proteins)
-    return Request(model_path, fasta, str(model_folder / out), **options)
-
-
-def read_npz(path):
-    with np.load(path) as file:
-        return {name: file[name] for name in file.files}
-
-
-def by_protein(path, name):
-    """The rows of each protein under its id."""
-    found = read_npz(path)
-    offsets = found["offsets"]
-    return {
-        str(i): found[name][offsets[k] : offsets[k + 1]]
-        if len(found[name]) > len(offsets)
-        else found[name][k]
-        for k, i in enumerate(found["id"])
-    }
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 400)
-    monkeypatch.setattr(embed_lib, "PART_BATCHES", 0)
 
 
 def test_the_three_formats_hold_the_same_in_the_order_of_the_fasta(
@@ -107,9 +71,9 @@ def test_a_protein_does_not_depend_on_what_else_is_in_the_file(model_path, tmp_p
     for deterministic in (False, True):
         options = {"include": ("mean", "per_residue"), "deterministic": deterministic}
         for name, proteins in (("all", PROTEINS), ("some", others)):
-            model_folder = tmp_path / f"{name}{deterministic}"
-            model_folder.mkdir()
-            embed(request(model_path, model_folder, proteins, **options))
+            folder = tmp_path / f"{name}{deterministic}"
+            folder.mkdir()
+            embed(request(model_path, folder, proteins, **options))
         for field in ("mean_-1", "per_residue_-1"):
             everything = by_protein(tmp_path / f"all{deterministic}" / "out.npz", field)
             some = by_protein(tmp_path / f"some{deterministic}" / "out.npz", field)
@@ -127,130 +91,6 @@ def test_bf16_does_not_depend_on_neighbours_beyond_its_stated_bound(model_path, 
     everything = by_protein(tmp_path / "all" / "out.npz", "mean_-1")
     for name, value in by_protein(tmp_path / "some" / "out.npz", "mean_-1").items():
         np.testing.assert_allclose(value, everything[name], atol=2e-2)
-
-
-def test_shards_merge_into_the_file_of_one_job(model_path, tmp_path, small_parts):
-    (tmp_path / "one").mkdir()
-    alone = embed(request(model_path, tmp_path / "one", include=("mean", "per_residue")))
-    for i in (3, 1):
-        part = request(model_path, tmp_path, include=("mean", "per_residue"), shard=(i, 3))
-        assert embed(part) is None
-    with pytest.raises(UserError, match="parts are missing"):
-        merge(str(tmp_path / "out.npz"))
-    embed(request(model_path, tmp_path, include=("mean", "per_residue"), shard=(2, 3)))
-    assert merge(str(tmp_path / "out.npz")) == alone
-    assert read_npz(tmp_path / "out.npz")["id"].tolist() == [name for name, _ in PROTEINS]
-
-
-RUN = """
-import sys, time
-from esm1nv_jax import cli
-from esm1nv_jax.common import arguments
-from esm1nv_jax.inference import embed, parts
-embed.PART_RESIDUES, embed.PART_BATCHES = 300, 0
-write = parts.Spool.write
-def slow(self, part, arrays):
-    write(self, part, arrays)
-    time.sleep({pause})
-parts.Spool.write = slow
-sys.exit(arguments.run(cli.dispatch, sys.argv[1:]))
-"""
-
-
-def start(argv, pause=0.0):
-    code = RUN.format(pause=pause)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-
-
-def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path):
-    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
-
-    def argv(out):
-        return [
-            "embed",
-            "--checkpoint",
-            model_path,
-            "--fasta",
-            fasta,
-            "--out",
-            str(out),
-            "--include",
-            "mean,per_residue",
-            "--layers",
-            "-1,1",
-        ]
-
-    undisturbed = start(argv(tmp_path / "a.h5"))
-    killed = start(argv(tmp_path / "b.h5"), pause=0.5)
-    parts = tmp_path / "b.h5.parts"
-    deadline = time.monotonic() + 120
-    while len(list(parts.glob("part-*.npz"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    assert not (tmp_path / "b.h5").exists()
-    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.npz")}
-    assert 2 <= len(before) < json.loads((parts / "settings.json").read_text())["parts"]
-    resumed = start(argv(tmp_path / "b.h5"))
-    out, err = resumed.communicate()
-    assert resumed.returncode == 0, err
-    assert "taking up" in err
-    expected, err = undisturbed.communicate()
-    assert undisturbed.returncode == 0, err
-    assert out == expected and out.startswith("contents ")
-    with h5py.File(tmp_path / "a.h5") as a, h5py.File(tmp_path / "b.h5") as b:
-        assert a["per_residue_1"][:].tobytes() == b["per_residue_1"][:].tobytes()
-
-
-def test_sigterm_says_what_is_kept(model_path, tmp_path):
-    fasta, out = write_fasta(tmp_path / "in.fasta", PROTEINS), tmp_path / "o.npz"
-    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out)]
-    job = start(argv, pause=60)
-    parts, deadline = tmp_path / "o.npz.parts", time.monotonic() + 120
-    while not list(parts.glob("part-*.npz")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    err = job.communicate()[1]
-    assert job.returncode == 75 and err.splitlines()[-1].startswith("stopped; "), err
-    assert str(parts) in err
-
-
-def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
-    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
-    argv = [
-        "embed",
-        "--checkpoint",
-        model_path,
-        "--fasta",
-        fasta,
-        "--out",
-        str(tmp_path / "o.npz"),
-        "--include",
-        "per_residue",
-    ]
-    # Files may grow to 100 kB: parts of 300 residues fit, the joined file does not.
-    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-    code = limit + RUN.format(pause=0)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert done.returncode == 2, done.stderr
-    assert "no space left" in done.stderr and "o.npz.parts" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "o.npz").exists() and not list(tmp_path.glob("*.tmp"))
-    assert list((tmp_path / "o.npz.parts").glob("part-*.npz"))
-    again = start(argv)
-    assert again.wait() == 0, again.stderr.read()
 
 
 def test_long_proteins_by_each_policy(model, model_path, tmp_path, capsys):
@@ -291,15 +131,15 @@ def test_records_are_mended_counted_or_refused_as_in_preparation(model_path, tmp
     path = tmp_path / "in.fasta.gz"
     path.write_bytes(gzip.compress(text))
     out = str(tmp_path / "o.npz")
-    embed(Request(model_path, str(path), out, include=("per_residue",)))
+    embed(EmbedRequest(model_path, str(path), out, include=("per_residue",)))
     found = read_npz(out)
     assert found["id"].tolist() == ["A", "B", "C"] and found["length"].tolist() == [3, 4, 3]
     told = capsys.readouterr().err
     assert "duplicate record 1" in told and "lower case 1" in told
     path.write_bytes(gzip.compress(text + b">D\n\n>E\nMKV\n"))
     with pytest.raises(UserError, match=r"in\.fasta\.gz, line 9: no sequence for 'D'"):
-        embed(Request(model_path, str(path), out, overwrite=True))
-    embed(Request(model_path, str(path), out, overwrite=True, on_error="skip"))
+        embed(EmbedRequest(model_path, str(path), out, overwrite=True))
+    embed(EmbedRequest(model_path, str(path), out, overwrite=True, on_error="skip"))
     assert read_npz(out)["id"].tolist() == ["A", "B", "C", "E"]
 
 
@@ -307,7 +147,7 @@ def test_an_id_with_two_sequences_is_told_with_both_lines(model_path, tmp_path):
     path = tmp_path / "twice.fasta"
     path.write_text(">a\nMKV\n>b\nMK\n>a\nMKV\n>a\nMV\n")
     with pytest.raises(UserError, match=r"fasta, line 7: id 'a' stood before.*fasta, line 1"):
-        embed(Request(model_path, str(path), str(tmp_path / "out.parquet")))
+        embed(EmbedRequest(model_path, str(path), str(tmp_path / "out.parquet")))
 
 
 def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
@@ -345,57 +185,6 @@ def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
     assert arguments.run(cli.dispatch, ["embed", "--merge", "--out", good["out"]]) == 2
 
 
-def test_other_settings_do_not_mix_with_unfinished_work(model_path, tmp_path, small_parts):
-    embed(request(model_path, tmp_path, shard=(1, 2)))
-    with pytest.raises(UserError, match=r"dtype: 'float32' there, 'float16' here"):
-        embed(request(model_path, tmp_path, shard=(2, 2), dtype="float16"))
-    with pytest.raises(UserError, match="proteins"):
-        embed(request(model_path, tmp_path, PROTEINS[:-1], shard=(2, 2)))
-    (tmp_path / "one").mkdir()
-    alone = embed(request(model_path, tmp_path / "one"))
-    assert embed(request(model_path, tmp_path)) == alone  # one job finishes what shards began
-
-
-def test_jobs_that_begin_together_share_one_folder(model_path, tmp_path, small_parts, monkeypatch):
-    """A job that found no folder meets that of another, with a part in it."""
-    (tmp_path / "one").mkdir()
-    alone = embed(request(model_path, tmp_path / "one"))
-    seen, make = [], Spool._make
-
-    def late(self, settings):
-        if not seen:
-            seen.append(None)
-            embed(request(model_path, tmp_path, shard=(1, 2)))
-        make(self, settings)
-
-    monkeypatch.setattr(Spool, "_make", late)
-    embed(request(model_path, tmp_path, shard=(2, 2)))
-    assert merge(str(tmp_path / "out.npz")) == alone
-
-
-def test_what_is_left_of_a_removed_folder_does_not_count(model_path, tmp_path):
-    parts = tmp_path / "out.npz.parts"
-    parts.mkdir()
-    (parts / "part-000000.npz").write_bytes(b"old")
-    embed(request(model_path, tmp_path))
-
-
-def test_work_begun_on_other_devices_goes_on_in_its_parts(
-    model_path, tmp_path, small_parts, monkeypatch
-):
-    (tmp_path / "one").mkdir()
-    alone = embed(request(model_path, tmp_path / "one"))
-    embed(request(model_path, tmp_path, shard=(1, 2)))
-    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 800)  # as more devices would have it
-    assert embed(request(model_path, tmp_path)) == alone
-
-
-def test_the_same_model_elsewhere_goes_on(model_path, tmp_path, small_parts):
-    embed(request(model_path, tmp_path, shard=(1, 2)))
-    moved = shutil.copytree(model_path, tmp_path / "moved")
-    assert embed(request(str(moved), tmp_path))
-
-
 def test_checking_a_file_holds_little_of_each_record(tmp_path):
     peaks = []
     for n in (20_000, 60_000):
@@ -407,24 +196,12 @@ def test_checking_a_file_holds_little_of_each_record(tmp_path):
     assert peaks[1] - peaks[0] < 40 * 40_000
 
 
-def test_a_damaged_part_is_found(model_path, tmp_path, small_parts):
-    embed(request(model_path, tmp_path, shard=(1, 2)))
-    embed(request(model_path, tmp_path, shard=(2, 2)))
-    part = tmp_path / "out.npz.parts" / "part-000001.npz"
-    content = bytearray(part.read_bytes())
-    at = content.index(b"mean_-1.npy") + 300
-    content[at] ^= 1
-    part.write_bytes(content)
-    with pytest.raises(UserError, match=r"part-000001\.npz is damaged"):
-        merge(str(tmp_path / "out.npz"))
-
-
 PEAK = """
 import resource, sys
 from esm1nv_jax.inference import embed
 embed.PART_BYTES, embed.PART_RESIDUES, embed.PART_BATCHES = 1 << 22, 1 << 14, 0
 checkpoint, fasta, out = sys.argv[1:]
-embed.embed(embed.Request(checkpoint, fasta, out, include=("per_residue", "mean")))
+embed.embed(embed.EmbedRequest(checkpoint, fasta, out, include=("per_residue", "mean")))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 

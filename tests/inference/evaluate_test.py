@@ -18,12 +18,12 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.source import MemorySource, open_split
 from esm1nv_jax.data.vocabulary import ESM1NV
 from esm1nv_jax.inference import fixed_masks
-from esm1nv_jax.inference.evaluate import figures, read_groups, to_json
-from esm1nv_jax.inference.grouped_mean import Tally
+from esm1nv_jax.inference.evaluate import evaluate_model, read_groups, to_json
+from esm1nv_jax.inference.evaluation_report import ORDER, blosum62, compare_with_blosum62
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.pseudo_perplexity import pseudo_perplexity
-from esm1nv_jax.inference.row_shapes import Shapes
-from esm1nv_jax.inference.substitution import ORDER, blosum62, substitution
+from esm1nv_jax.inference.perplexity import GroupedMean
+from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.inference.variant_scores import pseudo_perplexity
 from esm1nv_jax.model import encoder
 
 CONFIG = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=130)
@@ -53,7 +53,7 @@ def found(model, proteins, tmp_path_factory):
     path = tmp_path_factory.mktemp("masks") / "masks.jsonl"
     groups = {name: "odd" if i % 2 else "even" for i, (name, _) in enumerate(proteins)}
     source = MemorySource(proteins)
-    result = figures(model, source, groups=groups, masks_out=str(path))
+    result = evaluate_model(model, source, groups=groups, masks_out=str(path))
     return result, path, groups
 
 
@@ -142,28 +142,32 @@ def test_classes_of_proteins_add_up_to_the_whole(found, proteins):
     assert result["cropped"] == sum(len(s) > 128 for _, s in proteins)
 
 
-def flat(figures):
-    whole = figures["overall"]
+def flat(results):
+    whole = results["overall"]
     return [whole[name] for name in sorted(whole)]
 
 
 def test_order_batch_and_devices_change_nothing(model, params, found, proteins):
     reference = flat(found[0])
     shuffled = random.Random(1).sample(proteins, len(proteins))
-    np.testing.assert_allclose(flat(figures(model, MemorySource(shuffled))), reference, rtol=1e-6)
+    np.testing.assert_allclose(
+        flat(evaluate_model(model, MemorySource(shuffled))), reference, rtol=1e-6
+    )
     one = Model(CONFIG, params, {})
-    placed = one.placed
+    placed = one.on_devices
     mesh = jax.make_mesh((1,), ("rows",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     alone = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    one.__dict__["placed"] = type(placed)(
-        CONFIG, one.compute, jax.device_put(params, everywhere), alone, Shapes.of(130, 700, 1)
+    one.__dict__["on_devices"] = type(placed)(
+        CONFIG, one.compute, jax.device_put(params, everywhere), alone, RowShapes.up_to(130, 700, 1)
     )
-    np.testing.assert_allclose(flat(figures(one, MemorySource(proteins))), reference, rtol=1e-6)
+    np.testing.assert_allclose(
+        flat(evaluate_model(one, MemorySource(proteins))), reference, rtol=1e-6
+    )
 
 
 def test_another_seed_asks_other_questions(model, found, proteins):
-    other = figures(model, MemorySource(proteins), seed=1)["overall"]
+    other = evaluate_model(model, MemorySource(proteins), seed=1)["overall"]
     whole = found[0]["overall"]
     assert other["positions"] == whole["positions"]
     assert abs(other["perplexity_mask"] / whole["perplexity_mask"] - 1) > 1e-4
@@ -171,18 +175,18 @@ def test_another_seed_asks_other_questions(model, found, proteins):
 
 def test_masks_read_back_ask_the_same(model, found):
     result, path, _ = found
-    source, records = fixed_masks.read(str(path))
-    again = figures(model, source, records=records)["overall"]
+    masks = fixed_masks.read_masks(str(path))
+    again = evaluate_model(model, masks.source, mask_file=masks)["overall"]
     # The unknown letters of the file are the same; only the unigram sees cropped proteins now.
     for name in ("perplexity", "perplexity_mask", "perplexity_mask_20", "accuracy_mask"):
         assert again[name] == pytest.approx(result["overall"][name], rel=1e-6)
 
 
 def test_a_perfect_and_a_constant_predictor():
-    tally = Tally.empty(1)
+    tally = GroupedMean.zeros(1)
     tally.add(np.zeros(3, int), np.array([5, 1, 9]), np.zeros(3))
     assert tally.perplexity() == (1.0, 0.0)
-    tally = Tally.empty(2)
+    tally = GroupedMean.zeros(2)
     tally.add(np.ones(3, int), np.array([5, 1, 9]), np.array([5, 1, 9]) * math.log(20))
     assert tally.perplexity(1) == (pytest.approx(20), pytest.approx(0, abs=1e-6))
     assert math.isnan(tally.mean(0)[0])
@@ -195,7 +199,7 @@ def test_the_standard_error_is_the_spread_of_repeated_samples():
     for _ in range(1000):
         n = rng.integers(1, 60, 80)
         total = n * rng.normal(2.8, 0.3, 80) + rng.normal(0, np.sqrt(n))
-        tally = Tally.empty(1)
+        tally = GroupedMean.zeros(1)
         tally.add(np.zeros(80, int), n, total)
         mean, error = tally.mean()
         means.append(mean)
@@ -207,8 +211,8 @@ def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say():
     config = dataclasses.replace(CONFIG, vocabulary=ESM1NV.removesuffix(" O"))
     model = Model(config, encoder.init(config, 0), {})
     source = MemorySource([("a", b"MKO" * 20), ("b", b"OOOO"), ("c", b"ACDEFGHIKL")])
-    found = figures(model, source, pseudo=True)
-    whole = figures(Model(CONFIG, encoder.init(CONFIG, 0), {}), source)["overall"]
+    found = evaluate_model(model, source, pseudo=True)
+    whole = evaluate_model(Model(CONFIG, encoder.init(CONFIG, 0), {}), source)["overall"]
     assert found["overall"]["perplexity"] < 40 and "O" not in found["by_residue"]
     assert 0 < found["overall"]["positions"] < whole["positions"]
     assert [s["residues"] for s in found["pseudo_perplexity"]["sequences"]] == [40, 0, 10]
@@ -216,7 +220,7 @@ def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say():
 
 def test_pseudo_perplexity_hides_one_residue_at_a_time(model):
     sequences = [b"MKTAYIAKQR", b"GAVXLW", b"M" * 140]
-    found = pseudo_perplexity(model, sequences, max_residues=128)
+    found = pseudo_perplexity(model.on_devices, sequences, max_residues=128)
     for i, sequence in enumerate(sequences[:2]):
         nats = []
         for at in range(len(sequence)):
@@ -228,8 +232,10 @@ def test_pseudo_perplexity_hides_one_residue_at_a_time(model):
             nats.append(-logp[tokenizer.TOKENS.index(text[at])])
         assert found.each[i] == pytest.approx(math.exp(np.mean(nats)), rel=1e-5)
     assert found.residues.tolist() == [10, 6, 128]
-    result = found.figures(["a", "b", "c"])
-    assert result["median"] == pytest.approx(np.median(found.each))
+    assert found.median == pytest.approx(np.median(found.each))
+    source = MemorySource([(f"p{i}", sequence) for i, sequence in enumerate(sequences)])
+    result = evaluate_model(model, source, pseudo=True)["pseudo_perplexity"]
+    assert result["median"] == found.median
     assert result["token_weighted"] == pytest.approx(math.exp(found.nats.sum() / 144))
 
 
@@ -246,9 +252,10 @@ def test_the_log_odds_of_counts_made_from_blosum_are_blosum():
     p = p / p.sum()
     joint = np.outer(p, p) * 2 ** (blosum62() / 2)
     mix = [ORDER.index(a) for a in letters]
-    found = substitution(joint[np.ix_(mix, mix)], letters)
-    assert found.pearson > 0.98
-    np.testing.assert_allclose(found.log_odds, found.log_odds.T)
+    found = compare_with_blosum62(joint[np.ix_(mix, mix)], letters)
+    assert found["pearson_blosum62"] > 0.98
+    log_odds = np.array(found["log_odds_bits"])
+    np.testing.assert_allclose(log_odds, log_odds.T)
 
 
 def test_no_nan_reaches_json():
@@ -335,7 +342,7 @@ def test_a_wrong_file_of_masks_is_one_line(saved, tmp_path, capsys, change, said
 
 
 def test_a_figure_of_no_positions_is_not_a_number():
-    assert all(math.isnan(value) for value in Tally.empty(1).perplexity())
+    assert all(math.isnan(value) for value in GroupedMean.zeros(1).perplexity())
 
 
 def test_an_empty_run_is_one_line(tmp_path):

@@ -15,10 +15,13 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
 from esm1nv_jax.inference import probe, probe_heads
-from esm1nv_jax.inference.probe_heads import Data, Scale, Setting
+from esm1nv_jax.inference.probe_heads import LabeledFeatures, Scale, Setting
 from esm1nv_jax.model import encoder
 
 LETTERS = "LASGVERTDIPKNFQYHMCW"
+
+
+SETTING = {"linear": Setting(1e-4), "cnn": Setting(0.0, 1e-2), "mlp": Setting(0.0, 1e-2)}
 
 
 def proteins(n, seed, low=20, high=90):
@@ -47,13 +50,13 @@ def of_residues(sequences, per_residue=True):
     labels = np.concatenate([[int(a in "LIVMF") for a in s] for s in sequences])
     sizes = np.array([len(s) for s in sequences])
     split = Split([s.encode() for s in sequences], labels, np.ones(len(labels), bool), sizes)
-    return Data(split, probe.one_hot(split, True))
+    return LabeledFeatures(split, probe.one_hot(split, True))
 
 
 @pytest.mark.parametrize("head", ["linear", "cnn"])
 def test_a_head_finds_what_stands_in_the_features(head):
     train, valid, test = (of_residues(proteins(40, seed)) for seed in range(3))
-    _, predict = probe_heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+    _, predict = probe_heads.fit(head, 2, train, valid, SETTING[head], 0, accuracy)
     assert accuracy(test.split, predict(test)) > 0.99
 
 
@@ -66,14 +69,14 @@ def test_only_the_cnn_sees_neighbours():
         at = np.arange(len(starts))
         before = np.where(at - 3 >= starts, at - 3, -1)
         labels = np.where(before >= 0, data.split.labels[before], 0)
-        return Data(
+        return LabeledFeatures(
             Split(data.split.sequences, labels, data.split.used, data.split.sizes), data.features
         )
 
     train, valid, test = map(shifted, range(3))
     found = {}
     for head in ("linear", "cnn"):
-        _, predict = probe_heads.fit(head, 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+        _, predict = probe_heads.fit(head, 2, train, valid, SETTING[head], 0, accuracy)
         found[head] = accuracy(test.split, predict(test))
     assert found["cnn"] > 0.97 and found["linear"] < 0.8
 
@@ -86,11 +89,11 @@ def test_residues_with_mask_0_neither_train_nor_score():
         bad = rng.random(len(data.split.labels)) < 0.7
         data.split.used[:] = ~bad
         data.split.labels[bad] = 1 - data.split.labels[bad]
-    _, predict = probe_heads.fit("linear", 2, train, valid, Setting(1e-2, 0.0), 0, accuracy)
+    _, predict = probe_heads.fit("linear", 2, train, valid, SETTING["linear"], 0, accuracy)
     assert accuracy(test.split, predict(test)) > 0.99
     splits = (data.split for data in (train, valid, test))
     task = labeled_data.Task("secondary_structure", ("C", "H"), *splits, "")
-    assert probe.figures(task, test.split, predict(test))["accuracy"] > 0.99
+    assert probe.metrics(task, test.split, predict(test))["accuracy"] > 0.99
 
 
 def test_an_mlp_regresses_in_units_of_the_label():
@@ -98,7 +101,7 @@ def test_an_mlp_regresses_in_units_of_the_label():
         x = np.random.default_rng(seed).normal(size=(400, 5)).astype(np.float32)
         labels = 300 + 50 * x[:, 0] * x[:, 1]
         ones = np.ones(400, np.int64)
-        return Data(Split([b"A"] * 400, labels, ones.astype(bool), ones), x)
+        return LabeledFeatures(Split([b"A"] * 400, labels, ones.astype(bool), ones), x)
 
     train, valid, test = map(made, range(3))
 
@@ -107,17 +110,47 @@ def test_an_mlp_regresses_in_units_of_the_label():
 
     errors = {}
     for head in ("linear", "mlp"):
-        _, predict = probe_heads.fit(head, 0, train, valid, Setting(1e-2, 0.0), 0, score)
+        _, predict = probe_heads.fit(head, 0, train, valid, SETTING[head], 0, score)
         errors[head] = -score(test.split, predict(test))
     assert errors["mlp"] < 0.3 * 50**2 < 0.7 * errors["linear"]
 
 
 def test_the_setting_is_chosen_on_validation(checkpoint, tmp_path, monkeypatch):
     """One of two settings cannot learn at all."""
-    monkeypatch.setattr(probe, "GRID", (Setting(0.0, 0.0), Setting(1e-2, 0.0)))
+    monkeypatch.setitem(probe_heads.GRIDS, "mlp", (Setting(0.0, 0.0), Setting(0.0, 1e-2)))
+    monkeypatch.setitem(probe_heads.GRIDS, "linear", (Setting(1e6), Setting(1e-3)))
     path = write(tmp_path / "t.csv", three(proteins(80, 2), lambda s: str(s.count("L") / len(s))))
     found = run(checkpoint, "regression", path, tmp_path)
-    assert all(row["learning_rate"] == 1e-2 for row in found["rows"])
+    for row in found["rows"]:
+        if row["head"] == "linear":
+            assert row["weight_decay"] == 1e-3
+        else:
+            assert row["learning_rate"] == 1e-2
+
+
+def test_a_linear_head_is_at_the_optimum():
+    """Ridge regression has a closed form; a logistic one has no gradient left at its optimum."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 6)).astype(np.float32) * [1, 1, 1, 3, 3, 0.5]
+    ones = np.ones(500, np.int64)
+    labels = 5 + x @ rng.normal(size=6) + rng.normal(size=500)
+    data = LabeledFeatures(Split([b"A"] * 500, labels, ones.astype(bool), ones), x)
+    scale, l2 = Scale.of(data, regression=True), 0.1
+    params = probe_heads.fit_linear(0, data, scale, l2)
+    z, y = (x - scale.mean) / scale.std, (labels - labels.mean()) / labels.std()
+    # Mean squared error + l2 / 2 |w|^2: (2 / n Z'Z + l2) w = 2 / n Z'y, and the bias is 0.
+    exact = np.linalg.solve(2 / 500 * z.T @ z + l2 * np.eye(6), 2 / 500 * z.T @ y)
+    np.testing.assert_allclose(params["kernel"][:, 0], exact, atol=1e-4)
+
+    classes = (labels > 5).astype(int) + (labels > 7)
+    used = rng.random(500) < 0.8
+    data = LabeledFeatures(Split([b"A"] * 500, classes, used, ones), x)
+    params = probe_heads.fit_linear(3, data, scale, l2 := 0.01)
+    logits = z[used] @ params["kernel"].astype(float) + params["bias"]
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    slope = z[used].T @ (p - np.eye(3)[classes[used]]) / used.sum() + l2 * params["kernel"]
+    assert np.abs(slope).max() < 1e-4 < 0.1 < np.abs(params["kernel"]).max()
 
 
 def test_batches_hold_every_label_once_and_padding_is_unused():
@@ -159,7 +192,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def one_setting(monkeypatch):
-    monkeypatch.setattr(probe, "GRID", (Setting(1e-2, 0.0),))
+    for head, setting in SETTING.items():
+        monkeypatch.setitem(probe_heads.GRIDS, head, (setting,))
 
 
 def run(checkpoint, task, path, tmp_path, *options):

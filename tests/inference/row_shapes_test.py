@@ -4,22 +4,22 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esm1nv_jax.inference.row_shapes import Shapes, alone, packed
+from esm1nv_jax.inference.row_shapes import RowShapes, pack_rows, pad_rows
 
-SHAPES = Shapes.of(1026, 2048, 3)
+SHAPES = RowShapes.up_to(1026, 2048, 3)
 SIZES = st.lists(st.integers(3, 1026), min_size=1, max_size=200).map(np.array)
 
 
 def test_the_longest_row_is_no_longer_than_it_must_be():
     assert SHAPES.lengths == (64, 128, 256, 384, 512, 768, 1024, 1056)
-    assert Shapes.of(66, 2048, 1).lengths == (64, 96)
-    assert Shapes.of(5000, 2048, 1).lengths[-3:] == (2048, 4096, 5024)
+    assert RowShapes.up_to(66, 2048, 1).lengths == (64, 96)
+    assert RowShapes.up_to(5000, 2048, 1).lengths[-3:] == (2048, 4096, 5024)
 
 
 @given(SIZES)
 def test_every_item_stands_in_one_row_that_holds_it(sizes):
-    for layout in (alone, packed):
-        batches = list(layout(sizes, SHAPES))
+    for plan in (pad_rows, pack_rows):
+        batches = list(plan(sizes, SHAPES))
         items = [item for batch in batches for row in batch.rows for item in row]
         assert sorted(items) == list(range(len(sizes)))
         for batch in batches:
@@ -32,13 +32,13 @@ def test_every_item_stands_in_one_row_that_holds_it(sizes):
 
 def test_peptides_left_over_take_no_more_slots_than_a_longer_row_has():
     sizes = np.array([3] * 500 + [120] * 80)
-    for batch in packed(sizes, Shapes.of(256, 2048, 1)):
+    for batch in pack_rows(sizes, RowShapes.up_to(256, 2048, 1)):
         assert max(map(len, batch.rows)) <= SHAPES.slots(batch.length)
 
 
 @given(SIZES)
 def test_packed_only_the_last_batch_of_the_longest_rows_is_not_full(sizes):
-    batches = list(packed(sizes, SHAPES))
+    batches = list(pack_rows(sizes, SHAPES))
     longest = max(batch.length for batch in batches)
     for batch in batches[:-1]:
         assert len(batch.rows) == SHAPES.rows(batch.length) or batch.length == longest
@@ -48,14 +48,14 @@ def test_packed_only_the_last_batch_of_the_longest_rows_is_not_full(sizes):
 def test_alone_an_item_has_the_row_of_its_own_length(sizes, seed):
     chosen = np.random.default_rng(seed).permutation(len(sizes))[: len(sizes) // 2 + 1]
     for subset in (sizes, sizes[chosen]):
-        for batch in alone(subset, SHAPES):
+        for batch in pad_rows(subset, SHAPES):
             for (item,) in batch.rows:
                 assert batch.length == SHAPES.length(subset[item])
 
 
 def test_rows_of_natural_proteins_are_full():
     sizes = np.random.default_rng(0).gamma(2.2, 160, 2000).clip(30, 1022).astype(int) + 2
-    tokens = sum(batch.length * len(batch.rows) for batch in packed(sizes, SHAPES))
+    tokens = sum(batch.length * len(batch.rows) for batch in pack_rows(sizes, SHAPES))
     assert sizes.sum() / tokens > 0.9
 
 

@@ -158,7 +158,7 @@ def test_the_command_keeps_the_table_and_compares_by_rank(model, model_path, tmp
 
 
 def test_all_singles_and_their_heat_map(model, model_path, tmp_path):
-    assert score(model_path, tmp_path, "--all_singles") == 0
+    assert score(model_path, tmp_path, "--all-singles") == 0
     with open(tmp_path / "s.csv") as file:
         table = {row["mutant"]: float(row["score"]) for row in csv.DictReader(file)}
     assert len(table) == 19 * len(WILD)
@@ -177,12 +177,12 @@ def test_mistakes_of_the_command_are_one_line(model_path, tmp_path, capsys):
         (["--mutants", str(tmp_path / "ragged.csv")], "row 2: 3 fields"),
         (["--mutants", str(tmp_path / "none.csv")], "No such file"),
         (["--mutants", str(tmp_path / "good.csv"), "--mode", "best"], "invalid choice"),
-        (["--mutants", str(tmp_path / "good.csv"), "--all_singles"], "--mutants or --all_singles"),
-        ([], "--mutants or --all_singles"),
-        (["--all_singles", "--additive", "--mode", "wt-marginals"], "--additive is for"),
-        (["--all_singles", "--target", "x"], "--target=x is no column; there are mutant"),
+        (["--mutants", str(tmp_path / "good.csv"), "--all-singles"], "--mutants or --all-singles"),
+        ([], "--mutants or --all-singles"),
+        (["--all-singles", "--additive", "--mode", "wt-marginals"], "--additive is for"),
+        (["--all-singles", "--target", "x"], "--target=x is no column; there are mutant"),
         (["--mutants", str(tmp_path / "good.csv"), "--target", "x"], "no three numbers"),
-        (["--all_singles", "--out", str(tmp_path), "--overwrite"], "it is a folder"),
+        (["--all-singles", "--out", str(tmp_path), "--overwrite"], "it is a folder"),
     ]:
         assert score(model_path, tmp_path, *options) == 2
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
@@ -196,5 +196,5 @@ def test_a_mutant_too_wide_for_a_window_is_told_before_any_is_computed(model):
     done = []
     mutants = [*name[:100], f"{name[0]}:{name[-1]}"]  # more than are planned together
     with pytest.raises(UserError, match=f"{len(wild)} residues apart"):
-        model.score_variants(wild, mutants, mode="pseudo-perplexity", tell=done.append)
+        model.score_variants(wild, mutants, mode="pseudo-perplexity", on_progress=done.append)
     assert not done

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from esm1nv_jax.inference.windows import centred, windows
+from esm1nv_jax.inference.row_shapes import centered_window, split_into_windows
 
 
 def farthest(length, limit):
     """The window of each residue by the definition: farthest from a cut, the earlier of equals."""
-    found = windows(length, limit)
+    found = split_into_windows(length, limit)
     chosen = []
     for r in range(length):
 
@@ -26,7 +26,7 @@ def farthest(length, limit):
 @pytest.mark.parametrize("limit", [2, 3, 7, 10, 16])
 def test_every_residue_comes_from_the_window_in_which_it_is_farthest_from_a_cut(limit):
     for length in range(1, 5 * limit):
-        found = windows(length, limit)
+        found = split_into_windows(length, limit)
         assert found[0].first == 0 and found[-1].last == length
         assert all(w.stop - w.start == min(limit, length) for w in found)
         assert all(w.start <= w.first <= w.last <= w.stop for w in found)
@@ -35,14 +35,14 @@ def test_every_residue_comes_from_the_window_in_which_it_is_farthest_from_a_cut(
 
 
 def test_the_stride_is_half_a_window():
-    assert [w.start for w in windows(100, 20)] == [0, 10, 20, 30, 40, 50, 60, 70, 80]
+    assert [w.start for w in split_into_windows(100, 20)] == [0, 10, 20, 30, 40, 50, 60, 70, 80]
 
 
 @pytest.mark.parametrize("length,limit", [(50, 20), (51, 21), (20, 20), (7, 20)])
 def test_a_centred_window_holds_its_sites_and_stays_inside(length, limit):
     for first in range(length):
         for last in range(first, length):
-            found = centred(first, last, length, limit)
+            found = centered_window(first, last, length, limit)
             if last - first >= min(limit, length):
                 assert found is None
                 continue

@@ -130,11 +130,11 @@ def test_a_model_without_x_is_trained_on_sequences_with_x(tmp_path):
     assert sums["loss"] / sums["selected"] < 20
 
     from esm1nv_jax.data.source import MemorySource
-    from esm1nv_jax.inference.evaluate import figures
+    from esm1nv_jax.inference.evaluate import evaluate_model
     from esm1nv_jax.inference.model import load
 
     model = load(str(tmp_path))
-    found = figures(model, MemorySource([("a", b"MXKBZUOXLAAGW"), ("b", b"XXXXXXXXM")]))
+    found = evaluate_model(model, MemorySource([("a", b"MXKBZUOXLAAGW"), ("b", b"XXXXXXXXM")]))
     assert found["overall"]["perplexity"] < 1e3, found["overall"]
 
 

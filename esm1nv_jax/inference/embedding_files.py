@@ -1,4 +1,4 @@
-"""The three formats of an embedding file, each written as a stream of parts.
+"""Writers of embedding files: Parquet, HDF5 and npz, each from a stream of parts.
 
 All hold the same: for every protein its id, length and the MD5 of its sequence, and the arrays
 asked for under names such as `mean_-1`. Arrays with one row a residue are lists in Parquet; in HDF5
@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference.parts import ALWAYS, Reader
+from esm1nv_jax.inference.partial_results import PER_PROTEIN, PartReader
 
 
-def by_residue(name: str) -> bool:
+def is_per_residue(name: str) -> bool:
     return name.startswith(("per_residue", "logits"))
 
 
-def parquet(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
+def write_parquet(path: Path, reader: PartReader, metadata: dict[str, Any]) -> None:
     """One row a protein: id, length, checksum, then fixed-size lists (and lists of them)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -36,24 +36,24 @@ def parquet(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
     def column(name, arrays):
         values = pa.array(arrays[name].reshape(-1))
         rows = pa.FixedSizeListArray.from_arrays(values, type=vectors(name))
-        if not by_residue(name):
+        if not is_per_residue(name):
             return rows
         offsets = np.concatenate(([0], np.cumsum(arrays["rows"])))
         return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), rows)
 
     def kind(name):
-        return pa.large_list(vectors(name)) if by_residue(name) else vectors(name)
+        return pa.large_list(vectors(name)) if is_per_residue(name) else vectors(name)
 
     schema = pa.schema(
         [("id", pa.string()), ("length", pa.int64()), ("checksum", pa.string())]
         + [(name, kind(name)) for name in reader.fields]
     )
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
-        for arrays in reader.parts(*ALWAYS, *reader.fields):
+        for arrays in reader.parts(*PER_PROTEIN, *reader.fields):
             columns = [
-                pa.array(arrays["ids"].tolist(), pa.string()),
+                pa.array(arrays["ids"], pa.string()),
                 pa.array(arrays["lengths"], pa.int64()),
-                pa.array(arrays["checksums"].tolist(), pa.string()),
+                pa.array(arrays["checksums"], pa.string()),
                 *(column(name, arrays).cast(kind(name)) for name in reader.fields),
             ]
             writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -61,7 +61,7 @@ def parquet(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
         writer.add_key_value_metadata({"esm1nv_jax": text})
 
 
-def hdf5(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
+def write_hdf5(path: Path, reader: PartReader, metadata: dict[str, Any]) -> None:
     """Data sets `id`, `length`, `checksum`, `offsets` and the arrays; attributes on the file."""
     import h5py
 
@@ -73,30 +73,36 @@ def hdf5(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
         file.create_dataset("offsets", (n + 1,), "i8")
         for name in reader.fields:
             dtype, shape = reader.like[name]
-            file.create_dataset(name, (reader.residues if by_residue(name) else n, *shape), dtype)
+            file.create_dataset(
+                name, (reader.residues if is_per_residue(name) else n, *shape), dtype
+            )
         protein = residue = 0
-        for arrays in reader.parts(*ALWAYS, *reader.fields):
+        for arrays in reader.parts(*PER_PROTEIN, *reader.fields):
             rows = arrays["rows"]
             here = slice(protein, protein + len(rows))
-            file["id"][here] = arrays["ids"].astype(object)
+            file["id"][here] = arrays["ids"]
             file["length"][here] = arrays["lengths"]
-            file["checksum"][here] = arrays["checksums"].astype(object)
+            file["checksum"][here] = arrays["checksums"]
             file["offsets"][protein + 1 : protein + len(rows) + 1] = residue + np.cumsum(rows)
             residues = slice(residue, residue + int(rows.sum()))
             for name in reader.fields:
-                file[name][residues if by_residue(name) else here] = arrays[name]
+                file[name][residues if is_per_residue(name) else here] = arrays[name]
             protein, residue = here.stop, residues.stop
         file.attrs["esm1nv_jax"] = json.dumps(metadata | {"contents": reader.digest()})
 
 
-def npz(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
+def write_npz(path: Path, reader: PartReader, metadata: dict[str, Any]) -> None:
     """As `np.savez` writes, but one array after another from all parts, so that none is held."""
-    n = reader.proteins
-    lists: dict[str, list[np.ndarray]] = {name: [] for name in ALWAYS}
-    for arrays in reader.parts(*ALWAYS):
-        for name, value in arrays.items():
-            lists[name].append(value)
-    small = {name: np.concatenate(values) for name, values in lists.items()}
+    n, residues = reader.proteins, reader.residues
+    ends = 0
+
+    def offsets():
+        nonlocal ends
+        yield np.zeros(1, np.int64)
+        for part in reader.parts("rows"):
+            yield ends + np.cumsum(part["rows"], dtype=np.int64)
+            ends += int(part["rows"].sum())
+
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as file:
 
         def member(name, dtype, shape, blocks):
@@ -110,28 +116,30 @@ def npz(path: Path, reader: Reader, metadata: dict[str, Any]) -> None:
                 for block in blocks:
                     out.write(np.ascontiguousarray(block).tobytes())
 
-        def whole(name, value):
-            member(name, value.dtype, value.shape, [value])
+        def column(name, dtype):
+            return (np.asarray(part[name], dtype) for part in reader.parts(name))
 
-        whole("id", small["ids"])
-        whole("length", small["lengths"])
-        whole("checksum", small["checksums"])
-        whole("offsets", np.concatenate(([0], np.cumsum(small["rows"]))).astype(np.int64))
+        text = f"U{max(1, reader.longest_id)}"
+        member("id", text, (n,), column("ids", text))
+        member("length", np.int64, (n,), column("lengths", np.int64))
+        member("checksum", "U32", (n,), column("checksums", "U32"))
+        member("offsets", np.int64, (n + 1,), offsets())
         for name in reader.fields:
             dtype, shape = reader.like[name]
-            length = reader.residues if by_residue(name) else n
-            member(name, dtype, (length, *shape), (part[name] for part in reader.parts(name)))
-        whole("esm1nv_jax", np.array(json.dumps(metadata | {"contents": reader.digest()})))
+            length = residues if is_per_residue(name) else n
+            member(name, dtype, (length, *shape), column(name, dtype))
+        described = np.array(json.dumps(metadata | {"contents": reader.digest()}))
+        member("esm1nv_jax", described.dtype, (), [described])
 
 
-FORMATS: dict[str, Callable[[Path, Reader, dict[str, Any]], None]] = {
-    ".parquet": parquet,
-    ".h5": hdf5,
-    ".npz": npz,
+FORMATS: dict[str, Callable[[Path, PartReader, dict[str, Any]], None]] = {
+    ".parquet": write_parquet,
+    ".h5": write_hdf5,
+    ".npz": write_npz,
 }
 
 
-def choose(path: Path) -> Callable[[Path, Reader, dict[str, Any]], None]:
+def writer_for(path: Path) -> Callable[[Path, PartReader, dict[str, Any]], None]:
     """The writer for the name of a file. Raises UserError for an extension that has none."""
     if path.suffix not in FORMATS:
         raise UserError(
@@ -139,7 +147,5 @@ def choose(path: Path) -> Callable[[Path, Reader, dict[str, Any]], None]:
         )
     package = {".parquet": "pyarrow", ".h5": "h5py"}.get(path.suffix)
     if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{path.suffix} needs {package}: pip install 'esm1nv_jax[embed]', or write .npz"
-        )
+        raise UserError(f"{path.suffix} needs {package}: pip install {package}, or write .npz")
     return FORMATS[path.suffix]

@@ -1,0 +1,180 @@
+"""Work of `embed` that is shared, killed or damaged, and taken up again."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import pytest
+
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.inference import embed as embed_lib
+from esm1nv_jax.inference.embed import embed, merge
+from esm1nv_jax.inference.partial_results import PartialResults
+from tests.inference.embed_jobs import PROTEINS, RUN, read_npz, request, start
+from tests.inference.models import write_fasta
+
+
+def test_shards_merge_into_the_file_of_one_job(model_path, tmp_path, small_parts):
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one", include=("mean", "per_residue")))
+    for i in (3, 1):
+        part = request(model_path, tmp_path, include=("mean", "per_residue"), shard=(i, 3))
+        assert embed(part) is None
+    with pytest.raises(UserError, match="parts are missing"):
+        merge(str(tmp_path / "out.npz"))
+    embed(request(model_path, tmp_path, include=("mean", "per_residue"), shard=(2, 3)))
+    assert merge(str(tmp_path / "out.npz")) == alone
+    assert read_npz(tmp_path / "out.npz")["id"].tolist() == [name for name, _ in PROTEINS]
+
+
+def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
+
+    def argv(out):
+        return [
+            "embed",
+            "--checkpoint",
+            model_path,
+            "--fasta",
+            fasta,
+            "--out",
+            str(out),
+            "--include",
+            "mean,per_residue",
+            "--layers",
+            "-1,1",
+        ]
+
+    undisturbed = start(argv(tmp_path / "a.h5"))
+    killed = start(argv(tmp_path / "b.h5"), pause=0.5)
+    parts = tmp_path / "b.h5.parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("part-*.npz"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "b.h5").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.npz")}
+    assert 2 <= len(before) < json.loads((parts / "settings.json").read_text())["parts"]
+    resumed = start(argv(tmp_path / "b.h5"))
+    out, err = resumed.communicate()
+    assert resumed.returncode == 0, err
+    assert "going on with" in err
+    expected, err = undisturbed.communicate()
+    assert undisturbed.returncode == 0, err
+    assert out == expected and out.startswith("contents ")
+    with h5py.File(tmp_path / "a.h5") as a, h5py.File(tmp_path / "b.h5") as b:
+        assert a["per_residue_1"][:].tobytes() == b["per_residue_1"][:].tobytes()
+
+
+def test_sigterm_says_what_is_kept(model_path, tmp_path):
+    fasta, out = write_fasta(tmp_path / "in.fasta", PROTEINS), tmp_path / "o.npz"
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out)]
+    job = start(argv, pause=60)
+    parts, deadline = tmp_path / "o.npz.parts", time.monotonic() + 120
+    while not list(parts.glob("part-*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    err = job.communicate()[1]
+    assert job.returncode == 75 and err.splitlines()[-1].startswith("stopped; "), err
+    assert str(parts) in err
+
+
+def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
+    argv = [
+        "embed",
+        "--checkpoint",
+        model_path,
+        "--fasta",
+        fasta,
+        "--out",
+        str(tmp_path / "o.npz"),
+        "--include",
+        "per_residue",
+    ]
+    # Files may grow to 100 kB: parts of 300 residues fit, the joined file does not.
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+    code = limit + RUN.format(pause=0)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr and "o.npz.parts" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "o.npz").exists() and not list(tmp_path.glob("*.tmp"))
+    assert list((tmp_path / "o.npz.parts").glob("part-*.npz"))
+    again = start(argv)
+    assert again.wait() == 0, again.stderr.read()
+
+
+def test_other_settings_do_not_mix_with_unfinished_work(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    with pytest.raises(UserError, match=r"dtype: 'float32' there, 'float16' here"):
+        embed(request(model_path, tmp_path, shard=(2, 2), dtype="float16"))
+    with pytest.raises(UserError, match="proteins"):
+        embed(request(model_path, tmp_path, PROTEINS[:-1], shard=(2, 2)))
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    assert embed(request(model_path, tmp_path)) == alone  # one job finishes what shards began
+
+
+def test_jobs_that_begin_together_share_one_folder(model_path, tmp_path, small_parts, monkeypatch):
+    """A job that found no folder meets that of another, with a part in it."""
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    seen, write = [], PartialResults._write_settings
+
+    def late(self, settings):
+        if not seen:
+            seen.append(None)
+            embed(request(model_path, tmp_path, shard=(1, 2)))
+        write(self, settings)
+
+    monkeypatch.setattr(PartialResults, "_write_settings", late)
+    embed(request(model_path, tmp_path, shard=(2, 2)))
+    assert merge(str(tmp_path / "out.npz")) == alone
+
+
+def test_what_is_left_of_a_removed_folder_does_not_count(model_path, tmp_path):
+    parts = tmp_path / "out.npz.parts"
+    parts.mkdir()
+    (parts / "part-000000.npz").write_bytes(b"old")
+    embed(request(model_path, tmp_path))
+
+
+def test_work_begun_on_other_devices_goes_on_in_its_parts(
+    model_path, tmp_path, small_parts, monkeypatch
+):
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 800)  # as more devices would have it
+    assert embed(request(model_path, tmp_path)) == alone
+
+
+def test_the_same_model_elsewhere_goes_on(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    moved = shutil.copytree(model_path, tmp_path / "moved")
+    assert embed(request(str(moved), tmp_path))
+
+
+def test_a_damaged_part_is_found(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    embed(request(model_path, tmp_path, shard=(2, 2)))
+    part = tmp_path / "out.npz.parts" / "part-000001.npz"
+    content = bytearray(part.read_bytes())
+    at = content.index(b"mean_-1.npy") + 300
+    content[at] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-000001\.npz is damaged"):
+        merge(str(tmp_path / "out.npz"))
