@@ -43,7 +43,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["esm1nv_jax", "esm1nv_jax.*"]),
+    packages=[
+        *find_packages(include=["esm1nv_jax", "esm1nv_jax.*"]),
+        # Found by name, `--config=quickstart`, from outside a clone.
+        "esm1nv_jax.configs",
+        "esm1nv_jax.configs.ablations",
+    ],
+    package_dir={"esm1nv_jax.configs": "configs"},
     package_data={"esm1nv_jax.data": ["sample/*.fasta.gz"]},
     install_requires=[
         "jax>=0.10",

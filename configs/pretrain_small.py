@@ -71,81 +71,88 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
             raise UserError(f"config arguments {' and '.join(choice)} exclude each other; take one")
     max_residues = args["max_length"]
 
+    # The comment of a field is its documentation: `esm1nv config` and docs/configs.md show it.
     config = config_dict.ConfigDict()
-    config.seed = args["seed"]
-    config.steps = args["steps"]  # stop here; may be raised later, the schedule does not move
-    config.platform = "auto"  # or cpu, gpu, tpu
-    config.init_from = ""  # start from the weights of this run or model folder
+    config.seed = args["seed"]  # of initial weights, order of the data, crops, masks and dropout
+    config.steps = args["steps"]  # training stops after this step; the schedule does not follow it
+    config.platform = "auto"  # auto, cpu, gpu or tpu
+    config.init_from = ""  # start from the weights of this run, step, model or transformers folder
 
     config.data = {
-        "path": "",  # a folder made by `esm1nv prepare`, or "sample"
-        "max_residues": max_residues,  # longer sequences are cropped
-        "crop": "prefix",  # as the original; or random, anew in every epoch
-        # Tokens in a row, apart from the length of a sequence: 1,152 for 1,024 residues.
+        "path": "",  # a data set made by `esm1nv prepare`, or "sample" for the bundled sample
+        "max_residues": max_residues,  # longer sequences are cropped to as many residues
+        "crop": "prefix",  # prefix, as the original, or random: another window in every epoch
+        # tokens of a row, from max_residues + 2 up: 1,152 for 1,024 residues
         "row_length": -(-(max_residues + 2) // 128) * 128,
-        "packed": not args["padded"],  # False: one sequence a row
-        "sample": "all",  # or one_per_group, of a data set prepared with clusters
-        "block": 1,  # records read together where random access is dear
+        "packed": not args["padded"],  # several sequences in a row; False: one
+        "sample": "all",  # all examples, or one_per_group of a data set prepared with clusters
+        "block": 1,  # consecutive records read together, for storage that is slow at random access
     }
     config.batch = {
-        "rows": args["batch"],  # rows in an update over all devices; 0: by the next field
-        "sequences_per_device": 370,
-        "microbatches": 1,  # parts of an update that a device computes one after another
+        "rows": args["batch"],  # rows of a global batch; 0: from sequences_per_device
+        "sequences_per_device": 370,  # on average, where rows is 0; more devices, a larger batch
+        "microbatches": 1,  # gradient accumulation: parts of a device's rows, one after another
     }
-    # card: 80/10/10, shipped: 50/50/0
+    # masking.recipe: card, 80 % <mask>, 10 % random, 10 % unchanged, or shipped: 50 %, 50 %, 0 %
+    # masking.rate: share of the residues that is predicted
     config.masking = (
         {"recipe": "shipped", "rate": 0.10} if args["shipped"] else {"recipe": "card", "rate": 0.15}
     )
     config.model = {
-        "layers": args["layers"],
-        "width": args["width"],
-        "heads": max(1, args["width"] // 64),
-        "ffn": 4 * args["width"],
-        "positions": max_residues + 2,
-        "norm": "pre",
-        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",
-        "head_activation": "gelu_erf",
-        "dropout": 0.1,
-        "attention_dropout": 0.1,
-        "norm_epsilon": 1e-5,
-        "position_kind": "learned",  # or rotary
-        "embedding_norm": False,  # as ESM-1b
-        "token_dropout": False,  # as ESM-1b and ESM-2
-        "vocabulary": ESM1NV,  # tokens of a model from elsewhere, by its own ids
+        "layers": args["layers"],  # transformer blocks
+        "width": args["width"],  # of the embeddings and the residual stream
+        "heads": max(1, args["width"] // 64),  # attention heads; they divide width
+        "ffn": 4 * args["width"],  # hidden width of the feed-forward network
+        "positions": max_residues + 2,  # longest input in tokens, <s> and </s> included
+        "norm": "pre",  # LayerNorm before each sublayer (pre) or after it (post)
+        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",  # gelu_tanh or gelu_erf
+        "head_activation": "gelu_erf",  # of the LM head: gelu_tanh or gelu_erf
+        "dropout": 0.1,  # rate, of embeddings and residual branches
+        "attention_dropout": 0.1,  # rate, of attention probabilities
+        "norm_epsilon": 1e-5,  # of LayerNorm
+        "position_kind": "learned",  # learned or rotary
+        "embedding_norm": False,  # LayerNorm on the embeddings, as ESM-1b
+        "token_dropout": False,  # no embedding at <mask>, the others scaled, as ESM-1b and ESM-2
+        "vocabulary": ESM1NV,  # tokens in the order of their ids, separated by spaces
     }
     config.compute = {
-        "dtype": "bfloat16",  # of the operands of matrix products
-        "attention": "auto",  # the fastest that is fit; or one of cudnn, pallas, splash, xla
-        "remat": "none",  # what the backward computes again: none, dots, block
-        "reduce_dtype": "float32",  # in which gradients are summed over devices
+        "dtype": "bfloat16",  # operands of matrix products: bfloat16 or float32
+        "attention": "auto",  # auto, the fastest that fits, or cudnn, pallas, splash, xla
+        "remat": "none",  # recomputed in the backward pass: none, dots (all but products), block
+        "reduce_dtype": "float32",  # of the sum of gradients over devices: float32 or bfloat16
         "deterministic": False,  # on GPUs: the same bits from the same start, slower
     }
     config.optimizer = {
-        "peak_lr": 2e-4,
-        "min_lr": 2e-5,
-        "warmup": 500,
-        "constant": 50_000,
-        "constant_at": "min_lr",  # the original's constant steps come last; or peak
-        "horizon": 1_000_000,
-        "beta1": 0.9,
-        "beta2": 0.98,
-        "epsilon": 1e-8,
-        "weight_decay": 0.01,
-        "clip_norm": 1.0,
+        "peak_lr": 2e-4,  # learning rate after the warm-up
+        "min_lr": 2e-5,  # learning rate at the end
+        "warmup": 500,  # steps of linear increase from 0
+        "constant": 50_000,  # steps at a constant rate
+        "constant_at": "min_lr",  # where they stand: min_lr, at the end, as the original; or peak
+        "horizon": 1_000_000,  # steps of the whole schedule; after it the rate stays at min_lr
+        "beta1": 0.9,  # of Adam
+        "beta2": 0.98,  # of Adam
+        "epsilon": 1e-8,  # of Adam
+        "weight_decay": 0.01,  # decoupled; not of biases and LayerNorm
+        "clip_norm": 1.0,  # largest norm of the gradient
     }
-    config.evaluation = {"every": 1500, "batches": 50}  # batches 0: the whole validation split
+    config.evaluation = {
+        "every": 1500,  # steps between validations
+        "batches": 50,  # of a validation; 0: the whole validation split
+    }
     config.checkpoint = {
-        "every": 1500,
-        "minutes": 0,  # and whenever so many have gone by since the last, unless 0
-        "keep": 47,  # the newest
-        "keep_every": 0,  # and all steps that it divides, unless 0; the best lives apart
-        "on_error": "continue",  # or stop, where a checkpoint cannot be written
+        "every": 1500,  # steps between checkpoints
+        "minutes": 0,  # also when this many have passed since the last; 0: never
+        "keep": 47,  # newest checkpoints that are kept
+        "keep_every": 0,  # also keep the steps that it divides; 0: none
+        "on_error": "continue",  # continue or stop, where a checkpoint cannot be written
     }
-    config.skip_nonfinite = 0  # updates to skip, in the whole run, before it stops
+    config.skip_nonfinite = 0  # steps with a gradient that is not finite, skipped before it stops
     config.cluster = {
         "start_timeout": 300,  # seconds for all processes to find each other
-        "stall_timeout": 600,  # seconds; longer than an update, an evaluation, a save
+        "stall_timeout": 600,  # seconds; longer than a step, a validation or a save takes
     }
-    config.log = {"every": 50}
-    config.profile = ""  # trace these updates, such as 20-24, into WORKDIR/profile
+    config.log = {
+        "every": 50  # steps between lines of metrics
+    }
+    config.profile = ""  # steps to trace into WORKDIR/profile, such as 20-24
     return config.lock()

@@ -13,6 +13,7 @@ from esm1nv_jax.common.errors import UserError
 VERBS = {
     "prepare": ("esm1nv_jax.data.prepare", "make a data set of FASTA files"),
     "inspect": ("esm1nv_jax.data.inspect", "show a data set and a batch of it"),
+    "config": ("esm1nv_jax.training.show_config", "show every field of a config, with its meaning"),
     "plan": ("esm1nv_jax.planning.plan", "memory and time of a step on chips you do not have"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
     "compare": ("esm1nv_jax.training.compare", "set runs side by side: configs, curves, seeds"),

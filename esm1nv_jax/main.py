@@ -14,7 +14,12 @@ def main(argv: list[str]) -> int:
         "Train a model. Every field of the config can be set: --config.optimizer.peak_lr=1e-3",
         "esm1nv train --config=configs/quickstart.py --workdir=runs/first --config.seed=1",
     )
-    parser.add_argument("--config", required=True, metavar="FILE[:ARGS]", help="a config file")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:ARGS]",
+        help="a config file, or the name of one of ours",
+    )
     parser.add_argument("--workdir", metavar="DIR", help="where the run lives (default runs/NAME)")
     parser.add_argument(
         "--strict", action="store_true", help="stop at a damaged checkpoint, do not fall back"
@@ -26,10 +31,10 @@ def main(argv: list[str]) -> int:
     from esm1nv_jax.training.run_config import RunConfig
     from esm1nv_jax.training.train import train
 
-    path, _, arg = options.config.partition(":")
-    config = config_file.override(config_file.load(path, arg), overrides)
+    config = config_file.from_option(options.config, overrides)
+    name = Path(options.config.partition(":")[0]).stem
     run_config = RunConfig.from_config_dict(config)
-    return train(run_config, options.workdir or f"runs/{Path(path).stem}", options.strict)
+    return train(run_config, options.workdir or f"runs/{name}", options.strict)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Reads a config file, its arguments and the overrides of a command line.
+"""Reads a config file, its arguments and the overrides of a command line (docs/configs.md).
 
 A config is a Python file with `get_config(arg="")` that returns a locked `ConfigDict`. It may build
-on another by `parent(__file__, "other.py")`, found relative to itself, so that configs work from
-any folder.
+on another by `parent(__file__, "other.py")`, a path relative to itself.
 """
 
 from __future__ import annotations
@@ -17,12 +16,35 @@ from ml_collections import config_dict
 
 from esm1nv_jax.common.errors import UserError
 
+# The configs of a clone, or those that were installed with the package.
+CONFIGS = Path(__file__).parents[2] / "configs"
+if not (CONFIGS / "pretrain_small.py").is_file():
+    CONFIGS = Path(__file__).parents[1] / "configs"
 
-def load(path: str | Path, arg: str = "") -> config_dict.ConfigDict:
-    """The config that the file at `path` makes of `arg`. Raises UserError, naming file and line."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist; try --config=configs/quickstart.py")
+
+def find(name: str | Path) -> Path:
+    """The config file of a path, or of a name such as `quickstart` or `ablations/post_norm`.
+
+    A path that begins with `configs/` is found from any folder. Raises UserError with the names.
+    """
+    path = Path(name)
+    below = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    for candidate in (path, CONFIGS / below, CONFIGS / below.with_suffix(".py")):
+        if candidate.is_file():
+            return candidate
+    names = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.py"))
+    raise UserError(f"config file {name} does not exist; give a file, or one of {', '.join(names)}")
+
+
+def from_option(option: str, overrides: list[str]) -> config_dict.ConfigDict:
+    """The config of `--config=FILE[:ARGS]` with `--config.field=value` overrides, locked."""
+    name, _, arg = option.partition(":")
+    return override(load(name, arg), overrides)
+
+
+def load(name: str | Path, arg: str = "") -> config_dict.ConfigDict:
+    """The config that a file (see `find`) makes of `arg`. Raises UserError with file and line."""
+    path = find(name)
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config file {path} is not a Python file")
@@ -52,15 +74,15 @@ def arguments(arg: str, names: tuple[str, ...] = (), **values: Any) -> dict[str,
 
     Raises UserError on anything else.
     """
-    found: dict[str, Any] = {name: False for name in names} | values
+    values_of: dict[str, Any] = {name: False for name in names} | values
     for item in filter(None, arg.split(",")):
         key, has_value, text = item.partition("=")
         if not has_value and key in names:
-            found[key] = True
+            values_of[key] = True
         elif has_value and key in values:
             kind = type(values[key])
             try:
-                found[key] = kind(text)
+                values_of[key] = kind(text)
             except ValueError:
                 raise UserError(
                     f"config argument {key}={text} is not of type {kind.__name__}"
@@ -70,7 +92,7 @@ def arguments(arg: str, names: tuple[str, ...] = (), **values: Any) -> dict[str,
             raise UserError(
                 f"config argument {item!r} is unknown; there are {', '.join(allowed) or 'none'}"
             )
-    return found
+    return values_of
 
 
 def override(config: config_dict.ConfigDict, options: list[str]) -> config_dict.ConfigDict:

@@ -102,8 +102,7 @@ def speed(source: Source, config: StreamConfig, batches: int = 20) -> Table:
 
 def configured(given: str, overrides: list[str]) -> ConfigDict:
     """The config of a run."""
-    path, _, arg = given.partition(":")
-    return config_file.override(config_file.load(path, arg), overrides)
+    return config_file.from_option(given, overrides)
 
 
 def stream_of(config: ConfigDict, source: Source) -> StreamConfig:

@@ -291,11 +291,9 @@ def main(argv: list[str]) -> int:
     from esm1nv_jax.common import config_file
 
     if options.config:
-        path, _, arg = options.config.partition(":")
-        config = config_file.load(path, arg)
+        config = config_file.from_option(options.config, overrides)
     else:
-        config = config_of(options.against)
-    config = config_file.override(config, overrides)
+        config = config_file.override(config_of(options.against), overrides)
     timings = measured(options.against, config) if options.against else None
     flags = chips.prepare_environment(options.chip)
     target = (options.chip, options.hosts, options.devices_per_host)
