@@ -129,9 +129,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "constant": 50_000,  # steps at a constant rate
         "constant_at": "min_lr",  # where they stand: min_lr, at the end, as the original; or peak
         "horizon": 1_000_000,  # steps of the whole schedule; after it the rate stays at min_lr
-        "beta1": 0.9,  # of Adam
-        "beta2": 0.98,  # of Adam
-        "epsilon": 1e-8,  # of Adam
+        "beta1": 0.9,  # decay of Adam's first moment
+        "beta2": 0.98,  # decay of Adam's second moment
+        "epsilon": 1e-8,  # in the denominator of Adam
         "weight_decay": 0.01,  # decoupled; not of biases and LayerNorm
         "clip_norm": 1.0,  # largest norm of the gradient
     }

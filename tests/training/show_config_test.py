@@ -59,5 +59,5 @@ def test_a_file_here_comes_before_one_of_ours(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_unknown_is_answered_with_those_that_are():
-    with pytest.raises(UserError, match="ablations/post_norm.*quickstart"):
+    with pytest.raises(UserError, match=r"ablations/post_norm.*quickstart"):
         config_file.load("quikstart")
