@@ -1,10 +1,11 @@
-"""How full rows are, and how fast batches come off the disk, on one core.
+"""How full rows are, and how fast batches come off the disk.
 
-    python benchmarks/input.py DIR [--batches 100] [--json OUT.json]
+    python benchmarks/input.py DIR [--batches 60] [--workers 2] [--json OUT.json]
 
-DIR is a folder made by `esm1nv prepare`. Rates are per second of this thread's processor time, so
-that a busy machine shows less than it can, but not nonsense. The last line is Grain, reading the
-same shards through the same reader, one example at a time, in the padded layout.
+DIR is a folder made by `esm1nv prepare`. Real sequences are counted, never padding, per second of
+this thread's processor time, so that other load on the machine changes the result little. With
+`--workers` the stream's wall-clock rate is measured too, filled by so many processes; that needs as
+many cores that are free.
 """
 
 from __future__ import annotations
@@ -15,132 +16,120 @@ import resource
 import time
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from esm1nv_jax.data import packing, tokenizer
-from esm1nv_jax.data.order import Order
-from esm1nv_jax.data.pipeline import StreamConfig, train_batches
-from esm1nv_jax.data.prefetch import Prefetch
+from esm1nv_jax.data.pipeline import prefetch, train_dataset
 from esm1nv_jax.data.source import open_split
+from esm1nv_jax.data.stream_config import StreamConfig
 
 ROWS = 256
-NEEDED = 25_000  # sequences a core-second that a host of fast devices asks for
+NEEDED = {512: 25_000, 1152: 20_000}  # sequences a core-second, by tokens in a row
 
 
-def stream(source, batches: int, row_length: int, packed: bool, crop: str) -> dict:
-    config = StreamConfig(
-        seed=0,
-        rows=ROWS,
-        row_length=row_length,
-        max_residues=row_length - 2,
-        packed=packed,
-        crop=crop,
-    )
-    made = train_batches(source, config)
-    next(made)
+def config_of(row_length: int, **options) -> StreamConfig:
+    residues = min(row_length - 2, 1024)  # as pretrain_small: 1,024 residues in rows of 1,152
+    return StreamConfig(seed=0, rows=ROWS, row_length=row_length, max_residues=residues, **options)
+
+
+def stream(source, batches: int, config: StreamConfig) -> dict:
+    """Sequences a core-second of the whole stream in one thread, and how full its rows are."""
+    iterator = iter(train_dataset(source, config))
+    next(iterator)
     sequences = tokens = 0
-    began = time.thread_time()
+    spent = 0.0
     for _ in range(batches):
-        batch, _ = next(made)
-        spent = time.thread_time()  # counting is not the stream's work
+        began = time.thread_time()
+        batch = next(iterator)
+        spent += time.thread_time() - began
         sequences += int(np.count_nonzero(batch["tokens"] == tokenizer.BOS))
         tokens += int(np.count_nonzero(batch["segment_ids"]))
-        began += time.thread_time() - spent
     return {
-        "sequences/core-s": sequences / (time.thread_time() - began),
-        "full": tokens / (batches * ROWS * row_length),
+        "sequences/core-s": sequences / spent,
+        "full": tokens / (batches * batch["tokens"].size),
     }
 
 
-def planning(source, row_length: int) -> dict:
+def planning(source, config: StreamConfig) -> dict:
     """Order and packing alone: what every process does for all rows of all processes."""
-    order = Order(len(source), 0, 0)
-    lengths = np.asarray(source.lengths)
-    windows = min(50, len(source) // packing.WINDOW)
-    rows = tokens = 0
+    plan = packing.TrainingWindows(source, config)
+    windows = [plan(0)]
     began = time.thread_time()
-    for window in range(windows):
-        chosen = order(window * packing.WINDOW, (window + 1) * packing.WINDOW)
-        here = np.minimum(lengths[chosen].astype(np.int64), row_length - 2) + 2
-        rows += int(packing.best_fit(here, row_length).max()) + 1
-        tokens += int(here.sum())
+    windows = [plan(i) for i in range(min(50, len(source) // packing.WINDOW))]
     spent = time.thread_time() - began
+    tokens = sum(int((np.minimum(w.residues, config.max_residues) + 2).sum()) for w in windows)
+    rows = sum(window.rows for window in windows)
     return {
-        "sequences/core-s": windows * packing.WINDOW / spent,
-        "full": tokens / (rows * row_length),
+        "sequences/core-s": sum(len(window.example) for window in windows) / spent,
+        "full": tokens / (rows * config.row_length),
     }
 
 
-def grain_padded(source, batches: int, row_length: int) -> dict:
-    """The same arrays less segments and hashes, by Grain, example by example."""
-
-    def row(record):
-        ids = tokenizer.encode(record["sequence"][: row_length - 2])
-        tokens = np.full(row_length, tokenizer.PAD, np.int32)
-        tokens[: len(ids)] = ids
-        return {"tokens": tokens, "positions": np.arange(row_length, dtype=np.int32)}
-
-    made = iter(
-        grain.MapDataset.source(source)
-        .seed(0)
-        .shuffle()
-        .map(row)
-        .batch(ROWS)
-        .to_iter_dataset(grain.ReadOptions(num_threads=0))
-    )
-    next(made)
-    began = time.thread_time()
-    for _ in range(batches):
-        next(made)
-    return {"sequences/core-s": batches * ROWS / (time.thread_time() - began), "full": None}
-
-
-def waited(source, row_length: int) -> tuple[float, float]:
-    """(milliseconds that a step takes, milliseconds that it waits) at twice the stream's time."""
-    config = StreamConfig(seed=0, rows=ROWS, row_length=row_length, max_residues=row_length - 2)
-    made = train_batches(source, config)
-    next(made)
+def time_waited(source, config: StreamConfig) -> tuple[float, float]:
+    """(milliseconds of a step, milliseconds that it waits), for steps of twice a batch's time."""
+    iterator = iter(train_dataset(source, config))
+    next(iterator)
     began = time.monotonic()
     for _ in range(20):
-        next(made)
+        next(iterator)
     step = 2 * (time.monotonic() - began) / 20
-    with Prefetch(train_batches(source, config)) as batches:
+    batches = prefetch(train_dataset(source, config))
+    next(batches)
+    time.sleep(4 * step)
+    waited = 0.0
+    for _ in range(40):
+        time.sleep(step)  # a device at work leaves the processor free
+        began = time.monotonic()
         next(batches)
-        time.sleep(4 * step)
-        before = batches.waited
-        for _ in range(40):
-            time.sleep(step)  # a device at work leaves the processor free
-            next(batches)
-        return 1e3 * step, 1e3 * (batches.waited - before) / 40
+        waited += time.monotonic() - began
+    batches.close()
+    return 1e3 * step, 1e3 * waited / 40
+
+
+def wall_clock(source, batches: int, config: StreamConfig, workers: int) -> float:
+    """Sequences a second of wall-clock time, filled by a thread (0) or by worker processes."""
+    iterator = prefetch(train_dataset(source, config, workers=workers))
+    for _ in range(4 * max(1, workers)):  # until workers have started, and what they made ahead
+        next(iterator)
+    began, sequences = time.monotonic(), 0
+    for _ in range(batches):
+        sequences += int(np.count_nonzero(next(iterator)["tokens"] == tokenizer.BOS))
+    seconds = time.monotonic() - began
+    iterator.close()
+    return sequences / seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--batches", type=int, default=60)
+    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--json", default=None)
-    asked = parser.parse_args()
-    source = open_split(asked.data, "train")
-    table = {}
-    for length in (512, 1024):
-        table[f"packed, {length} tokens"] = stream(source, asked.batches, length, True, "prefix")
-    table["packed, 512, random crops"] = stream(source, asked.batches, 512, True, "random")
-    table["padded, 512 tokens"] = stream(source, asked.batches, 512, False, "prefix")
-    for length in (512, 1024):
-        table[f"planning alone, {length}"] = planning(source, length)
-    table["Grain, padded, 512 tokens"] = grain_padded(source, max(5, asked.batches // 5), 512)
-    print(f"{asked.data}: {len(source):,} sequences, batches of {ROWS} rows\n")
+    options = parser.parse_args()
+    source = open_split(options.data, "train")
+    table = {
+        f"packed, {length} tokens": stream(source, options.batches, config_of(length))
+        for length in NEEDED
+    }
+    for name, values in (("random crops", {"crop": "random"}), ("padded", {"packed": False})):
+        table[f"{name}, 512 tokens"] = stream(source, options.batches, config_of(512, **values))
+    for length in NEEDED:
+        table[f"planning alone, {length} tokens"] = planning(source, config_of(length))
+    print(f"{options.data}: {len(source):,} sequences, batches of {ROWS} rows\n")
     print(f"{'':28}{'sequences/core-s':>18}{'full':>10}")
     for name, line in table.items():
-        full = "" if line["full"] is None else f"{100 * line['full']:.2f} %"
-        print(f"{name:28}{line['sequences/core-s']:18,.0f}{full:>10}")
-    step, wait = waited(source, 512)
+        print(f"{name:28}{line['sequences/core-s']:18,.0f}{100 * line['full']:8.2f} %")
+    step, wait = time_waited(source, config_of(512))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"\nwith prefetch, a step of {step:.1f} ms waits {wait:.2f} ms")
-    print(f"a host of fast devices asks for {NEEDED:,} sequences/s; peak memory {peak:.0f} MiB")
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(table, indent=1))
+    needed = ", ".join(f"{rate:,} at {length} tokens" for length, rate in NEEDED.items())
+    print(f"needed for a host of fast devices: {needed} a core-second; peak memory {peak:.0f} MiB")
+    if options.workers:
+        for workers in (0, *range(1, options.workers + 1)):
+            rate = wall_clock(source, 4 * options.batches, config_of(512), workers)
+            print(f"{workers} worker processes: {rate:,.0f} sequences/s of wall-clock time")
+    if options.json:
+        Path(options.json).write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def seconds(arguments: str, fields: list[str], steps: int) -> tuple[float, float
     import jax
 
     from esm1nv_jax.common import config_file
-    from esm1nv_jax.data.pipeline import train_batches
+    from esm1nv_jax.data.pipeline import train_dataset
     from esm1nv_jax.data.source import open_split
     from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.planning import chips
@@ -88,10 +88,11 @@ def seconds(arguments: str, fields: list[str], steps: int) -> tuple[float, float
     layout = sharding.sharding(mesh, "state")
     state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settings)
     train_step, _ = step.jit_steps(settings, mesh)
-    batches = train_batches(open_split("sample", "train"), stream_config(run, planned.rows))
+    stream = stream_config(run, planned.rows)
+    batches = iter(train_dataset(open_split("sample", "train"), stream))
     times = []
     for _ in range(steps + 1):  # the first one compiles
-        batch = sharding.place_on_devices(next(batches)[0], settings.objective.batch_dtypes, mesh)
+        batch = sharding.place_on_devices(next(batches), settings.objective.batch_dtypes, mesh)
         jax.block_until_ready(batch)
         start = time.process_time()
         state, values = train_step(state, batch)

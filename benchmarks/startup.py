@@ -32,7 +32,6 @@ def start(path: str) -> dict[str, float]:
     import jax
 
     from esm1nv_jax.common import config_file
-    from esm1nv_jax.data.pipeline import Place
     from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.training import sharding, step, train
     from esm1nv_jax.training.run_config import fitted, global_rows, step_config
@@ -50,8 +49,10 @@ def start(path: str) -> dict[str, float]:
     phase("first parameters")
     update, _ = train.compiled(settings, mesh, state, stream)
     phase("compilation")
-    _, arrays, _ = next(train.placed_batches(source, stream, mesh, Place()))
+    batches = train.training_batches(source, stream, settings.objective, mesh)
+    _, arrays = next(batches)
     jax.block_until_ready(update(state, arrays))
+    batches.close()
     phase("first batch and update")
     return phases
 

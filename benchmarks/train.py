@@ -33,8 +33,6 @@ from esm1nv_jax.common import arguments, config_file, runtime
 from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.pipeline import Place
-from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
 from esm1nv_jax.data.stream_config import stream_config
@@ -68,13 +66,13 @@ class Ours:
         began = time.perf_counter()
         self.step, _ = train.compiled(self.settings, mesh, self.state, stream)
         self.compiled_in = time.perf_counter() - began
-        self.batches = Prefetch(train.placed_batches(source, stream, mesh, Place()))
+        self.batches = train.training_batches(source, stream, self.settings.objective, mesh)
 
     def run(self, updates: int) -> int:
         """Residues of so many updates."""
         residues, pending = 0, None
         for _ in range(updates):
-            batch, arrays, _ = next(self.batches)
+            batch, arrays = next(self.batches)
             residues += int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
             self.state, values = self.step(self.state, arrays)
             if pending is not None:
@@ -90,7 +88,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
     losses, gradients = {}, {}
     for dtype in ("bfloat16", "float32"):
         ours = Ours(config_of(model, dtype, rows), folder)
-        _, arrays, _ = next(ours.batches)
+        _, arrays = next(ours.batches)
 
         def loss(params, batch, settings=ours.settings):
             return step.batch_sums(settings, params, batch, None)["loss"]
@@ -102,7 +100,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
             ours.state, values = ours.step(ours.state, arrays)
             values = values.fetched()
             seen.append(values["loss"] / values["selected"])
-            _, arrays, _ = next(ours.batches)
+            _, arrays = next(ours.batches)
         losses[dtype] = np.array(seen)
         ours.batches.close()
     bf16, fp32 = losses.values()

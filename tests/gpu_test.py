@@ -89,7 +89,7 @@ import json, sys, jax
 from esm1nv_jax.common import config_file
 from esm1nv_jax.data.source import open_split
 from esm1nv_jax.data.stream_config import stream_config
-from esm1nv_jax.data.pipeline import Place, train_batches
+from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.training import sharding, step
 from esm1nv_jax.training.run_config import RunConfig
 config = RunConfig.from_config_dict(config_file.load("configs/pretrain_small.py"))
@@ -101,10 +101,10 @@ stream = stream_config(config, config.global_rows(source.lengths, 1))
 update, _ = step.jit_steps(settled, mesh)
 layout = sharding.sharding(mesh, "state")
 state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(settled)
-batches, losses = train_batches(source, stream, Place()), []
+batches, losses = iter(train_dataset(source, stream)), []
 place = lambda batch: sharding.place_on_devices(batch, settled.objective.batch_dtypes, mesh)
 for _ in range(3):
-    state, values = update(state, place(next(batches)[0]))
+    state, values = update(state, place(next(batches)))
     values = values.fetch()
     losses.append(values["loss"] / values["selected"])
 print(json.dumps({"losses": losses, "finite": values["finite"],

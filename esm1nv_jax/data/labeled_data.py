@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.hashing import fold_all, purpose
+from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.compression import Archive, BrokenArchive
-from esm1nv_jax.data.order import permute
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 TASKS = ("secondary_structure", "localisation", "regression")

@@ -1,24 +1,72 @@
-"""Which sequence goes into which row. Pure planning: lengths in, places out.
+"""Which sequences go into which row, planned from their lengths alone.
 
-A row holds whole sequences. Best-fit decreasing over a window of 2,048 examples fills rows to more
-than 98.5 % on natural proteins; a larger window gains nothing that can be measured, and a window
-is the grain of a restart. Rows with the same free space are interchangeable, so the packer keeps
-them by free space, and finds the least that fits as the lowest bit of one long integer: more than
-a million sequences a second in plain Python.
+An epoch visits its examples in a random order. 2,048 in a row of that order are a packing window,
+and are laid into rows by best-fit decreasing. On natural proteins that fills rows to more than
+98.5 %; a larger window gains nothing that can be measured.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+
 import numpy as np
 
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold, fold_all, permute, purpose
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.data.stream_config import SPECIALS, StreamConfig
+
 WINDOW = 2_048  # examples planned together
+NEAR = 65_536  # positions of an epoch among which the records of its blocks are shuffled
+
+
+class EpochOrder:
+    """The order in which an epoch visits `n` examples, computed where it is looked up.
+
+    With `block` 1 every example moves by itself. A larger `block` is for disks on which random
+    reads are slow: blocks of consecutive examples are permuted, then examples are shuffled among
+    `near` consecutive positions, which touch about `near / block` places on the disk.
+    """
+
+    def __init__(self, n: int, seed: int, epoch: int, block: int = 1, near: int = NEAR):
+        self.n, self.block, self.near = n, block, near
+        self.key = fold_all(seed, purpose("order"), epoch)
+        if block > 1:
+            self.near_key = fold_all(seed, purpose("order within a stretch"), epoch)
+            blocks = -(-n // block)
+            self.block_starts = permute(np.arange(blocks), blocks, self.key) * block
+            sizes = np.minimum(self.block_starts + block, n) - self.block_starts
+            self.block_ends = np.cumsum(sizes)  # positions in the epoch
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """Examples at positions start..stop-1 of the epoch, cut at its end: int64 [positions]."""
+        positions = np.arange(start, min(stop, self.n))
+        if self.block == 1:
+            return permute(positions, self.n, self.key) if positions.size else positions
+        for stretch in np.unique(positions // self.near):
+            inside = positions // self.near == stretch
+            first = stretch * self.near
+            size = min(self.near, self.n - first)
+            key = fold(self.near_key, np.uint32(stretch))
+            positions[inside] = first + permute(positions[inside] - first, int(size), key)
+        index = np.searchsorted(self.block_ends, positions, side="right")
+        before = np.concatenate(([0], self.block_ends))[index]
+        return self.block_starts[index] + positions - before
+
+
+_epoch_order = functools.lru_cache(maxsize=2)(EpochOrder)  # blocks of an epoch are permuted once
 
 
 def best_fit(tokens: np.ndarray, row_length: int) -> np.ndarray:
-    """Packs items of `tokens` lengths into rows best-fit decreasing: row of each, int32 [n].
+    """Packs items of `tokens` lengths into rows best-fit decreasing: row of each item, int32 [n].
 
     Each item in turn, longest first, goes to the fullest row that still has room. Raises ValueError
     if an item is empty or longer than a row.
+
+    Rows with the same free space are interchangeable, so they are kept by free space, and the least
+    space that fits is the lowest bit of one long integer: more than a million items a second.
     """
     if len(tokens) == 0:
         return np.zeros(0, np.int32)
@@ -29,7 +77,7 @@ def best_fit(tokens: np.ndarray, row_length: int) -> np.ndarray:
     longest_first = np.argsort(-tokens.astype(np.int64), kind="stable")
     rows_by_free: list[list[int]] = [[] for _ in range(row_length + 1)]
     occupied = 0  # bit f is set where rows_by_free[f] is not empty
-    taken: list[int] = []  # row of each item in the order longest_first
+    assigned: list[int] = []  # row of each item in the order longest_first
     opened = 0
     for size in tokens[longest_first].tolist():
         fitting = occupied >> size
@@ -45,14 +93,133 @@ def best_fit(tokens: np.ndarray, row_length: int) -> np.ndarray:
         free -= size
         rows_by_free[free].append(row)
         occupied |= 1 << free
-        taken.append(row)
+        assigned.append(row)
     out = np.empty(len(tokens), np.int32)
-    out[longest_first] = taken
+    out[longest_first] = assigned
     return out
 
 
-def arrange(tokens: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order within rows: (items sorted by row, longest first in each; segment of each, from 1)."""
-    item = np.lexsort((-tokens.astype(np.int64), row))
-    ordered = row[item]
-    return item, np.arange(len(item)) - np.searchsorted(ordered, ordered) + 1
+@dataclasses.dataclass(frozen=True, eq=False)
+class PackedWindow:
+    """Segments laid into `rows` rows, in the order in which they lie there.
+
+    One value a segment, [segments]: int64 `example`; int64 `residues` of the whole sequence; int64
+    `row`; int64 `segment`, from 1 in each row; uint32 `mask_key` and `crop_key`.
+    """
+
+    rows: int
+    example: np.ndarray
+    residues: np.ndarray
+    row: np.ndarray
+    segment: np.ndarray
+    mask_key: np.ndarray
+    crop_key: np.ndarray
+
+
+_SEGMENT_FIELDS = ("example", "residues", "row", "segment", "mask_key", "crop_key")
+
+
+def gather_rows(windows: np.ndarray, rows: np.ndarray, wanted: slice) -> PackedWindow:
+    """Rows `wanted` of a batch as one PackedWindow; fewer where the batch has fewer.
+
+    Row i of the batch, which is not empty, is row `rows[i]` of `windows[i]`: PackedWindow [batch],
+    int64 [batch]. Rows of one window stand together and count upwards.
+    """
+    parts = {name: [getattr(windows[0], name)[:0]] for name in _SEGMENT_FIELDS}
+    windows, rows = windows[wanted], rows[wanted]
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)  # of each stretch of one window
+    for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
+        window, first = windows[start], rows[start]
+        segments = slice(*np.searchsorted(window.row, (first, first + stop - start)))
+        for name, part in parts.items():
+            part.append(getattr(window, name)[segments])
+        parts["row"][-1] = parts["row"][-1] - first + start
+    return PackedWindow(len(rows), **{name: np.concatenate(part) for name, part in parts.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingWindows:
+    """The packing windows of endless training: window i of all epochs, one after another.
+
+    Raises UserError where `config.sample` needs clusters and the data set has none.
+    """
+
+    source: Source
+    config: StreamConfig
+
+    def __post_init__(self):
+        if self.config.sample == "one_per_group" and self.source.groups is None:
+            raise UserError(
+                "sample='one_per_group' needs a data set with clusters, and this has none:"
+                " prepare it with --groups, or set sample='all'"
+            )
+
+    def __call__(self, index: int) -> PackedWindow:
+        config = self.config
+        groups = self.source.groups if config.sample == "one_per_group" else None
+        n = len(self.source.lengths) if groups is None else len(groups.first) - 1
+        epoch, number = divmod(index, -(-n // WINDOW))
+        order = _epoch_order(n, config.seed, epoch, config.block)
+        examples = order(number * WINDOW, (number + 1) * WINDOW)
+
+        def key(name: str) -> np.uint32:
+            return fold_all(config.seed, purpose(name), epoch)
+
+        if groups is not None:
+            examples = groups.draw(examples, key("member"))
+        return _plan(
+            self.source,
+            config,
+            examples,
+            row_key=fold(key("rows"), np.uint32(number)),
+            mask_key=key("mask"),
+            crop_key=key("crop"),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationWindows:
+    """The packing windows of evaluation: every example once, in the order of the data set."""
+
+    source: Source
+    config: StreamConfig
+
+    def __len__(self) -> int:
+        return -(-len(self.source.lengths) // WINDOW)
+
+    def __call__(self, index: int) -> PackedWindow:
+        stop = min((index + 1) * WINDOW, len(self.source.lengths))
+        return _plan(self.source, self.config, np.arange(index * WINDOW, stop))
+
+
+def _plan(
+    source: Source,
+    config: StreamConfig,
+    examples: np.ndarray,
+    row_key: np.uint32 | None = None,
+    mask_key: np.uint32 = np.uint32(0),
+    crop_key: np.uint32 = np.uint32(0),
+) -> PackedWindow:
+    """Lays `examples` into rows, and shuffles the rows by `row_key`.
+
+    Best-fit decreasing makes the rows of long sequences first; shuffled, every batch has the same
+    mixture of lengths.
+    """
+    residues = np.asarray(source.lengths[examples], np.int64)
+    tokens = np.minimum(residues, config.max_residues) + SPECIALS
+    row = best_fit(tokens, config.row_length) if config.packed else np.arange(len(tokens))
+    rows = int(row.max()) + 1
+    if row_key is not None:
+        row = permute(np.arange(rows), rows, row_key)[row]
+    item = np.lexsort((-tokens, row))  # by row, the longest first in each
+    row, example = row[item].astype(np.int64), examples[item]
+    words = example.astype(np.uint32)
+    return PackedWindow(
+        rows,
+        example,
+        residues[item],
+        row,
+        segment=np.arange(len(item)) - np.searchsorted(row, row) + 1,
+        mask_key=fold(mask_key, words),
+        crop_key=fold(crop_key, words),
+    )

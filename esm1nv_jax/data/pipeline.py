@@ -1,195 +1,242 @@
-"""The stream: a data set to global batches of rows, as a pure function of the place.
+"""The input stream, from a data set to batches, made of Grain's pieces.
 
-What is in a global batch follows from (data set, StreamConfig, Place) and nothing else. Every
-process plans every row, from lengths alone, and reads only the sequences of its own rows.
+    range -> plan a window -> rebatch its rows -> fill this process's rows -> prefetch
 
-The stream has no end. The rows of an epoch's last window are followed by those of the next epoch's
-first, in the same batch if it is not yet full, so that no example is left out of any epoch.
+What a global batch contains follows from (data set, StreamConfig, state) and nothing else. Every
+process plans all rows, from lengths alone, and reads the sequences of its own. The state names a
+row, so it is the same in every process, and holds for any number of processes, of workers and of
+rows in a batch: `{"parent": {"next_index": window}, "batch_idx": row of the window}`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import grain
 import numpy as np
+from absl import flags
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.hashing import fold, fold_all, purpose
-from esm1nv_jax.data import packing
-from esm1nv_jax.data.fill import Batch, Segments, Window, fill
-from esm1nv_jax.data.order import Order, permute
+from esm1nv_jax.data.fill import Batch, fill
+from esm1nv_jax.data.packing import EvaluationWindows, PackedWindow, TrainingWindows, gather_rows
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import SPECIALS, Place, StreamConfig
+from esm1nv_jax.data.stream_config import StreamConfig
 
-START = Place()
-_NO_KEY = np.uint32(0)
-__all__ = ["Batch", "Place", "StreamConfig", "evaluation_batches", "rows_for", "train_batches"]
+State = dict[str, Any]  # of a Grain iterator; JSON
 
 
-def train_batches(
-    source: Source, config: StreamConfig, place: Place = START, rows: slice = slice(None)
-) -> Iterator[tuple[Batch, Place]]:
-    """Global batches from `place` on, without end; each with the place of the batch after it.
+def train_dataset(
+    source: Source, config: StreamConfig, rows: slice = slice(None), workers: int = 0
+) -> grain.IterDataset:
+    """Rows `rows` of the global batches of training, without end.
 
-    Only `rows` of each global batch are made: every array is [len(rows), row_length].
-    'tokens' int32; 'segment_ids' int32, 0 in padding, from 1 within a row; 'positions' int32, from
-    0 in each segment; 'example_ids' int32, -1 in padding; 'mask_bits' uint32, one hash a token.
+    The rows of an epoch's last window are followed by those of the next epoch's first, in the same
+    batch if it is not full, so every example comes exactly once in each epoch. The Grain iterator
+    that `iter` gives has the state described above; its `set_state` raises UserError for one that
+    does not fit the data set.
+
+    workers: processes that fill batches; with 0 this process does. Each plans all rows and fills
+    every n-th batch: batches and states are the same. Raises UserError where the split is empty, or
+    where `config.sample` needs clusters and there are none.
     """
     wanted = _wanted(source, config, rows)
-    epoch = _Epoch(source, config, place.epoch)
-    window = epoch.window(place.window)
-    if place.row > window.rows:
-        raise UserError(f"{place} is past the {window.rows} rows of its window; another data set?")
-    while True:
-        batch = _Rows(wanted)
-        while batch.filled < config.rows:
-            batch.take(window, place.row, config.rows)
-            place = Place(place.epoch, place.window, batch.end)
-            if place.row == window.rows:
-                last = place.window + 1 == epoch.windows
-                place = Place(place.epoch + 1) if last else Place(place.epoch, place.window + 1)
-                if last:
-                    epoch = _Epoch(source, config, place.epoch)
-                window = epoch.window(place.window)
-        yield fill(source, config, batch.segments(), len(wanted)), place
+    plan = TrainingWindows(source, config)
+    fill_batch = functools.partial(_fill_batch, source, config, wanted)
+    return _TrainDataset(_planned(plan, sys.maxsize, config.rows), plan, fill_batch, workers)
+
+
+def evaluation_dataset(
+    source: Source, config: StreamConfig, rows: slice = slice(None)
+) -> grain.IterDataset:
+    """Rows `rows` of the global batches that hold every sequence once, in a fixed order.
+
+    Empty rows fill up the last batch. Masks and crops depend on the sequences alone.
+    """
+    wanted = _wanted(source, config, rows)
+    plan = EvaluationWindows(source, config)
+    fill_batch = functools.partial(_fill_batch, source, config, wanted, evaluation=True)
+    return _planned(plan, len(plan), config.rows).map(fill_batch)
 
 
 def evaluation_batches(
     source: Source, config: StreamConfig, rows: slice = slice(None)
 ) -> Iterator[Batch]:
-    """Every sequence once, in a fixed order of rows; empty rows fill up the last batch.
+    """Iterates over `evaluation_dataset`."""
+    return iter(evaluation_dataset(source, config, rows))
 
-    The keys of masks and crops come from the sequence itself, so a figure does not depend on the
-    order of the data set, nor on what else is in it.
+
+def prefetch(
+    dataset: grain.IterDataset, state: State | None = None, ahead: int = 4
+) -> grain.DatasetIterator:
+    """Iterates over `dataset` from `state` on, in a thread that is up to `ahead` elements ahead.
+
+    The iterator's state is that of the elements taken. An exception of the dataset is raised by
+    `next`, after the elements before it. `close` ends the thread, and the workers of the dataset.
     """
-    wanted = _wanted(source, config, rows)
-    batch = _Rows(wanted)
-    for start in range(0, len(source.lengths), packing.WINDOW):
-        examples = np.arange(start, min(start + packing.WINDOW, len(source.lengths)))
-        window = _plan(source, config, examples)
-        done = 0
-        while done < window.rows:
-            batch.take(window, done, config.rows)
-            done = batch.end
-            if batch.filled == config.rows:
-                yield fill(source, config, batch.segments(), len(wanted), evaluation=True)
-                batch = _Rows(wanted)
-    if batch.filled:
-        yield fill(source, config, batch.segments(), len(wanted), evaluation=True)
+    ahead_of_caller = grain.experimental.ThreadPrefetchIterDataset(
+        dataset, prefetch_buffer_size=ahead
+    )
+    iterator = iter(ahead_of_caller)
+    if state is not None:
+        iterator.set_state(state)
+    return iterator
 
 
-def rows_for(lengths: np.ndarray, sequences: int, config: StreamConfig) -> int:
-    """Rows that hold about `sequences` sequences: round(sequences x mean tokens / row length).
-
-    With one sequence a row, `sequences`. `lengths` are those of the data set, uncropped.
-    """
-    if not config.packed:
-        return sequences
-    mean = float(np.minimum(lengths, config.max_residues).mean()) + SPECIALS
-    return max(1, round(sequences * mean / config.row_length))
-
-
-def _wanted(source: Source, config: StreamConfig, rows: slice) -> range:
-    """The rows of the global batch that this process makes."""
+def _wanted(source: Source, config: StreamConfig, rows: slice) -> slice:
+    """The rows of a global batch that this process fills, with both ends given."""
     if len(source.lengths) == 0:
         raise UserError("the split holds no sequence; prepare the data set with a larger one")
     if len(source.lengths) > 2**31 - 1:  # example ids are int32
         raise UserError(f"a split holds at most 2**31 - 1 sequences, found {len(source.lengths):,}")
-    wanted = range(*rows.indices(config.rows))
-    if wanted.step != 1:
-        raise ValueError(f"a process makes consecutive rows, found {rows}")
-    return wanted
+    start, stop, step = rows.indices(config.rows)
+    if step != 1:
+        raise ValueError(f"a process fills consecutive rows, found {rows}")
+    return slice(start, max(start, stop))
 
 
-class _Rows:
-    """A global batch as it fills up with rows of windows; keeps the wanted ones."""
-
-    def __init__(self, wanted: range):
-        self.wanted, self.filled, self.end = wanted, 0, 0
-        self.parts: list[Segments] = []
-
-    def take(self, window: Window, row: int, total: int) -> None:
-        """Takes rows of the window from `row` on, until the window or the batch ends at `end`."""
-        self.end = min(row + total - self.filled, window.rows)
-        low = max(self.wanted.start, self.filled)
-        high = min(self.wanted.stop, self.filled + self.end - row)
-        if low < high:
-            shift = row - self.filled
-            part = window.segments.of_rows(low + shift, high + shift, low - self.wanted.start)
-            self.parts.append(part)
-        self.filled += self.end - row
-
-    def segments(self) -> Segments | None:
-        return Segments.join(self.parts) if self.parts else None
+def _planned(plan: Callable[[int], PackedWindow], windows: int, rows: int) -> grain.IterDataset:
+    """Batches of `rows` planned rows, across the ends of windows; the last may have fewer."""
+    planned = grain.MapDataset.range(windows).map(plan).map(_rows_of)
+    in_order = planned.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    return grain.experimental.RebatchIterDataset(in_order, batch_size=rows)
 
 
-class _Epoch:
-    """The windows of an epoch, each a stretch of its order."""
-
-    def __init__(self, source: Source, config: StreamConfig, epoch: int):
-        self.source, self.config, self.epoch = source, config, epoch
-        self.groups = source.groups if config.sample == "one_per_group" else None
-        if config.sample == "one_per_group" and self.groups is None:
-            raise UserError(
-                "sample='one_per_group' needs a data set with clusters, and this has none:"
-                " prepare it with --groups, or set sample='all'"
-            )
-        n = len(source.lengths) if self.groups is None else len(self.groups.first) - 1
-        self.order = Order(n, config.seed, epoch, config.block)
-        self.windows = -(-n // packing.WINDOW)
-
-    def window(self, number: int) -> Window:
-        if number >= self.windows:
-            raise UserError(
-                f"the place is window {number} of {self.windows} in an epoch; another data set?"
-            )
-        start = number * packing.WINDOW
-        examples = self.order(start, start + packing.WINDOW)
-        if self.groups is not None:
-            examples = self.groups.draw(examples, self._key("member"))
-        return _plan(
-            self.source,
-            self.config,
-            examples,
-            row_key=fold(self._key("rows"), np.uint32(number)),
-            mask_key=self._key("mask"),
-            crop_key=self._key("crop"),
-        )
-
-    def _key(self, what: str) -> np.uint32:
-        return fold_all(self.config.seed, purpose(what), self.epoch)
+def _rows_of(window: PackedWindow) -> dict[str, np.ndarray]:
+    """The rows of a window, [rows], as references: Grain cuts and joins them at any row."""
+    return {"window": np.full(window.rows, window, object), "row": np.arange(window.rows)}
 
 
-def _plan(
-    source: Source,
-    config: StreamConfig,
-    examples: np.ndarray,
-    row_key: np.uint32 | None = None,
-    mask_key: np.uint32 = _NO_KEY,
-    crop_key: np.uint32 = _NO_KEY,
-) -> Window:
-    """Lays a window's examples into rows; in an order of rows chosen by `row_key`, if given.
+def _fill_batch(
+    source: Source, config: StreamConfig, wanted: slice, planned: dict, evaluation: bool = False
+) -> Batch:
+    window = gather_rows(planned["window"], planned["row"], wanted)
+    return fill(source, config, window, wanted.stop - wanted.start, evaluation)
 
-    The packer makes long sequences' rows first. Shuffling the rows gives every batch the same
-    mixture of lengths.
+
+class _TrainDataset(grain.IterDataset):
+    """Planned batches, filled by this process or by workers; the state is that of the plan.
+
+    Grain's own state behind `mp_prefetch` is one of each worker: it fits no other number of them.
     """
-    residues = np.asarray(source.lengths[examples], np.int64)
-    tokens = np.minimum(residues, config.max_residues) + SPECIALS
-    row = packing.best_fit(tokens, config.row_length) if config.packed else np.arange(len(tokens))
-    rows = int(row.max()) + 1
-    if row_key is not None:
-        row = permute(np.arange(rows), rows, row_key)[row]
-    item, segment = packing.arrange(tokens, row)
-    example = examples[item]
-    word = example.astype(np.uint32)
-    return Window(
-        rows,
-        Segments(
-            example,
-            residues[item],
-            row[item].astype(np.int64),
-            segment,
-            mask_key=fold(mask_key, word),
-            crop_key=fold(crop_key, word),
-        ),
-    )
+
+    def __init__(
+        self,
+        planned: grain.IterDataset,
+        plan: TrainingWindows,
+        fill_batch: Callable[[dict], Batch],
+        workers: int,
+    ):
+        super().__init__(planned)
+        self.planned, self.plan, self.fill_batch, self.workers = planned, plan, fill_batch, workers
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _TrainIterator(self)
+
+    def from_state(self, state: State) -> grain.DatasetIterator:
+        """Iterates over (batch, state after it) from `state` on."""
+        filled = _FromState(self.planned, state).map(functools.partial(_on_first, self.fill_batch))
+        if self.workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads its own ones as it starts a process
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(self.workers)
+            filled = filled.mp_prefetch(options, worker_init_fn=_start_worker)
+        return iter(filled)
+
+
+class _TrainIterator(grain.DatasetIterator):
+    def __init__(self, dataset: _TrainDataset):
+        super().__init__()
+        self._dataset = dataset
+        self._state: State = iter(dataset.planned).get_state()
+        self._filled: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Batch:
+        if self._filled is None:
+            self._filled = self._dataset.from_state(self._state)
+        batch, self._state = next(self._filled)
+        return batch
+
+    def get_state(self) -> State:
+        return self._state
+
+    def set_state(self, state: State) -> None:
+        self._stop()
+        try:
+            fits = 0 <= state["batch_idx"] <= self._dataset.plan(state["parent"]["next_index"]).rows
+        except (KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise UserError(f"{state} is no state of this input stream: is it another data set's?")
+        self._state = state
+
+    def close(self) -> None:
+        super().close()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._filled is not None:
+            self._filled.close()
+            self._filled = None
+
+
+class _FromState(grain.IterDataset):
+    """Elements from `state` on, each with the state after it; in a worker, every n-th of them."""
+
+    def __init__(self, parent: grain.IterDataset, state: State):
+        super().__init__(parent)
+        self.state, self.every = state, slice(0, None, 1)
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Takes slice(i, None, n), by which Grain tells worker i of n its share."""
+        self.every = sl
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _FromStateIterator(iter(self._parent), self.state, self.every)
+
+
+class _FromStateIterator(grain.DatasetIterator):
+    def __init__(self, parent: grain.DatasetIterator, state: State, every: slice):
+        super().__init__(parent)
+        parent.set_state(state)
+        self._skip, self._step = every.start, every.step
+
+    def __next__(self) -> tuple[Any, State]:
+        for _ in range(self._skip):
+            next(self._parent)
+        self._skip = self._step - 1
+        return next(self._parent), self._parent.get_state()
+
+    def get_state(self) -> State:
+        return self._parent.get_state()
+
+    def set_state(self, state: State) -> None:
+        self._parent.set_state(state)
+
+
+def _on_first(function: Callable[[Any], Any], pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return function(pair[0]), pair[1]
+
+
+def _start_worker(index: int, workers: int) -> None:
+    """Leaves signals to the trainer, which stops its workers, and ends where the trainer is gone.
+
+    Ctrl-C and the signals of a scheduler reach the workers too, while the trainer still needs
+    batches; and a worker whose trainer was killed would wait for ever.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,4 +1,4 @@
-"""A data set at rest: one split, opened, with its lengths and its content at random access."""
+"""One split of a data set on disk or in memory: its lengths, and its records at random access."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from esm1nv_jax.data.records import decode, open_shard, sequence_of
 from esm1nv_jax.data.splits import NAMES as SPLITS
 
 SAMPLE = "sample"
-_SAMPLE_HELD_OUT = 500  # sequences in each of validation and test of the sample
+_SAMPLE_HELD_OUT = 500  # sequences in each of validation and test of the bundled sample
 
 
 class Source(Protocol):
-    """A split. `lengths[i]` is the number of residues of example i, uncropped: uint16/uint32 [n].
+    """A split of n examples.
 
-    `fingerprint` is a hex digest of the content in its order: equal on every host, equal at resume.
-    `groups` are the clusters of the examples, where they are known.
+    lengths: residues of each example, uncropped: uint16 or uint32 [n].
+    fingerprint: hex digest of the records in their order, by which a resumed run knows its data.
+    groups: the clusters of the examples, where they are known.
     """
 
     lengths: np.ndarray
     fingerprint: str
     groups: Groups | None
 
-    def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]: ...
+    def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+        """The ids of the examples `indices`, [len(indices)]."""
 
-    def sequences(self, indices: Sequence[int] | np.ndarray) -> list[bytes]: ...
+    def sequences(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
+        """The whole sequences of the examples `indices`, [len(indices)]."""
 
 
 class MemorySource:
-    """A split that fits in memory."""
+    """A split that is held in memory: (id, sequence) of each example."""
 
-    groups = None
+    groups: Groups | None = None
 
     def __init__(self, records: Sequence[tuple[str, bytes]]):
         self._ids = [name for name, _ in records]
@@ -58,13 +61,17 @@ class MemorySource:
 
 
 class ShardSource:
-    """A split of a prepared folder. Any number of threads may read from it at once.
+    """A split of a folder that `esm1nv prepare` made. Threads may read from it at the same time.
 
-    Also what Grain calls a random access source: it has a length, and `[i]` is the record as a
-    dictionary, so that `grain.MapDataset.source(open_split(folder, "train"))` works.
+    It is a random access source of Grain: it has a length, `[i]` is the record as a dictionary, and
+    a process that receives it opens the files anew. So `grain.MapDataset.source(open_split(folder,
+    "train"))` works, also with `mp_prefetch` and in a `grain.DataLoader` with workers.
+
+    Raises UserError where the folder is no whole data set or its split is empty.
     """
 
     def __init__(self, folder: Path, split: str):
+        self._folder, self._split = folder, split
         entry = manifest.read(folder)["splits"][split]
         if not entry["examples"]:
             raise UserError(
@@ -75,7 +82,7 @@ class ShardSource:
         self._paths = [folder / shard["file"] for shard in entry["shards"]]
         counts = [shard["examples"] for shard in entry["shards"]]
         self._ends = np.cumsum(counts)
-        # Opening every shard now shows a truncated one, which would read as empty later on.
+        # All shards are opened now: a truncated one reads as an empty one, without an error.
         self._readers = [open_shard(path) for path in self._paths]
         for path, reader, count in zip(self._paths, self._readers, counts, strict=True):
             if reader.num_records() != count:
@@ -86,18 +93,25 @@ class ShardSource:
         self.lengths = _load(folder / split_writer.lengths_file(split))
         if len(self.lengths) != entry["examples"]:
             name = split_writer.lengths_file(split)
-            raise UserError(f"{folder / name} is not of this data set; prepare it again")
+            raise UserError(f"{folder / name} belongs to another data set; prepare it again")
         first, member = (folder / name for name in split_writer.groups_files(split))
         self.groups = Groups(_load(first), _load(member)) if first.exists() else None
 
+    def __reduce__(self):
+        return type(self), (self._folder, self._split)
+
+    def __repr__(self) -> str:
+        """Grain's DataLoader compares this with the one in its checkpoint."""
+        return f"ShardSource({str(self._folder)!r}, {self._split!r})"
+
     def _records(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
-        """Records in the order asked for, read in the order in which they lie."""
+        """Records in the order of `indices`, read in the order in which they lie on disk."""
         indices = np.asarray(indices, np.int64)
         out: list[bytes] = [b""] * len(indices)
         order = np.argsort(indices, kind="stable")
-        wanted = indices[order]
-        shards = np.searchsorted(self._ends, wanted, side="right")
-        local = wanted - np.concatenate(([0], self._ends))[shards]
+        ascending = indices[order]
+        shards = np.searchsorted(self._ends, ascending, side="right")
+        local = ascending - np.concatenate(([0], self._ends))[shards]
         for i, shard, at in zip(order.tolist(), shards.tolist(), local.tolist(), strict=True):
             # `read([at])` looks at every record of the shard; `read(at, at + 1)` does not.
             out[i] = self._readers[shard].read(at, at + 1)[0]
@@ -108,8 +122,9 @@ class ShardSource:
 
     def sequences(self, indices: Sequence[int] | np.ndarray) -> list[bytes]:
         lengths = self.lengths[np.asarray(indices, np.int64)].tolist()
-        out = [sequence_of(r, n) for r, n in zip(self._records(indices), lengths, strict=True)]
-        if None in out:
+        pairs = zip(self._records(indices), lengths, strict=True)
+        out = [sequence_of(record, length) or b"" for record, length in pairs]
+        if b"" in out:  # `prepare` writes no empty sequence
             raise UserError(
                 f"a record of {self._paths[0].parent} is not as long as the lengths file says;"
                 " run esm1nv prepare --verify"
@@ -132,7 +147,7 @@ def _load(path: Path) -> np.ndarray:
 
 
 def open_split(data: str, split: str) -> Source:
-    """Opens a split of the folder `data`, or of the embedded sample where `data` is 'sample'.
+    """Opens a split of the folder `data`, or of the bundled sample where `data` is 'sample'.
 
     Raises UserError where there is no such split or no whole data set.
     """
@@ -145,7 +160,8 @@ def open_split(data: str, split: str) -> Source:
 
 @cache
 def _sample(split: str) -> MemorySource:
-    """Held-out sequences are those with the smallest digests, so no order of the file matters."""
+    """A split of the bundled sample. Sequences with the smallest digests are held out, so that the
+    order of the file does not matter."""
     records = sorted(fasta.sample(), key=lambda record: hashlib.sha256(record[1]).digest())
     held_out = 2 * _SAMPLE_HELD_OUT
     return MemorySource(

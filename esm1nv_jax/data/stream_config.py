@@ -1,9 +1,10 @@
-"""What a stream is, and a place in it."""
+"""What an input stream is, beside its data set."""
 
 from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from esm1nv_jax.common.errors import UserError
@@ -12,28 +13,15 @@ SPECIALS = 2  # <s> and </s> around every sequence, cropped or not
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where the next batch starts: row `row` of window `window` of epoch `epoch`, all from 0."""
-
-    epoch: int = 0
-    window: int = 0
-    row: int = 0
-
-    def __post_init__(self):
-        if min(self.epoch, self.window, self.row) < 0:
-            raise ValueError(f"a place is three numbers from 0, found {self}")
-
-
-@dataclasses.dataclass(frozen=True)
 class StreamConfig:
-    """What a stream is, beside its data set.
+    """What an input stream is, beside its data set.
 
-    rows: rows in a global batch, over all hosts. row_length: tokens in a row.
-    max_residues: longer sequences are cropped to a window of so many residues.
-    crop: where the window lies: 'prefix' as the original, or 'random', anew in every epoch.
-    packed: several sequences in a row; else one.
-    sample: 'all' examples in an epoch, or 'one_per_group', another member of each in every epoch.
-    block: see `Order`; 1 unless reading at random is dear.
+    rows: rows in a global batch, over all processes. row_length: tokens in a row.
+    max_residues: longer sequences are cropped to so many residues.
+    crop: 'prefix' keeps the first residues; 'random' keeps a window drawn anew in every epoch.
+    packed: several sequences in a row; otherwise one.
+    sample: 'all' examples in an epoch, or 'one_per_group', one member of each cluster.
+    block: consecutive records that stay together in the shuffle (see `packing.EpochOrder`).
     """
 
     seed: int
@@ -61,7 +49,7 @@ class StreamConfig:
 
 
 def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
-    """The stream that the config of a run asks for, of `rows` rows a batch."""
+    """The stream that a run's config describes, with `rows` rows in a global batch."""
     data = config.data
     return StreamConfig(
         seed=config.seed,
@@ -73,3 +61,15 @@ def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
         sample=data.sample,
         block=data.block,
     )
+
+
+def rows_for(lengths: np.ndarray, sequences: int, config: StreamConfig) -> int:
+    """The number of rows that hold about `sequences` sequences.
+
+    Packed, it is round(sequences x mean tokens / row length); otherwise one row a sequence.
+    `lengths` are those of the data set in residues, uncropped: [examples].
+    """
+    if not config.packed:
+        return sequences
+    mean = float(np.minimum(lengths, config.max_residues).mean()) + SPECIALS
+    return max(1, round(sequences * mean / config.row_length))

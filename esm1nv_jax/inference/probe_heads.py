@@ -19,9 +19,8 @@ import numpy as np
 import optax
 from scipy.optimize import minimize
 
-from esm1nv_jax.common.hashing import fold_all, purpose
+from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data.labeled_data import Split
-from esm1nv_jax.data.order import permute
 
 HEADS = ("linear", "cnn", "mlp")
 KERNEL, CHANNELS, LAYERS = 7, 32, (256, 128)

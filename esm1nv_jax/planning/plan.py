@@ -145,14 +145,14 @@ def miscounted(program, useful: float, mfu: float) -> str:
 
 def stream_load(run, source, rows: int, devices: int):
     """The `roofline.Load` of a device with `rows` rows: the mean over many rows of the stream."""
-    from esm1nv_jax.data.pipeline import train_batches
+    from esm1nv_jax.data.pipeline import train_dataset
     from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.model.kernels.flash_gpu import Blocks
     from esm1nv_jax.planning.roofline import load_of, mean_load
 
-    batches = train_batches(source, stream_config(run, rows))
+    batches = iter(train_dataset(source, stream_config(run, rows)))
     sampled = max(min(SAMPLED_DEVICES, SAMPLED_ROWS // rows), 2)
-    loads = [load_of(b, run.masking.rate, Blocks()) for b, _ in itertools.islice(batches, sampled)]
+    loads = [load_of(b, run.masking.rate, Blocks()) for b in itertools.islice(batches, sampled)]
     return mean_load(loads, devices)
 
 

@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.pipeline import rows_for
-from esm1nv_jax.data.stream_config import stream_config
+from esm1nv_jax.data.stream_config import rows_for, stream_config
 from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import Compute, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
@@ -35,6 +34,7 @@ REDUCE_DTYPES = ("float32", "bfloat16")
 
 MINIMUM = {  # that a field may be
     "steps": 1,
+    "data.workers": 0,
     "batch.rows": 0,
     "batch.sequences_per_device": 1,
     "batch.microbatches": 1,
@@ -78,6 +78,7 @@ class DataConfig:
     packed: bool
     sample: str
     block: int
+    workers: int
 
 
 @dataclasses.dataclass(frozen=True)

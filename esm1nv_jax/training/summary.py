@@ -13,9 +13,9 @@ from rich.table import Table
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.console import console
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.pipeline import evaluation_batches, rows_for
+from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import StreamConfig
+from esm1nv_jax.data.stream_config import StreamConfig, rows_for
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training.monitor import NonfiniteStep

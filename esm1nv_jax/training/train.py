@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
 
+import grain
 import jax
 
 from esm1nv_jax import __version__
@@ -12,9 +13,8 @@ from esm1nv_jax.checkpoints import manager, model_folder
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
-from esm1nv_jax.data.prefetch import Prefetch
 from esm1nv_jax.data.source import Source, open_split
-from esm1nv_jax.data.stream_config import Place, StreamConfig, stream_config
+from esm1nv_jax.data.stream_config import StreamConfig, stream_config
 from esm1nv_jax.training import process_group, sharding, summary
 from esm1nv_jax.training.checkpoint_policy import Saving
 from esm1nv_jax.training.host_metrics import open_host_log
@@ -93,12 +93,14 @@ def run(
         monitor = RunMonitor(
             config, step_config.objective, run_dir, group, watchdog, log, mesh, step
         )
-        batches = training_batches(train_source, stream, step_config.objective, mesh, data_state)
+        batches = training_batches(
+            train_source, stream, step_config.objective, mesh, config.data.workers, data_state
+        )
         validate = functools.partial(
             evaluate, config, step_config.objective, validation_source, stream, mesh, monitor
         )
         try:
-            with monitor, batches, jax.transfer_guard("disallow"):
+            with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
                 if step == 0:
                     validate(eval_step, state.params, step)
                 monitor.start()
@@ -106,7 +108,7 @@ def run(
                 stop = step >= config.steps
                 while not stop:
                     with monitor.waiting_for_batch(step + 1, state):
-                        batch, device_batch, data_state = next(batches)
+                        batch, device_batch = next(batches)
                     state, metrics = train_step(state, device_batch)
                     step += 1
                     # The device works on this step while the metrics of the last are fetched.
@@ -122,7 +124,7 @@ def run(
                     monitor.process_metrics(*pending)
                     pending = None
                     with monitor.pause():
-                        items = checkpoint_items(state, data_state, train_source, metadata)
+                        items = checkpoint_items(state, batches.get_state(), train_source, metadata)
                         if evaluate_now:
                             validation = validate(eval_step, state.params, step)
                             checkpoints.save_if_best(validation["loss_mask"], step, *items)
@@ -175,11 +177,11 @@ def restore_or_initialize(
     pretrained: dict | None,
     group: process_group.ProcessGroup,
     strict: bool,
-) -> tuple[TrainState, Place, dict | None]:
+) -> tuple[TrainState, pipeline.State | None, dict | None]:
     """Return the state to start from, the state of the data stream, and the layout it was saved on.
 
     In order of precedence: this run's newest valid checkpoint, pretrained parameters, random
-    parameters.
+    parameters. The last two start the data stream anew: its state is None.
     """
     replicated = sharding.sharding(mesh, "state")
     run_dir = checkpoints.folder.parent
@@ -194,20 +196,20 @@ def restore_or_initialize(
     chosen = group.broadcast("checkpoint", choose)
     if chosen:
         shapes = abstract_state(step_config, mesh)
-        params, rest, data_state = checkpoints.restore(int(chosen), *split_state(shapes))
-        if data_state.pop("data") != source.fingerprint:
+        params, rest, data = checkpoints.restore(int(chosen), *split_state(shapes))
+        if data["data"] != source.fingerprint:
             raise UserError(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
         saved_layout = manager.read_config(run_dir, int(chosen)).get("layout")
-        return TrainState(params=params, **rest), Place(**data_state), saved_layout
+        return TrainState(params=params, **rest), data.get("stream", {}), saved_layout
     if pretrained is not None:
         params = sharding.place_state(pretrained, mesh)
         create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
-        return create(step_config, params), Place(), None
+        return create(step_config, params), None, None
     create = jax.jit(create_state, static_argnums=0, out_shardings=replicated)
-    return create(step_config), Place(), None
+    return create(step_config), None, None
 
 
 def split_state(state: TrainState) -> tuple[dict, dict]:
@@ -217,10 +219,11 @@ def split_state(state: TrainState) -> tuple[dict, dict]:
 
 
 def checkpoint_items(
-    state: TrainState, data_state: Place, source: Source, metadata: dict
+    state: TrainState, data_state: pipeline.State, source: Source, metadata: dict
 ) -> tuple[dict, dict, dict, dict]:
     """Return what a checkpoint holds: parameters, optimizer and counters, data state, metadata."""
-    return *split_state(state), {**vars(data_state), "data": source.fingerprint}, metadata
+    data = {"stream": data_state, "data": source.fingerprint}
+    return *split_state(state), data, metadata
 
 
 def training_batches(
@@ -228,17 +231,18 @@ def training_batches(
     stream: StreamConfig,
     objective: MaskedLM,
     mesh: jax.sharding.Mesh,
-    data_state: Place,
-) -> Prefetch:
-    """Return an endless iterator of (this process's rows, the global batch on the devices, the
-    state of the stream after it), made ahead in a thread."""
+    workers: int = 0,
+    data_state: pipeline.State | None = None,
+) -> grain.DatasetIterator:
+    """Return an endless iterator of (this process's rows, the global batch on the devices), which
+    goes on from `data_state` and is ahead of the caller in a thread."""
 
-    def batches() -> Iterator[tuple[pipeline.Batch, dict[str, jax.Array], Place]]:
-        rows = sharding.local_rows(mesh, stream.rows)
-        for batch, after in pipeline.train_batches(source, stream, data_state, rows):
-            yield batch, sharding.place_on_devices(batch, objective.batch_dtypes, mesh), after
+    def place(batch: pipeline.Batch) -> tuple[pipeline.Batch, dict[str, jax.Array]]:
+        return batch, sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
 
-    return Prefetch(batches())
+    rows = sharding.local_rows(mesh, stream.rows)
+    dataset = pipeline.train_dataset(source, stream, rows, workers)
+    return pipeline.prefetch(dataset.map(place), data_state)
 
 
 def evaluate(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import manager
-from esm1nv_jax.data.pipeline import Place, StreamConfig, train_batches
+from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.data.source import open_split
+from esm1nv_jax.data.stream_config import StreamConfig
 from tests.cluster.runs import Run, losses, parameters
 
 LAYOUTS = {"1x8": (1, 8), "2x2": (2, 2), "4x1": (4, 1)}  # processes x devices of each
@@ -15,15 +16,16 @@ STEPS = 50
 SPY = """
 import hashlib, os
 from esm1nv_jax.data import pipeline
-real = pipeline.train_batches
-def spied(source, config, place, rows):
-    for batch, after in real(source, config, place, rows):
+real = pipeline.train_dataset
+def spied(source, config, rows, workers):
+    def record(batch):
         with open(os.environ["SPY"] + f"/{rows.start}", "a") as file:
             for number in range(rows.stop - rows.start):
                 row = b"".join(batch[name][number].tobytes() for name in sorted(batch))
                 print(hashlib.sha256(row).hexdigest(), file=file)
-        yield batch, after
-pipeline.train_batches = spied
+        return batch
+    return real(source, config, rows, workers).map(record)
+pipeline.train_dataset = spied
 """
 
 
@@ -114,7 +116,7 @@ def test_in_bfloat16_losses_agree_within_a_thousandth(tmp_path):
 
 
 def test_a_batch_given_per_device_shrinks_with_the_devices_and_skips_nothing(tmp_path):
-    """Four devices, then three: the place is where a walk of single rows gets by itself."""
+    """Four devices, then three: the state is that of a stream of single rows."""
     sizes = ("--config.batch.rows=0", "--config.batch.sequences_per_device=3")
     for steps, devices in ((5, 4), (9, 3)):
         with Run(tmp_path / "run", 1, *sizes, *options(steps), devices=devices) as run:
@@ -132,10 +134,9 @@ def test_a_batch_given_per_device_shrinks_with_the_devices_and_skips_nothing(tmp
         max_residues=data["max_residues"],
         crop=data["crop"],
     )
-    walk = train_batches(open_split("sample", "train"), single, Place())
+    walk = iter(train_dataset(open_split("sample", "train"), single))
     for _ in range(5 * rows[0] + 4 * rows[1]):
-        _, place = next(walk)
+        next(walk)
     saved = json.loads((tmp_path / "run/checkpoints/9/place/metadata").read_text())
-    saved.pop("data")
-    assert saved == vars(place)
+    assert saved["stream"] == walk.get_state()
     assert sorted(losses(tmp_path / "run")) == list(range(1, 10))

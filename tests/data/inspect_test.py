@@ -9,9 +9,12 @@ from esm1nv_jax.cli import dispatch
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import EXIT_USER
 from esm1nv_jax.data import inspect, tokenizer
-from esm1nv_jax.data.pipeline import StreamConfig, train_batches
+from esm1nv_jax.data.pipeline import train_dataset
+from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
+from esm1nv_jax.data.stream_config import StreamConfig
 from esm1nv_jax.model import masking
+from tests.data.made_up import fasta, made_up
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -19,12 +22,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_a_row_is_drawn_letter_by_letter():
     source = open_split("sample", "train")
     config = StreamConfig(seed=0, rows=4, row_length=512, max_residues=510)
-    batch, _ = next(train_batches(source, config))
-    text = inspect.drawn(batch, 0)
+    batch = next(iter(train_dataset(source, config)))
+    text = inspect.row_text(batch, 0)
     ids = [i for i in dict.fromkeys(batch["example_ids"][0].tolist()) if i >= 0]
     whole = "".join(f"‹{s[:510].decode()}›" for s in source.sequences(ids))
     assert text.plain.rstrip("·") == whole
-    hidden = inspect.masked(batch, 0, 0.15)
+    hidden = inspect.masked_positions(batch, 0, 0.15)
     reverse = sum(span.end - span.start for span in text.spans if "reverse" in str(span.style))
     assert reverse == hidden.sum()
     for segment in range(1, batch["segment_ids"][0].max() + 1):
@@ -36,13 +39,16 @@ def test_a_row_is_drawn_letter_by_letter():
 @pytest.mark.parametrize("name", masking.RECIPES)
 def test_what_is_shown_masked_is_what_a_run_masks(name):
     config = StreamConfig(seed=0, rows=4, row_length=512, max_residues=510)
-    batch, _ = next(train_batches(open_split("sample", "train"), config))
+    batch = next(iter(train_dataset(open_split("sample", "train"), config)))
     recipe = masking.recipe(name)
     parts = (batch[part] for part in ("tokens", "segment_ids", "mask_bits"))
     masked = masking.mask(recipe, *parts)
     for row in range(4):
         index = masked.index_BM[row][masked.selected_BM[row]]
-        assert np.flatnonzero(inspect.masked(batch, row, recipe.rate)).tolist() == index.tolist()
+        assert (
+            np.flatnonzero(inspect.masked_positions(batch, row, recipe.rate)).tolist()
+            == index.tolist()
+        )
 
 
 def test_the_sample_is_shown(capsys):
@@ -53,11 +59,25 @@ def test_the_sample_is_shown(capsys):
     assert f"{((lengths >= 128) & (lengths < 192)).sum():,}" in shown
 
 
+def test_ids_and_paths_are_shown_as_they_are(tmp_path, capsys):
+    names = (b"[/x]", b"[red]a[/red]", b":smile:", b"[link=http://a]", b"\\[b")
+    records = [(n, b"", s) for n, (_, _, s) in zip(names, made_up(5), strict=True)]
+    (tmp_path / "odd.fasta").write_bytes(fasta([*records, *made_up(40, seed=1)]))
+    folder = str(tmp_path / "[bold]set")
+    prepare(Preparation((str(tmp_path / "odd.fasta"),), folder, 2, 2, workers=1))
+    assert arguments.run(dispatch, ["inspect", folder, "--show", "64"]) == 0
+    shown = capsys.readouterr().out
+    train = open_split(folder, "train")
+    assert "[bold]set: train" in shown
+    assert sum(name.decode() in train.ids(range(len(train))) for name in names) >= 3
+    assert all(name in shown for name in train.ids(range(len(train))))
+
+
 def test_a_config_says_how_rows_are_cut(capsys):
     argv = ["inspect", f"--config={CONFIGS / 'pretrain_small.py'}:shipped"]
     assert arguments.run(dispatch, [*argv, "--config.data.path=sample", "--show=0"]) == 0
     shown = capsys.readouterr().out
-    assert "of 512 tokens a batch" in shown and "one choice of 10 %" in shown
+    assert "of 512 tokens a batch" in shown and "the 10 % of residues to be predicted" in shown
     assert arguments.run(dispatch, argv) == EXIT_USER
     assert "names no data" in capsys.readouterr().err
 

@@ -1,8 +1,10 @@
-"""The stream is a pure function of the place: the same bits on any number of hosts."""
+"""The stream is a pure function of its state: the same bits in any number of processes."""
 
 import dataclasses
 import hashlib
 import itertools
+import json
+import threading
 import time
 
 import numpy as np
@@ -14,15 +16,9 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold, fold_all, purpose
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.clusters import Groups
-from esm1nv_jax.data.pipeline import (
-    Place,
-    StreamConfig,
-    evaluation_batches,
-    rows_for,
-    train_batches,
-)
-from esm1nv_jax.data.prefetch import Prefetch
+from esm1nv_jax.data.pipeline import evaluation_batches, prefetch, train_dataset
 from esm1nv_jax.data.source import MemorySource, open_split
+from esm1nv_jax.data.stream_config import StreamConfig, rows_for
 
 CONFIG = StreamConfig(seed=5, rows=88, row_length=512, max_residues=510)
 ARRAYS = ("tokens", "segment_ids", "positions", "example_ids", "mask_bits")
@@ -40,11 +36,22 @@ def hosts(rows, n):
     return [slice(i * rows // n, (i + 1) * rows // n) for i in range(n)]
 
 
+def batches_from(source, config, state=None, rows=slice(None)):
+    iterator = iter(train_dataset(source, config, rows))
+    if state is not None:
+        iterator.set_state(state)
+    return iterator
+
+
+def state_at(index, row):
+    return {"parent": {"next_index": index}, "batch_idx": row}
+
+
 def joined(iterators):
-    """The next global batch out of the parts of all hosts, and the place, the same on each."""
+    """The next global batch out of the parts of all hosts, and the state, the same on each."""
     parts = [next(iterator) for iterator in iterators]
-    (place,) = {place for _, place in parts}
-    return {k: np.concatenate([batch[k] for batch, _ in parts]) for k in ARRAYS}, place
+    (state,) = {json.dumps(iterator.get_state()) for iterator in iterators}
+    return {k: np.concatenate([batch[k] for batch in parts]) for k in ARRAYS}, json.loads(state)
 
 
 def digest(batch):
@@ -71,36 +78,49 @@ def segments(batch):
 def test_the_same_bits_on_any_number_of_hosts(packed, crop):
     source = open_split("sample", "train")
     config = dataclasses.replace(CONFIG, packed=packed, crop=crop, max_residues=300)
-    streams = {n: [train_batches(source, config, rows=s) for s in hosts(88, n)] for n in (1, 4, 22)}
+    streams = {n: [batches_from(source, config, rows=s) for s in hosts(88, n)] for n in (1, 4, 22)}
     seen = set()
     for _ in range(105 if packed else 25):
-        whole, place = joined(streams[1])
+        whole, state = joined(streams[1])
         seen.add(digest(whole))
         for n in (4, 22):
             batch, also = joined(streams[n])
             assert digest(batch) == digest(whole)
-            assert also == place
+            assert also == state
     assert len(seen) == (105 if packed else 25)
-    assert place.epoch == (1 if packed else 0)
+    assert state["parent"]["next_index"] // 5 == (1 if packed else 0)  # the epoch
 
 
 def test_the_stream_stays_what_it_was():
     """A run that was saved by an older version goes on with the same batches."""
-    batch, place = next(train_batches(open_split("sample", "train"), CONFIG, Place(2, 3, 40)))
-    assert digest(batch)[:16] == "843dfab9ddbf6101"
-    assert place == Place(2, 3, 128)
+    batches = batches_from(open_split("sample", "train"), CONFIG, state_at(2 * 5 + 3, 40))
+    assert digest(next(batches))[:16] == "843dfab9ddbf6101"
+    assert batches.get_state() == state_at(2 * 5 + 3, 128)
 
 
 def test_a_resume_on_other_hosts_is_exact():
     source = open_split("sample", "train")
-    straight = train_batches(source, CONFIG)
-    batches = [next(straight) for _ in range(12)]
+    straight = [batches_from(source, CONFIG)]
+    batches = [joined(straight) for _ in range(12)]
     for at in (0, 3, 8):
-        resumed = [train_batches(source, CONFIG, batches[at][1], s) for s in hosts(88, 8)]
-        for expected, place in batches[at + 1 :]:
+        resumed = [batches_from(source, CONFIG, batches[at][1], s) for s in hosts(88, 8)]
+        for expected, state in batches[at + 1 :]:
             batch, also = joined(resumed)
             assert digest(batch) == digest(expected)
-            assert also == place
+            assert also == state
+
+
+def test_a_state_holds_for_another_number_of_rows():
+    source = open_split("sample", "train")
+    batches = batches_from(source, CONFIG)
+    for _ in range(3):
+        next(batches)
+    expected = next(batches)
+    batches = batches_from(source, dataclasses.replace(CONFIG, rows=22))
+    for _ in range(12):
+        next(batches)
+    found = [next(batches) for _ in range(4)]
+    assert all(np.array_equal(np.concatenate([b[k] for b in found]), expected[k]) for k in ARRAYS)
 
 
 @settings(deadline=None, max_examples=60)
@@ -125,7 +145,7 @@ def test_every_token_is_accounted_for(lengths, rows, max_residues, packed, crop,
         block=block,
     )
     seen = []
-    for batch, _ in itertools.islice(train_batches(source, config), 3 * len(lengths)):
+    for batch in itertools.islice(batches_from(source, config), 3 * len(lengths)):
         assert all(batch[k].shape == (rows, config.row_length) for k in ARRAYS)
         assert {str(batch[k].dtype) for k in ARRAYS} == {"int32", "uint32"}
         padding = batch["segment_ids"] == 0
@@ -165,10 +185,8 @@ def test_every_token_is_accounted_for(lengths, rows, max_residues, packed, crop,
 def test_random_crops_move_with_the_epoch_and_reach_both_ends():
     source = source_of([100] * 300)
     config = StreamConfig(seed=0, rows=300, row_length=52, max_residues=50, crop="random")
-    stream = train_batches(source, config)
     starts = []
-    for _ in range(6):
-        batch, _ = next(stream)
+    for batch in itertools.islice(batches_from(source, config), 6):
         for example, row, start, n in segments(batch):
             crop = tokenizer.decode(batch["tokens"][row, start + 1 : start + n - 1])
             starts.append((example, source.sequences([example])[0].decode().index(crop)))
@@ -210,15 +228,15 @@ def test_one_of_each_cluster():
     source.groups = Groups.of(cluster)
     config = StreamConfig(seed=0, rows=30, row_length=7, max_residues=5, sample="one_per_group")
     drawn = []
-    place = Place()
-    for batch, place in itertools.islice(train_batches(source, config), 40):  # noqa: B007
+    batches = batches_from(source, config)
+    for batch in itertools.islice(batches, 40):
         examples = [example for example, *_ in segments(batch)]
         assert sorted(cluster[examples]) == list(range(30))
         drawn += examples
-    assert place == Place(40)
+    assert batches.get_state() == state_at(39, 30)  # the end of epoch 39
     assert set(drawn) == set(range(90))
     with pytest.raises(UserError, match="--groups"):
-        next(train_batches(source_of([5]), config))
+        train_dataset(source_of([5]), config)
 
 
 def test_rows_for_a_number_of_sequences():
@@ -244,48 +262,93 @@ def test_a_wrong_config_says_what_is_allowed(change, message):
         dataclasses.replace(CONFIG, **change)
 
 
-@pytest.mark.parametrize("place", [Place(0, 9, 0), Place(0, 0, 5000)])
-def test_a_place_of_another_data_set_is_refused(place):
+@pytest.mark.parametrize(
+    "state", [state_at(0, 5000), state_at(0, -1), {"epoch": 0, "window": 0, "row": 0}, {}]
+)
+def test_a_state_of_another_data_set_is_refused(state):
     with pytest.raises(UserError, match="another data set"):
-        next(train_batches(open_split("sample", "train"), CONFIG, place))
+        batches_from(open_split("sample", "train"), CONFIG, state)
 
 
-def test_prefetch_keeps_order_waits_and_passes_failures_on():
-    def slow():
-        for i in range(5):
-            time.sleep(0.02)
-            yield i
-        raise KeyError("lost")
-
-    with Prefetch(slow(), ahead=2) as items:
-        assert [next(items) for _ in range(5)] == list(range(5))
-        with pytest.raises(KeyError, match="lost"):
-            next(items)
-        assert items.waited > 0.08
-        with pytest.raises(StopIteration):
-            next(items)
+def test_an_empty_split_is_refused():
+    for make in (train_dataset, evaluation_batches):
+        with pytest.raises(UserError, match="holds no sequence"):
+            make(MemorySource([]), CONFIG)
 
 
-def test_prefetch_does_not_wait_when_the_stream_is_faster():
-    with Prefetch(iter(range(50)), ahead=8) as items:
+def test_more_processes_than_rows():
+    """A process without a row gets batches of none, and the same state."""
+    source, config = source_of([5] * 9), StreamConfig(seed=0, rows=2, row_length=7, max_residues=5)
+    parts = [batches_from(source, config, rows=s) for s in hosts(2, 3)]
+    for _ in range(5):
+        batch, _ = joined(parts)
+        assert batch["tokens"].shape == (2, 7)
+
+
+class SlowSource(MemorySource):
+    """Reads as slowly as it is told to, and fails at one of its reads."""
+
+    def __init__(self, seconds=0.0, fails_at=None):
+        super().__init__([(f"p{i}", b"ACDEF") for i in range(300)])
+        self.seconds, self.fails_at, self.reads = seconds, fails_at, 0
+
+    def sequences(self, indices):
+        self.reads += 1
+        time.sleep(self.seconds)
+        if self.reads == self.fails_at:
+            raise KeyError("lost")
+        return super().sequences(indices)
+
+
+PREFETCHED = StreamConfig(seed=0, rows=4, row_length=7, max_residues=5)
+
+
+def test_prefetch_keeps_order_and_passes_failures_on():
+    source = SlowSource(0.02, fails_at=6)
+    expected = [digest(b) for b in itertools.islice(batches_from(SlowSource(), PREFETCHED), 5)]
+    iterator = prefetch(train_dataset(source, PREFETCHED), ahead=2)
+    assert [digest(next(iterator)) for _ in range(5)] == expected
+    with pytest.raises(KeyError, match="lost"):
+        next(iterator)
+    iterator.close()
+
+
+def test_prefetch_is_as_far_ahead_as_it_may_be():
+    source = SlowSource()
+    iterator = prefetch(train_dataset(source, PREFETCHED), ahead=8)
+    for taken in range(1, 4):
+        next(iterator)
+        end = time.monotonic() + 20
+        while source.reads < taken + 8 and time.monotonic() < end:
+            time.sleep(0.01)
         time.sleep(0.1)
-        for _ in range(50):
-            time.sleep(0.002)
-            next(items)
-        assert items.waited < 0.02
+        assert source.reads == taken + 9  # 8 in the queue, one that waits to enter it
+    iterator.close()
+
+
+def test_the_state_of_a_prefetched_stream_is_that_of_the_batches_taken():
+    iterator = prefetch(train_dataset(SlowSource(), PREFETCHED), ahead=4)
+    straight = batches_from(SlowSource(), PREFETCHED)
+    for _ in range(7):
+        next(iterator), next(straight)
+    time.sleep(0.1)
+    state = iterator.get_state()
+    assert state == straight.get_state()
+    expected = digest(next(straight))
+    iterator.close()
+    resumed = prefetch(train_dataset(SlowSource(), PREFETCHED), state)
+    assert digest(next(resumed)) == expected
+    resumed.close()
 
 
 def test_prefetch_closes_while_the_queue_is_full():
-    made = []
-
-    def endless():
-        for i in itertools.count():
-            made.append(i)
-            yield i
-
-    items = Prefetch(endless(), ahead=2)
-    next(items)
-    items.close()
-    count = len(made)
+    source, threads = SlowSource(), threading.active_count()
+    iterator = prefetch(train_dataset(source, PREFETCHED), ahead=2)
+    next(iterator)
+    iterator.close()
+    reads = source.reads
     time.sleep(0.3)
-    assert len(made) == count <= 5
+    assert source.reads == reads <= 5
+    assert threading.active_count() == threads
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)

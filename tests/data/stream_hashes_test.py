@@ -14,8 +14,9 @@ import pytest
 from esm1nv_jax.common.hashing import fold, fold_all
 from esm1nv_jax.data import packing, tokenizer
 from esm1nv_jax.data.clusters import Groups
-from esm1nv_jax.data.pipeline import Place, StreamConfig, evaluation_batches, train_batches
+from esm1nv_jax.data.pipeline import evaluation_batches, train_dataset
 from esm1nv_jax.data.source import MemorySource, open_split
+from esm1nv_jax.data.stream_config import StreamConfig
 
 ARRAYS = ("tokens", "segment_ids", "positions", "example_ids", "mask_bits")
 PROCESSES = (1, 2, 3, 5)
@@ -120,7 +121,13 @@ def digest(batches):
 
 
 def from_place(data, config, place, rows):
-    return (batch for batch, _ in train_batches(data, config, Place(*place), rows))
+    """Iterates from row `row` of window `window` of epoch `epoch` on."""
+    epoch, window, row = place
+    examples = len(data.lengths) if config.sample == "all" else len(data.groups.first) - 1
+    windows = -(-examples // packing.WINDOW)
+    iterator = iter(train_dataset(data, config, rows))
+    iterator.set_state({"parent": {"next_index": epoch * windows + window}, "batch_idx": row})
+    return iterator
 
 
 @pytest.mark.parametrize("processes", PROCESSES)

@@ -36,15 +36,14 @@ def slow_data(folder: Path, seconds: float, process: int = 0, after: int = 0) ->
     """
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
-        "import os, time\n"
+        "import itertools, os, time\n"
         f"if os.environ.get('JAX_PROCESS_ID', '0') == '{process}':\n"
         "    from esm1nv_jax.data import pipeline\n"
-        "    real = pipeline.train_batches\n"
-        "    def drag(*args):\n"
-        "        for i, item in enumerate(real(*args)):\n"
-        f"            if i >= {after}: time.sleep({seconds})\n"
-        "            yield item\n"
-        "    pipeline.train_batches = drag\n"
+        "    real, count = pipeline.train_dataset, itertools.count()\n"
+        "    def drag(batch):\n"
+        f"        if next(count) >= {after}: time.sleep({seconds})\n"
+        "        return batch\n"
+        "    pipeline.train_dataset = lambda *args: real(*args).map(drag)\n"
     )
     return f"{folder}:{ROOT}"
 

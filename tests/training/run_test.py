@@ -99,7 +99,7 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
 def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
     run = tmp_path / "run"
     assert processes.run(f"--workdir={run}", "--config.steps=4").returncode == 0
-    longer = processes.run(f"--workdir={run}")
+    longer = processes.run(f"--workdir={run}", "--config.data.workers=2")
     assert longer.returncode == 0, longer.stderr
     assert_same(params(run, 12), params(straight[0], 12))
     other = processes.run(

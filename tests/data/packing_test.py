@@ -1,12 +1,13 @@
-"""The order of an epoch is a permutation; packing is best-fit decreasing."""
+"""The order of an epoch is a permutation; rows are packed best-fit decreasing."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esm1nv_jax.common.hashing import permute
 from esm1nv_jax.data import packing
-from esm1nv_jax.data.order import Order, permute
+from esm1nv_jax.data.packing import EpochOrder
 from esm1nv_jax.data.source import open_split
 
 
@@ -42,22 +43,22 @@ def test_permute_is_uniform(n):
 @settings(deadline=None)
 @given(n=st.integers(1, 3000), block=st.integers(1, 70), near=st.integers(1, 500))
 def test_every_order_visits_each_once(n, block, near):
-    order = Order(n, seed=3, epoch=2, block=block, near=near)
-    places = np.concatenate([order(start, start + 97) for start in range(0, n, 97)])
-    assert np.array_equal(np.sort(places), np.arange(n))
+    order = EpochOrder(n, seed=3, epoch=2, block=block, near=near)
+    visited = np.concatenate([order(start, start + 97) for start in range(0, n, 97)])
+    assert np.array_equal(np.sort(visited), np.arange(n))
 
 
 def test_a_block_order_stays_near():
     n, block, near = 100_000, 64, 4096
-    order = Order(n, 0, 0, block=block, near=near)
+    order = EpochOrder(n, 0, 0, block=block, near=near)
     stretch = order(0, near)
     assert len(np.unique(stretch // block)) <= near // block + 1
     assert np.abs(np.diff(stretch)).mean() > block  # and is shuffled within
-    assert not np.array_equal(stretch, Order(n, 0, 1, block=block, near=near)(0, near))
+    assert not np.array_equal(stretch, EpochOrder(n, 0, 1, block=block, near=near)(0, near))
 
 
 def test_epochs_and_seeds_differ():
-    orders = [Order(1000, seed, epoch)(0, 1000) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [EpochOrder(1000, seed, epoch)(0, 1000) for seed in (0, 1) for epoch in (0, 1)]
     for i, a in enumerate(orders):
         for b in orders[i + 1 :]:
             assert (a == b).mean() < 0.02
