@@ -13,6 +13,8 @@ from esm1nv_jax.checkpoints import manager
 from tests.cluster.runs import Run, losses, parameters, same_bits
 from tests.training import processes
 
+pytestmark = pytest.mark.integration
+
 LONG = ("--config.steps=100000", "--config.checkpoint.every=20")
 GONE_WITHIN = 30  # seconds that the others may live on
 

@@ -121,6 +121,7 @@ def test_open_mpi_5_needs_an_address_and_says_so():
     }
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not MPIRUN, reason="mpirun not installed (apt-get install openmpi-bin)")
 def test_mpirun(tmp_path):
     """Without the variables of launch/local.sh: four processes must find each other."""
@@ -185,6 +186,7 @@ def begin_now(slurm, job, log, restarts):
     slurm.until(job, lambda state: log.read_text().count("workdir  ") > restarts, log=log)
 
 
+@pytest.mark.integration
 def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
     """One job through it all: SIGTERM, requeued by 75; requeued by force; then with one task."""
     workdir = tmp_path / "run"
@@ -220,6 +222,7 @@ def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
     assert place["stream"]["parent"]["next_index"] < 5  # windows of the first epoch
 
 
+@pytest.mark.integration
 def test_slurm_time_limit(slurm, tmp_path):
     """The signal comes before the limit, the run saves, and the job goes back into the queue."""
     workdir = tmp_path / "run"

@@ -11,6 +11,7 @@ from esm1nv_jax.data.source import open_split
 from esm1nv_jax.data.stream_config import StreamConfig
 from tests.cluster.runs import Run, losses, parameters
 
+pytestmark = pytest.mark.integration
 LAYOUTS = {"1x8": (1, 8), "2x2": (2, 2), "4x1": (4, 1)}  # processes x devices of each
 STEPS = 50
 SPY = """

@@ -5,6 +5,7 @@ import pytest
 from tests import soak
 
 
+@pytest.mark.integration
 def test_two_kills(tmp_path, monkeypatch):
     """One while a checkpoint is written, one in the next start."""
     monkeypatch.setattr(soak, "MOMENTS", ("save", "restore"))

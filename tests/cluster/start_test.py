@@ -37,6 +37,7 @@ def refused(tmp_path, instead: str, words: str, n: int = 2, **env):
     return run.text
 
 
+@pytest.mark.integration
 def test_another_config(tmp_path):
     refused(
         tmp_path,
@@ -61,12 +62,14 @@ def from_copy(copy) -> str:
     return f'cd "{copy}" && PYTHONPATH="{copy}" exec "{sys.executable}" "$@"'
 
 
+@pytest.mark.integration
 def test_another_version_of_the_code(tmp_path, copy):
     with (copy / "esm1nv_jax" / "model" / "loss.py").open("a") as file:
         file.write("# changed\n")
     refused(tmp_path, from_copy(copy), r"error: process 1 .*another version of the code")
 
 
+@pytest.mark.integration
 def test_other_data(tmp_path, copy):
     """The same code, another sample: one protein is missing."""
     import gzip
@@ -77,6 +80,7 @@ def test_other_data(tmp_path, copy):
     refused(tmp_path, from_copy(copy), r"error: process 1 .*other data")
 
 
+@pytest.mark.integration
 def test_a_workdir_that_is_not_shared(tmp_path):
     """Process 1 sees another folder under the same name, in a mount namespace of its own."""
     (tmp_path / "run").mkdir()
@@ -90,6 +94,7 @@ def test_a_workdir_that_is_not_shared(tmp_path):
     )
 
 
+@pytest.mark.integration
 def test_fewer_devices_than_promised(tmp_path):
     words = "found 2 devices in 2 processes, the launcher promised 8"
     refused(tmp_path, f'exec "{sys.executable}" "$@"', words, ESM1NV_DEVICES="8")
@@ -101,6 +106,7 @@ def test_what_slurm_promises():
     assert launcher.promised_devices(4, {}) == 4
 
 
+@pytest.mark.integration
 def test_a_live_run_is_named_and_unharmed(tmp_path):
     with Run(tmp_path / "run", 1, "--config.steps=100000") as first:
         first.until(lambda: first.updates() >= 2)
@@ -111,6 +117,7 @@ def test_a_live_run_is_named_and_unharmed(tmp_path):
         first.until(lambda: first.updates() > before)
 
 
+@pytest.mark.integration
 def test_a_process_that_never_comes_ends_the_start(tmp_path):
     python = differing(tmp_path, "exec sleep 600")
     with Run(tmp_path / "run", 2, *FEW, "--config.cluster.start_timeout=15", python=python) as run:

@@ -42,6 +42,7 @@ def loops(ptx: str) -> list[int]:
     return found
 
 
+@pytest.mark.aot
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None,
     reason="compiling for GPUs needs jax-cuda12-plugin (the extra `plan`)",

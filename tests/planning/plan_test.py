@@ -36,6 +36,7 @@ def collectives(result) -> set[tuple[str, str]]:
     return {(c["kind"], c["dtype"]) for c in result["collectives"]}
 
 
+@pytest.mark.aot
 @needs_cuda
 def test_card_on_176_a100s():
     """The real step at full width: packed rows, both dropouts, the flash kernel, 22 hosts."""
@@ -75,6 +76,7 @@ def test_card_on_a_tpu():
     assert collectives(result) == {("all-reduce", "f32")}
 
 
+@pytest.mark.aot
 @needs_tpu
 def test_products_and_loops_of_a_tpu_program_are_counted():
     """By the number of microbatches the work of a step does not change."""
@@ -291,6 +293,7 @@ def write_run(folder, model):
     (folder / "config.json").write_text(json.dumps({"model": model}))
 
 
+@pytest.mark.integration
 def test_measured_beside_predicted(tmp_path):
     write_run(tmp_path, config_file.load("tests/configs/tiny.py").model.to_dict())
     result = plan("--config=tests/configs/tiny.py", "--chip=this-cpu", f"--against={tmp_path}")
@@ -304,6 +307,7 @@ def test_a_run_of_another_model_is_refused(tmp_path):
         plan_module.measured(str(tmp_path), config)
 
 
+@pytest.mark.aot
 @needs_cuda
 def test_compilers_for_absent_chips_are_silent_in_other_commands():
     completed = subprocess.run(

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 
-from esm1nv_jax.common import config_file
+from esm1nv_jax import main
+from esm1nv_jax.common import arguments, config_file, runtime
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training import sharding
 from esm1nv_jax.training.run_config import MINIMUM, RunConfig
 from tests.training import processes
 
@@ -61,10 +63,28 @@ def get_config(arg=""):
         ([f"--config.data.path={__file__}"], "is a file, not a data set"),
     ],
 )
-def test_of_options(tmp_path, options, words):
-    process = processes.run(f"--workdir={tmp_path / 'run'}", *options)
-    assert_refused(process, words)
+def test_of_options(tmp_path, train_here, options, words):
+    assert_refused(train_here(f"--workdir={tmp_path / 'run'}", *options), words)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.fixture
+def train_here(monkeypatch, capfd):
+    """Runs `esm1nv train` in this process, on one device: a start takes seconds."""
+    devices_of = sharding.devices_of
+    monkeypatch.setattr(sharding, "devices_of", lambda platform: devices_of(platform)[:1])
+    monkeypatch.setattr(runtime, "set_up", lambda: None)
+
+    def run(*options, config=processes.TINY):
+        status = arguments.run(main.main, [f"--config={config}", *options])
+        return subprocess.CompletedProcess(options, status, *capfd.readouterr())
+
+    return run
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    options = (f"--workdir={tmp_path / 'run'}", "--config.model.heads=3")
+    assert_refused(processes.run(*options), "model.heads=3 does not divide model.width=16")
 
 
 @pytest.mark.parametrize("name", MINIMUM)
@@ -87,28 +107,28 @@ def test_of_numbers_that_are_too_small(name):
         (FIELD_TOO_MANY, "no field config.model.depth; config.model has layers, width"),
     ],
 )
-def test_of_a_config_file(tmp_path, text, words):
+def test_of_a_config_file(tmp_path, train_here, text, words):
     path = tmp_path / "mine.py"
     path.write_text(text)
-    assert_refused(processes.run(config=path, cwd=tmp_path), words)
+    assert_refused(train_here(config=path), words)
 
 
-def test_of_a_missing_config_and_unknown_arguments(tmp_path):
-    assert_refused(processes.run(config="configs/nothing.py"), "configs/nothing.py does not exist")
-    assert_refused(processes.run(config=f"{processes.TINY}:stpes=3"), "steps=")
-    assert_refused(processes.run(config=f"{processes.TINY}:steps=three"), "not of type int")
+def test_of_a_missing_config_and_unknown_arguments(train_here):
+    assert_refused(train_here(config="configs/nothing.py"), "configs/nothing.py does not exist")
+    assert_refused(train_here(config=f"{processes.TINY}:stpes=3"), "steps=")
+    assert_refused(train_here(config=f"{processes.TINY}:steps=three"), "not of type int")
 
 
-def test_of_a_workdir_that_cannot_be_written(tmp_path):
+def test_of_a_workdir_that_cannot_be_written(tmp_path, train_here):
     (tmp_path / "file").write_text("")
-    assert_refused(processes.run(f"--workdir={tmp_path / 'file' / 'run'}"), "cannot be written")
+    assert_refused(train_here(f"--workdir={tmp_path / 'file' / 'run'}"), "cannot be written")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("not json")
-    assert_refused(processes.run(f"--workdir={tmp_path / 'other'}"), "not readable as JSON")
+    assert_refused(train_here(f"--workdir={tmp_path / 'other'}"), "not readable as JSON")
 
 
-def test_full_size_config_without_data_says_how_to_make_one():
-    assert_refused(processes.run(config="configs/pretrain_small.py"), "esm1nv prepare --fasta")
+def test_full_size_config_without_data_says_how_to_make_one(train_here):
+    assert_refused(train_here(config="configs/pretrain_small.py"), "esm1nv prepare --fasta")
 
 
 def test_configs_work_from_any_folder(tmp_path):

@@ -71,7 +71,12 @@ def test_a_run_leaves_what_it_promises(straight):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)]
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.integration),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.integration),
+    ],
 )
 def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, status):
     run = tmp_path / "run"
@@ -111,6 +116,7 @@ def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
     assert manager.steps(run)[-1] == 12
 
 
+@pytest.mark.integration
 def test_starting_from_another_model(tmp_path, straight):
     run = tmp_path / "run"
     origin = f"--config.init_from={straight[0]}"
@@ -126,6 +132,7 @@ def test_starting_from_another_model(tmp_path, straight):
     assert wrong.returncode == 2 and "needs (" in wrong.stderr
 
 
+@pytest.mark.integration
 def test_a_live_run_is_not_disturbed(tmp_path):
     run = tmp_path / "run"
     first = processes.start(f"--workdir={run}", "--config.steps=100000")
@@ -154,6 +161,7 @@ def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
     assert examples == set(saved)
 
 
+@pytest.mark.integration
 def test_a_profile_of_some_updates(tmp_path, straight):
     run = tmp_path / "run"
     done = processes.run(f"--workdir={run}", "--config.profile=3-4")
