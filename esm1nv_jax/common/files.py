@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import IO
 
 from etils import epath
 
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
 
@@ -45,3 +47,22 @@ def write(path: str, text: str) -> None:
 def open_append(path: epath.Path) -> IO[bytes]:
     """Open a file for appending; without a buffer, where it is on a file system of this host."""
     return path.open("ab") if "://" in str(path) else open(path, "ab", buffering=0)
+
+
+def try_lock(descriptor: int, path: object) -> bool | None:
+    """Locks an open file, called `path`, against other processes, without waiting.
+
+    Returns False where another process holds the lock. A file system without locks is reported, the
+    result is None, and the caller goes on.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        console.print(
+            f"{path} cannot be locked ({error.strerror}): nothing stops another process from "
+            "writing there too"
+        )
+        return None
+    return True

@@ -1,17 +1,21 @@
-"""The vocabulary of ESM-1nv: 30 tokens, one token a residue, always.
+"""The vocabulary of ESM-1nv: 30 tokens, one token per residue; and which letters are residues.
 
-Ids equal those of the released model's tokenizer wherever a sequence holds valid residues only.
-Where it does not, the released tokenizer merges runs of unknown characters into one `<unk>` and
-does not raise lower case, so that rows of an embedding no longer line up with residues; here every
-character is one token.
+Ids equal those of the released model's tokenizer wherever a sequence holds residues only. Where it
+does not, the released tokenizer merges runs of unknown characters into one `<unk>` and does not
+convert lower case, so that rows of an embedding no longer line up with residues. Here a sequence is
+normalized or refused, and every letter of it is one token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import string
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+
+from esm1nv_jax.common.errors import UserError
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>")
 RESIDUES = "LASGVERTDIPKNFQYHMCWXBZUO"
@@ -23,10 +27,67 @@ STANDARD = 20  # residues FIRST_RESIDUE .. FIRST_RESIDUE + 19 are the standard a
 VOCABULARY = len(TOKENS)  # 30
 PADDED_VOCABULARY = 128  # rows of the embedding: a multiple of 128 keeps matrix units full
 
-_WHITE_SPACE = b" \t\n\r\v\f"
+LETTERS = string.ascii_uppercase + "*"  # what a normalized sequence consists of; J and * are <unk>
+_LINE_ENDS, _WHITE_SPACE, _GAPS = b"\r\n", b" \t\v\f", b"-."
+_ACCEPTED = LETTERS.encode() + _LINE_ENDS + _WHITE_SPACE + _GAPS
+_RESIDUES = RESIDUES.encode()
 _IDS = np.full(256, UNK, np.uint8)
-for _i, _letter in enumerate(RESIDUES):
-    _IDS[[ord(_letter), ord(_letter.lower())]] = FIRST_RESIDUE + _i
+for _letters in (_RESIDUES, _RESIDUES.lower()):
+    _IDS[np.frombuffer(_letters, np.uint8)] = np.arange(FIRST_RESIDUE, VOCABULARY)
+
+
+class InvalidResidueError(UserError):
+    """A character at an index (from 0) of a sequence that is neither a letter nor normalized."""
+
+    def __init__(self, character: str, index: int):
+        super().__init__(
+            f"character {character!a} at index {index} of the sequence is no residue; sequences "
+            "consist of letters (gaps, white space and final stops are removed)"
+        )
+        self.character, self.index = character, index
+
+
+class Normalized(NamedTuple):
+    """A sequence as it is tokenized, upper-case letters and inner `*`, and what was changed."""
+
+    sequence: bytes
+    changes: tuple[str, ...]
+
+
+def normalize(sequence: bytes | str) -> Normalized:
+    """Converts a sequence to upper case and removes white space, gaps (`-`, `.`) and final `*`.
+
+    `J` and an inner `*` stay and become `<unk>`. This is the one rule for sequences from anywhere:
+    FASTA, tables and the Python API. Raises InvalidResidueError for any other character.
+    """
+    text = sequence.encode("ascii", "replace") if isinstance(sequence, str) else bytes(sequence)
+    if not text.translate(None, _RESIDUES):
+        return Normalized(text, ())
+    upper = text.upper()
+    if invalid := upper.translate(None, _ACCEPTED):
+        index = upper.index(invalid[:1])
+        character = sequence[index : index + 1]
+        if isinstance(character, bytes):
+            character = character.decode("latin-1")
+        raise InvalidResidueError(character, index)
+    changes = []
+    if upper != text:
+        changes.append("lower case")
+    joined = upper.translate(None, _LINE_ENDS)
+    compact = joined.translate(None, _WHITE_SPACE)
+    if len(compact) != len(joined):
+        changes.append("white space")
+    ungapped = compact.translate(None, _GAPS)
+    if len(ungapped) != len(compact):
+        changes.append("gaps")
+    residues = ungapped.rstrip(b"*")
+    if len(residues) != len(ungapped):
+        changes.append("final stop")
+    if b"*" in residues:
+        changes.append("inner stop, kept as <unk>")
+    if b"J" in residues:
+        changes.append("letter J, kept as <unk>")
+    return Normalized(residues, tuple(changes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +105,19 @@ def clean(sequence: bytes | str) -> Cleaned:
     """
     if isinstance(sequence, str):
         sequence = sequence.encode("ascii", "replace")
-    sequence = sequence.translate(None, _WHITE_SPACE).upper()
+    sequence = sequence.translate(None, _WHITE_SPACE + _LINE_ENDS).upper()
     if sequence.endswith(b"*"):
         sequence = sequence[:-1]
     return Cleaned(sequence, int(np.count_nonzero(residue_ids(sequence) == UNK)))
 
 
 def residue_ids(sequence: bytes) -> np.ndarray:
-    """Ids of a cleaned sequence without specials: uint8 [length]."""
+    """Token ids of a normalized sequence without special tokens: uint8 [length]."""
     return _IDS[np.frombuffer(sequence, np.uint8)]
 
 
 def encode(sequence: bytes | str) -> np.ndarray:
-    """Ids of `<s> residues </s>`: uint8 [residues + 2]. The sequence is cleaned first."""
+    """Token ids of `<s> residues </s>`: uint8 [residues + 2]."""
     return np.concatenate(([BOS], residue_ids(clean(sequence).sequence), [EOS])).astype(np.uint8)
 
 
