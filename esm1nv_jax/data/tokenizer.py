@@ -8,7 +8,6 @@ normalized or refused, and every letter of it is one token.
 
 from __future__ import annotations
 
-import dataclasses
 import string
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -54,17 +53,18 @@ class Normalized(NamedTuple):
     changes: tuple[str, ...]
 
 
-def normalize(sequence: bytes | str) -> Normalized:
+def normalize(sequence: bytes | str, keep: bytes = b"") -> Normalized:
     """Converts a sequence to upper case and removes white space, gaps (`-`, `.`) and final `*`.
 
-    `J` and an inner `*` stay and become `<unk>`. This is the one rule for sequences from anywhere:
-    FASTA, tables and the Python API. Raises InvalidResidueError for any other character.
+    `J` and an inner `*` stay and become `<unk>`, characters of `keep` stay as they are. This is the
+    one rule for sequences from anywhere: FASTA, tables and the Python API. Raises
+    InvalidResidueError for any other character.
     """
     text = sequence.encode("ascii", "replace") if isinstance(sequence, str) else bytes(sequence)
     if not text.translate(None, _RESIDUES):
         return Normalized(text, ())
     upper = text.upper()
-    if invalid := upper.translate(None, _ACCEPTED):
+    if invalid := upper.translate(None, _ACCEPTED + keep):
         index = upper.index(invalid[:1])
         character = sequence[index : index + 1]
         if isinstance(character, bytes):
@@ -90,35 +90,19 @@ def normalize(sequence: bytes | str) -> Normalized:
     return Normalized(residues, tuple(changes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Cleaned:
-    """A sequence as it will be tokenised, and what was done to it."""
-
-    sequence: bytes  # upper case, no white space, no final stop
-    unknown: int  # characters that are no residue letter; each becomes one `<unk>`
-
-
-def clean(sequence: bytes | str) -> Cleaned:
-    """Raises lower case, removes white space and one trailing `*`, counts what is no residue.
-
-    A character outside ASCII is one unknown character, whatever its length in UTF-8.
-    """
-    if isinstance(sequence, str):
-        sequence = sequence.encode("ascii", "replace")
-    sequence = sequence.translate(None, _WHITE_SPACE + _LINE_ENDS).upper()
-    if sequence.endswith(b"*"):
-        sequence = sequence[:-1]
-    return Cleaned(sequence, int(np.count_nonzero(residue_ids(sequence) == UNK)))
-
-
 def residue_ids(sequence: bytes) -> np.ndarray:
     """Token ids of a normalized sequence without special tokens: uint8 [length]."""
     return _IDS[np.frombuffer(sequence, np.uint8)]
 
 
 def encode(sequence: bytes | str) -> np.ndarray:
-    """Token ids of `<s> residues </s>`: uint8 [residues + 2]."""
-    return np.concatenate(([BOS], residue_ids(clean(sequence).sequence), [EOS])).astype(np.uint8)
+    """Token ids of `<s> residues </s>`: uint8 [residues + 2]. Normalizes the sequence first."""
+    return add_specials(residue_ids(normalize(sequence).sequence))
+
+
+def add_specials(ids: np.ndarray) -> np.ndarray:
+    """Token ids of residues between `<s>` and `</s>`: uint8 [residues + 2]."""
+    return np.concatenate(([BOS], ids, [EOS])).astype(np.uint8)
 
 
 def decode(ids: Sequence[int] | np.ndarray) -> str:
