@@ -1,4 +1,4 @@
-"""`esm1nv doctor`: reads every byte of a run's checkpoints and says which are whole."""
+"""`esm1nv doctor`: reads every byte of a run's checkpoints and reports which are whole."""
 
 from __future__ import annotations
 
@@ -6,66 +6,65 @@ import dataclasses
 
 from etils import epath
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER, steps, verify
 from esm1nv_jax.common import arguments
+from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 
 EXIT_DAMAGED = 1
+LEFTOVERS = {".damaged": "set aside as damaged", ".orbax-checkpoint-tmp": "a save was cut short"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
-    """One folder among a run's checkpoints. `wrong` is empty where it is whole."""
+class Result:
+    """One folder among a run's checkpoints; `errors` is empty where it is whole."""
 
-    name: str  # as under the run's folder: checkpoints/1500, best/1200
-    wrong: list[str]
-    counts: bool = True  # False for leftovers, which no start of the run looks at
+    name: str  # below the run's folder: checkpoints/1500, best/1200
+    errors: list[str]
+    leftover: bool = False  # no start of the run reads it
 
 
-def examine(workdir: epath.PathLike) -> list[Finding]:
+def verify_run(workdir: epath.PathLike) -> list[Result]:
     """Every checkpoint of a run, the best one included, and what killed saves left behind.
 
-    Raises UserError where the folder holds no run.
+    Raises UserError where the folder holds no run, or cannot be read.
     """
-    run, found = epath.Path(workdir), []
-    for folder in (manager.FOLDER, manager.BEST):
-        if not (run / folder).exists():
-            continue
-        whole = manager.steps(run, folder)
-        found += [Finding(f"{folder}/{step}", manager.verify(run, step, folder)) for step in whole]
-        for path in sorted((run / folder).iterdir()):
-            if path.name.isdigit() and int(path.name) in whole:
-                continue
-            why = "set aside as damaged" if "damaged" in path.name else "a save was cut short"
-            found.append(Finding(f"{folder}/{path.name}", [why], counts=False))
-    if not found:
+    results = []
+    for folder in (FOLDER, BEST):
+        finished = steps(workdir, folder)
+        results += [Result(f"{folder}/{n}", verify(workdir, n, folder)) for n in finished]
+        path = epath.Path(workdir) / folder
+        for entry in sorted(path.iterdir()) if path.exists() else ():
+            reasons = [reason for mark, reason in LEFTOVERS.items() if mark in entry.name]
+            if entry.name.isdecimal() and int(entry.name) not in finished:
+                reasons = ["a save was cut short"]
+            results += [Result(f"{folder}/{entry.name}", reasons[:1], True)] * bool(reasons)
+    if not results:
         raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")
-    return found
+    return results
 
 
 def main(argv: list[str]) -> int:
     parser = arguments.Parser(
         "doctor",
-        "Read every byte of a run's checkpoints and say which are whole. Changes nothing.\n"
+        "Read every byte of a run's checkpoints and report which are whole. Changes nothing.\n"
         "Exit status: 0 all are whole, 1 some are damaged.",
         "esm1nv doctor runs/first",
     )
     parser.add_argument("workdir", help="the folder of a run")
-    options = parser.parse_args(argv)
-    found = examine(options.workdir)
-    width = max(len(finding.name) for finding in found)
-    for finding in found:
-        if not finding.counts:
-            verdict = f"leftover, may be removed: {finding.wrong[0]}"
-        else:
-            verdict = f"DAMAGED: {'; '.join(finding.wrong)}" if finding.wrong else "whole"
-        print(f"{finding.name:<{width}}  {verdict}")
-    damaged = [finding for finding in found if finding.counts and finding.wrong]
-    steps = [f for f in found if f.counts and f.name.startswith(f"{manager.FOLDER}/")]
-    good = [finding.name for finding in steps if not finding.wrong]
-    if damaged:
-        goes_on = f"a start of the run goes on from {good[-1]}" if good else "none can be used"
-        print(f"{len(damaged)} damaged; {goes_on}")
-        return EXIT_DAMAGED
-    print(f"all {len(found) - sum(not f.counts for f in found)} whole")
-    return 0
+    results = verify_run(parser.parse_args(argv).workdir)
+    width = max(len(result.name) for result in results)
+    for result in results:
+        verdict = f"DAMAGED: {'; '.join(result.errors)}" if result.errors else "whole"
+        if result.leftover:
+            verdict = f"leftover, may be removed: {result.errors[0]}"
+        stdout.print(f"{result.name:<{width}}  {verdict}")
+    checked = [result for result in results if not result.leftover]
+    damaged = [result for result in checked if result.errors]
+    if not damaged:
+        stdout.print(f"all {len(checked)} whole")
+        return 0
+    usable = [r.name for r in checked if not r.errors and r.name.startswith(f"{FOLDER}/")]
+    resumed = f"a start of the run goes on from {usable[-1]}" if usable else "none can be used"
+    stdout.print(f"{len(damaged)} damaged; {resumed}")
+    return EXIT_DAMAGED

@@ -1,4 +1,4 @@
-"""Files that a verb writes at its end: looked at in its beginning."""
+"""Writing files: checked before the work, whole or not at all, refusals as one line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write(path: str, text: str) -> None:
 
 def open_append(path: epath.Path) -> IO[bytes]:
     """Open a file for appending; without a buffer, where it is on a file system of this host."""
-    return path.open("ab") if "://" in str(path) else open(path, "ab", buffering=0)
+    return path.open("ab") if is_remote(path) else open(path, "ab", buffering=0)
 
 
 def try_lock(descriptor: int, path: object) -> bool | None:
@@ -66,3 +66,21 @@ def try_lock(descriptor: int, path: object) -> bool | None:
         )
         return None
     return True
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Write a file so that a process that dies leaves the whole text or the old file."""
+    if is_remote(path):  # object stores write whole objects
+        path.write_text(text)
+        return
+    new = path.parent / f".{path.name}.new"
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path lies in an object store."""
+    return "://" in str(path)

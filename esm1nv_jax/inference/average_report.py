@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from esm1nv_jax.checkpoints import average, manager, model_folder
+from esm1nv_jax.checkpoints import average, model_folder, step_folder
 from esm1nv_jax.checkpoints.average import Member
 from esm1nv_jax.common import arguments, files
 from esm1nv_jax.common.console import bar, console
@@ -82,7 +82,7 @@ def beside_members(
         for member in [*members, None]:
             params = weights.params
             if member is not None:
-                params = manager.read_params(member.run, member.step)
+                params = step_folder.read_params(member.run, member.step)
             model = Model(weights.model, jax.device_put(params), weights.provenance)
             found = evaluate_model(model, source)["overall"]
             rows.append(
@@ -165,7 +165,7 @@ def page(rows: list[dict[str, Any]], data: str) -> HtmlReport:
 
 def _source(options, members: list[Member]) -> tuple[MemorySource, str]:
     """The first proteins of the split asked for, held in memory."""
-    config = manager.read_config(members[-1].run, members[-1].step)["config"]
+    config = step_folder.read_metadata(members[-1].run, members[-1].step)["config"]
     source, name = open_source(options.data or f"{config['data']['path']}:validation", None)
     if options.proteins < 1:
         raise UserError(f"--proteins {options.proteins} must be 1 or more")

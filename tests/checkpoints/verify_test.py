@@ -5,17 +5,20 @@ import os
 import numpy as np
 import pytest
 
-from esm1nv_jax.checkpoints import manager, verify
+from esm1nv_jax.checkpoints import step_folder, verify
+from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.common.errors import UserError
+from tests.checkpoints.policies import checkpoint_config
 
 
 @pytest.fixture
 def run(tmp_path):
-    for folder, steps in ((manager.FOLDER, (1, 2, 3)), (manager.BEST, (2,))):
-        saver = manager.Checkpoints(tmp_path, 10, folder=folder)
-        for step in steps:
-            saver.save(step, {"a": np.arange(9.0)}, {"step": np.int32(step)}, {}, {})
-        saver.close()
+    checkpoints = RunCheckpoints(tmp_path, checkpoint_config(keep=10))
+    state = ({"a": np.arange(9.0)}, {"step": np.int32(0)}, {}, {})
+    for step in (1, 2, 3):
+        checkpoints.save(step, *state)
+    checkpoints.save_if_best(2.5, 2, *state)
+    checkpoints.wait()
     return tmp_path
 
 
@@ -31,13 +34,14 @@ def test_a_whole_run(run, capsys):
 
 
 def test_damage_and_leftovers(run, capsys):
-    place = run / "checkpoints" / "3" / "place" / "metadata"
-    os.truncate(place, 1)
-    (run / "checkpoints" / "2" / manager.CHECKSUMS).unlink()
+    os.truncate(run / "checkpoints" / "3" / "data_state" / "data_state.json", 1)
+    (run / "checkpoints" / "2" / step_folder.CHECKSUMS).unlink()
     before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
     assert verify.main([str(run)]) == verify.EXIT_DAMAGED
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "checkpoints/3  DAMAGED: place/metadata has 1 bytes, 2 were written"
+    assert (
+        lines[1] == "checkpoints/3  DAMAGED: data_state/data_state.json has 1 bytes, 2 were written"
+    )
     assert lines[2].startswith("checkpoints/2  leftover")
     assert lines[-1] == "1 damaged; a start of the run goes on from checkpoints/1"
     assert sorted(path.stat().st_mtime_ns for path in run.rglob("*")) == before
