@@ -94,9 +94,7 @@ def average(
         finally:
             thread.shutdown(wait=False, cancel_futures=True)
     means = {name: (total / len(members)).astype(np.float32) for name, total in sums.items()}
-    params = model_folder.unflatten(means)
-    model_folder.check(params, model, str(members[0]))
-    return model_folder.Weights(params, model, _provenance(members))
+    return model_folder.Weights(model_folder.unflatten(means), model, _provenance(members))
 
 
 def _open_alike(
@@ -104,27 +102,20 @@ def _open_alike(
 ) -> tuple[encoder.EncoderConfig, list[dict[str, tensorstore.TensorStore]]]:
     """The members' one architecture, and every member's parameters, opened but not read."""
     first, model, opened = members[0], _model(members[0]), []
+    expected = dataclasses.asdict(model)
     for member in members:
-        other = _model(member)
-        for field in dataclasses.fields(model):
-            a, b = getattr(model, field.name), getattr(other, field.name)
-            if a != b:
+        for name, value in dataclasses.asdict(_model(member)).items():
+            if value != expected[name]:
                 raise UserError(
-                    f"{member} has model.{field.name}={b}, {first} has {a}; only checkpoints of "
-                    "one model can be averaged"
+                    f"{member} has model.{name}={value}, {first} has {expected[name]}; only "
+                    "checkpoints of one model can be averaged"
                 )
         try:
             opened.append(step_folder.open_params(member.run, member.step))
         except Exception as error:  # tensorstore raises many kinds
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"{member} cannot be read ({reason}); leave it out") from None
-        expected, actual = ({k: v.shape for k, v in opened[i].items()} for i in (0, -1))
-        for name in sorted(expected.keys() | actual.keys()):
-            if expected.get(name) != actual.get(name):
-                raise UserError(
-                    f"{member}: parameter {name} has shape {actual.get(name, '(none)')}, "
-                    f"{first} has {expected.get(name, '(none)')}"
-                )
+        model_folder.check(opened[-1], model, str(member))
     return model, opened
 
 
