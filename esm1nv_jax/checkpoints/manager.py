@@ -98,7 +98,8 @@ class RunCheckpoints:
         if jax.process_index() == 0:
             for folder in self._managers:
                 steps(self.workdir, folder)  # raises UserError where it cannot be read
-                _delete_unfinished(self.workdir / folder)
+                with files.writing(self.workdir / folder):
+                    _delete_unfinished(self.workdir / folder)
             best = step_folder.latest_valid_step(self.workdir, strict, console.print, BEST)
             self._quarantine(BEST, best)
             if best is not None:
@@ -201,12 +202,13 @@ class RunCheckpoints:
 
     def _quarantine(self, folder: str, valid: int | None) -> None:
         """Renames the steps later than `valid`, so that they can be made anew."""
-        for step in steps(self.workdir, folder):
-            if valid is None or step > valid:
-                damaged = self.workdir / folder / f"{step}.damaged"
-                if damaged.exists():
-                    damaged.rmtree()
-                (self.workdir / folder / str(step)).rename(damaged)
+        with files.writing(self.workdir / folder):
+            for step in steps(self.workdir, folder):
+                if valid is None or step > valid:
+                    damaged = self.workdir / folder / f"{step}.damaged"
+                    if damaged.exists():
+                        damaged.rmtree()
+                    (self.workdir / folder / str(step)).rename(damaged)
         self._managers[folder].reload()
 
     def _report(self, folder: str) -> None:
@@ -297,7 +299,7 @@ def _open(
 def _delete_unfinished(path: epath.Path) -> None:
     """Deletes what a killed or failed save left: half-written steps, steps without checksums."""
     for entry in path.iterdir() if path.exists() else ():
-        unfinished = entry.name.isdecimal() and not (entry / CHECKSUMS).exists()
+        unfinished = entry.name.isdecimal() and not step_folder.is_finished(entry)
         if entry.is_dir() and (unfinished or UNFINISHED in entry.name):
             entry.rmtree()
 

@@ -33,7 +33,17 @@ def steps(workdir: epath.PathLike, folder: str = FOLDER) -> list[int]:
         return []
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    return sorted(int(entry.name) for entry in numbered if (entry / CHECKSUMS).exists())
+    return sorted(int(entry.name) for entry in numbered if is_finished(entry))
+
+
+def is_finished(path: epath.Path) -> bool:
+    """Whether the folder of a step has checksums, or cannot be read: that one is damaged."""
+    try:
+        return any(entry.name == CHECKSUMS for entry in path.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
 
 
 def latest_valid_step(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from etils import epath
 
 from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER, steps, verify
@@ -12,36 +10,6 @@ from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 
 EXIT_DAMAGED = 1
-LEFTOVERS = {".damaged": "set aside as damaged", ".orbax-checkpoint-tmp": "a save was cut short"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One folder among a run's checkpoints; `errors` is empty where it is whole."""
-
-    name: str  # below the run's folder: checkpoints/1500, best/1200
-    errors: list[str]
-    leftover: bool = False  # no start of the run reads it
-
-
-def verify_run(workdir: epath.PathLike) -> list[Result]:
-    """Every checkpoint of a run, the best one included, and what killed saves left behind.
-
-    Raises UserError where the folder holds no run, or cannot be read.
-    """
-    results = []
-    for folder in (FOLDER, BEST):
-        finished = steps(workdir, folder)
-        results += [Result(f"{folder}/{n}", verify(workdir, n, folder)) for n in finished]
-        path = epath.Path(workdir) / folder
-        for entry in sorted(path.iterdir()) if path.exists() else ():
-            reasons = [reason for mark, reason in LEFTOVERS.items() if mark in entry.name]
-            if entry.name.isdecimal() and int(entry.name) not in finished:
-                reasons = ["a save was cut short"]
-            results += [Result(f"{folder}/{entry.name}", reasons[:1], True)] * bool(reasons)
-    if not results:
-        raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")
-    return results
 
 
 def main(argv: list[str]) -> int:
@@ -52,19 +20,39 @@ def main(argv: list[str]) -> int:
         "esm1nv doctor runs/first",
     )
     parser.add_argument("workdir", help="the folder of a run")
-    results = verify_run(parser.parse_args(argv).workdir)
-    width = max(len(result.name) for result in results)
-    for result in results:
-        verdict = f"DAMAGED: {'; '.join(result.errors)}" if result.errors else "whole"
-        if result.leftover:
-            verdict = f"leftover, may be removed: {result.errors[0]}"
-        stdout.print(f"{result.name:<{width}}  {verdict}")
-    checked = [result for result in results if not result.leftover]
-    damaged = [result for result in checked if result.errors]
+    workdir = parser.parse_args(argv).workdir
+
+    errors: dict[str, list[str]] = {}  # of checkpoints that count, such as checkpoints/1500
+    verdicts: dict[str, str] = {}
+    for folder in (FOLDER, BEST):
+        finished = steps(workdir, folder)
+        for name, step in ((f"{folder}/{step}", step) for step in finished):
+            errors[name] = verify(workdir, step, folder)
+            verdicts[name] = f"DAMAGED: {'; '.join(errors[name])}" if errors[name] else "whole"
+        for name, reason in _leftovers(epath.Path(workdir) / folder, finished).items():
+            verdicts[name] = f"leftover, may be removed: {reason}"
+    if not verdicts:
+        raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")
+
+    width = max(map(len, verdicts))
+    for name, verdict in verdicts.items():
+        stdout.print(f"{name:<{width}}  {verdict}")
+    damaged = sum(map(bool, errors.values()))
     if not damaged:
-        stdout.print(f"all {len(checked)} whole")
+        stdout.print(f"all {len(errors)} whole")
         return 0
-    usable = [r.name for r in checked if not r.errors and r.name.startswith(f"{FOLDER}/")]
-    resumed = f"a start of the run goes on from {usable[-1]}" if usable else "none can be used"
-    stdout.print(f"{len(damaged)} damaged; {resumed}")
+    valid = [name for name, e in errors.items() if not e and name.startswith(f"{FOLDER}/")]
+    resumed = f"a start of the run goes on from {valid[-1]}" if valid else "none can be used"
+    stdout.print(f"{damaged} damaged; {resumed}")
     return EXIT_DAMAGED
+
+
+def _leftovers(path: epath.Path, finished: list[int]) -> dict[str, str]:
+    """What no start of the run reads, with the reason: set aside, or left by a killed save."""
+    reasons = {}
+    for entry in sorted(path.iterdir()) if path.exists() else ():
+        step, _, mark = entry.name.partition(".")
+        if step.isdecimal() and (mark or int(step) not in finished):
+            reason = "set aside as damaged" if mark == "damaged" else "a save was cut short"
+            reasons[f"{path.name}/{entry.name}"] = reason
+    return reasons

@@ -28,7 +28,7 @@ def check(*paths: str | None) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
+def writing(path: epath.PathLike) -> Iterator[None]:
     """A disk that refuses, as one line that names the file."""
     try:
         yield

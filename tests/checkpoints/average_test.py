@@ -141,7 +141,7 @@ def test_a_member_without_its_data_state_is_named(tmp_path):
     ("options", "said"),
     [
         (["--last", "0"], "--last 0 names no checkpoint"),
-        (["--steps", ","], "not a list of updates"),
+        (["--steps", ","], "not a list of steps"),
         (["--report", "."], "it is a folder"),
         (["--out", "/proc/none/model"], "cannot be written"),
     ],
@@ -214,7 +214,8 @@ def test_the_command_writes_a_model_that_knows_where_it_came_from(runs, tmp_path
     assert weights.provenance["data"] == ["fingerprint"]
     assert len({m["sha256"] for m in weights.provenance["members"]}) == 2
     assert weights.provenance["figures"]["perplexity_mask"] > 1
-    assert "<svg" in report.read_text() and "checkpoint 10 of" in capsys.readouterr().err
+    assert "<svg" in report.read_text() and "checkpoint 10 of" in report.read_text()
+    assert "paired by protein" in capsys.readouterr().out
     json.loads((out / "model.json").read_text())
     assert arguments.run(cli.dispatch, argv) == 2
     assert "is there already" in capsys.readouterr().err
