@@ -94,7 +94,8 @@ def evaluate_models(
     with bar("evaluating", len(members) + 1, "models") as task:
         for member in [*members, None]:
             params = step_folder.read_params(member.run, member.step) if member else weights.params
-            model = Model(weights.model, jax.device_put(params), weights.provenance)
+            provenance = {} if member else weights.provenance  # read the training data once
+            model = Model(weights.model, jax.device_put(params), provenance)
             results = evaluate_model(model, source, groups=dict(zip(ids, ids, strict=True)))
             row = {"metrics": results["overall"], "by_protein": results["by_group"]}
             row |= {"name": str(member or f"average of {len(members)}"), "run": "", "step": 0}
