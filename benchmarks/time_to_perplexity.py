@@ -162,7 +162,9 @@ def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, tor
         for row, segments in enumerate(batch["segment_ids"]):
             for segment in range(1, segments.max() + 1):
                 here = np.flatnonzero(segments == segment)
-                asked = np.isin(here, np.asarray(masked.index_BM)[row][masked.masked_BM[row]])
+                asked = np.isin(
+                    here, np.asarray(masked.prediction_positions_BM)[row][masked.is_masked_BM[row]]
+                )
                 rows.append((inputs[row, here], asked, batch["tokens"][row, here]))
     rows.sort(key=lambda row: len(row[0]))
     for i in range(0, len(rows), 16):

@@ -99,7 +99,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
         for _ in range(updates):
             ours.state, values = ours.step(ours.state, arrays)
             values = values.fetched()
-            seen.append(values["loss"] / values["selected"])
+            seen.append(values["loss"] / values["num_targets"])
             _, arrays = next(ours.batches)
         losses[dtype] = np.array(seen)
         ours.batches.close()

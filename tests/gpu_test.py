@@ -106,7 +106,7 @@ place = lambda batch: sharding.place_on_devices(batch, settled.objective.batch_d
 for _ in range(3):
     state, values = update(state, place(next(batches)))
     values = values.fetch()
-    losses.append(values["loss"] / values["selected"])
+    losses.append(values["loss"] / values["num_targets"])
 print(json.dumps({"losses": losses, "finite": values["finite"],
                   "peak": device.memory_stats()["peak_bytes_in_use"]}))
 """

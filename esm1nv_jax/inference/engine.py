@@ -27,7 +27,7 @@ from esm1nv_jax.inference.row_shapes import (
     split_into_windows,
 )
 from esm1nv_jax.model import encoder
-from esm1nv_jax.model.encoder import Compute, EncoderConfig
+from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 
 IN_FLIGHT = 2  # batches dispatched before the first is fetched: the device never waits for the host
 KINDS = ("mean", "per_residue", "cls", "logits")
@@ -56,24 +56,25 @@ class DeviceModel:
     """A model on devices: replicated parameters, and how rows are spread over the devices."""
 
     config: EncoderConfig
-    compute: Compute
+    compute: ComputeConfig
     params: dict
     row_sharding: jax.sharding.Sharding
     shapes: RowShapes
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute", "outputs"))
-def forward(params, batch, config: EncoderConfig, compute: Compute, outputs: OutputSpec):
+def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, outputs: OutputSpec):
     """One batch through the encoder.
 
     Args:
       batch: int32 `tokens_BT`, `segment_ids_BT` and `positions_BT`; for log-probabilities
-        `index_BM`; for embeddings `slot_BT` (which of the S sequences of its row owns a residue,
-        else -1) and `starts_BS` (columns of their `<s>`).
+        `prediction_positions_BM`; for embeddings `slot_BT` (which of the S sequences of its row
+        owns a residue, else -1) and `starts_BS` (columns of their `<s>`).
       outputs: what else is wanted.
 
-    Returns `log_probs` fp32 [B, M, vocabulary] at `index_BM` where it is given; sums over residues
-    under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D], `logits` [B, T, V].
+    Returns `log_probs` fp32 [B, M, vocabulary] at `prediction_positions_BM` where it is given; sums
+    over residues under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D],
+    `logits` [B, T, V].
     """
     output = encoder.forward(
         config,
@@ -82,11 +83,11 @@ def forward(params, batch, config: EncoderConfig, compute: Compute, outputs: Out
         batch["segment_ids_BT"],
         batch["positions_BT"],
         compute=compute,
-        index_BM=batch.get("index_BM"),
+        prediction_positions_BM=batch.get("prediction_positions_BM"),
         hidden_layers=outputs.layers,
     )
     results = {}
-    if "index_BM" in batch:
+    if "prediction_positions_BM" in batch:
         log_probs_BMV = jax.nn.log_softmax(output.logits)
         results["log_probs"] = log_probs_BMV[..., : tokenizer.VOCABULARY]
     for layer, x_BTD in output.hidden.items():
@@ -200,8 +201,8 @@ def run_queries(
         plan = RowBatch(T, [[i] for i in range(len(some))])
         B = model.shapes.rows(T)
         arrays, _ = fill_rows(plan, [query.tokens for query in some], B)
-        arrays["index_BM"] = np.zeros((B, 1 << (columns - 1).bit_length()), np.int32)
-        for row, query in zip(arrays["index_BM"], some, strict=False):
+        arrays["prediction_positions_BM"] = np.zeros((B, 1 << (columns - 1).bit_length()), np.int32)
+        for row, query in zip(arrays["prediction_positions_BM"], some, strict=False):
             row[: len(query.columns)] = query.columns
         return arrays, some
 

@@ -57,7 +57,7 @@ def draw_masks(
     """
     corrupt = jax.jit(masking.mask, static_argnums=0)
     for batch in evaluation_batches(source, stream):
-        tokens = esm2.readable(vocabulary, batch["tokens"])
+        tokens = esm2.map_missing_to_unk(vocabulary, batch["tokens"])
         masked = corrupt(recipe, tokens, batch["segment_ids"], batch["mask_bits"])
         yield batch, jax.device_get(masked)
 
@@ -84,15 +84,29 @@ def apply_masks(
             entries[row] += zip((start + 1 + positions).tolist(), inputs.tolist(), strict=True)
         # One shape for all batches: as many entries as a row could be asked for.
         M = stream.row_length
-        index_BM, inputs_BT = np.zeros((B, M), np.int32), tokens.copy()
-        selected_BM = np.zeros((B, M), bool)
+        prediction_positions_BM, inputs_BT = np.zeros((B, M), np.int32), tokens.copy()
+        is_target_BM = np.zeros((B, M), bool)
         for row, of_row in entries.items():
             column, token = np.array(sorted(of_row), np.int32).reshape(-1, 2).T
-            index_BM[row, : len(column)], selected_BM[row, : len(column)] = column, True
+            prediction_positions_BM[row, : len(column)], is_target_BM[row, : len(column)] = (
+                column,
+                True,
+            )
             inputs_BT[row, column] = token
-        targets_BM = np.take_along_axis(tokens, index_BM, axis=1)
-        is_mask_BM = np.take_along_axis(inputs_BT, index_BM, axis=1) == tokenizer.MASK
-        yield batch, Masked(inputs_BT, index_BM, targets_BM, selected_BM, selected_BM & is_mask_BM)
+        targets_BM = np.take_along_axis(tokens, prediction_positions_BM, axis=1)
+        is_mask_BM = (
+            np.take_along_axis(inputs_BT, prediction_positions_BM, axis=1) == tokenizer.MASK
+        )
+        yield (
+            batch,
+            Masked(
+                inputs_BT,
+                prediction_positions_BM,
+                targets_BM,
+                is_target_BM,
+                is_target_BM & is_mask_BM,
+            ),
+        )
 
 
 def _proteins(batch: Batch) -> Iterator[tuple[int, int, int]]:
@@ -118,7 +132,7 @@ def write_masks(
             segment = batch["segment_ids"][row, start]
             end = start + int((batch["segment_ids"][row] == segment).sum())
             residues = tokenizer.decode(batch["tokens"][row, start + 1 : end - 1])
-            at = masked.index_BM[row][masked.selected_BM[row]]
+            at = masked.prediction_positions_BM[row][masked.is_target_BM[row]]
             at = at[(at > start) & (at < end)]
             line = {
                 "id": name,

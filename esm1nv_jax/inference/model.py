@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -23,13 +24,13 @@ import numpy as np
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data import fasta, tokenizer
 from esm1nv_jax.data.stream_config import SPECIALS
 from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.inference.variant_scores import MODES, parse_mutants, score_mutants
 from esm1nv_jax.model import encoder
-from esm1nv_jax.model.encoder import Compute, EncoderConfig, Output
+from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 
@@ -39,6 +40,7 @@ TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
 # Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
 SCORES_BYTES = 1 << 30
 # Letters, and what is removed from a sequence: gaps, stops, white space.
+_NO_RESIDUE = re.compile(r"[^A-Za-z*.\-\s]", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Model:
         return total.hexdigest()
 
     @property
-    def compute(self) -> Compute:
-        return Compute(dtype=PRECISIONS[self.precision])
+    def compute(self) -> ComputeConfig:
+        return ComputeConfig(dtype=PRECISIONS[self.precision])
 
     @functools.cached_property
     def on_devices(self) -> DeviceModel:
@@ -118,7 +120,8 @@ class Model:
             (len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices
         )
         cpu = devices[0].platform == "cpu"
-        compute = dataclasses.replace(self.compute, native=multiplies_bf16(devices[0].platform))
+        emulate_bfloat16 = not multiplies_bf16(devices[0].platform)
+        compute = dataclasses.replace(self.compute, emulate_bfloat16=emulate_bfloat16)
         params = _kernels_in_bf16(self.params) if self.precision == "bf16" else self.params
         sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -237,7 +240,7 @@ class Model:
 
     def apply(
         self, params: dict, tokens_BT, segment_ids_BT=None, positions_BT=None, layers=()
-    ) -> Output:
+    ) -> EncoderOutput:
         """The pure function itself, for use under `jax.jit`, `jax.grad` and the like.
 
         Args:
@@ -324,11 +327,12 @@ def _letters(sequence: object, name: str) -> bytes:
             f"{name} is {str(sequence)[:20]}, a {type(sequence).__name__}; give residue letters as "
             "str or bytes"
         )
-    try:
-        tokenizer.normalize(sequence.replace("<mask>", " " * len("<mask>")))
-    except tokenizer.InvalidResidueError as error:
-        raise UserError(f"{name}: {error}; <mask> stands for an unknown residue") from None
-    letters, _ = tokenizer.normalize(sequence.replace("<mask>", "?"), keep=b"?")
+    if wrong := _NO_RESIDUE.search(sequence.replace("<mask>", " " * len("<mask>"))):
+        raise UserError(
+            f"{name} has {wrong[0]!r} as its character {wrong.start() + 1}, which is no residue "
+            "letter; give A to Z, and <mask> for an unknown residue"
+        )
+    letters, _ = fasta.tidy(sequence.encode("ascii").replace(b"<mask>", b"?"))
     if not letters:
         raise UserError(f"{name} is empty; give at least one residue")
     return letters

@@ -196,7 +196,7 @@ def evaluate(
                 "tokens_BT": masked.inputs_BT,
                 "segment_ids_BT": batch["segment_ids"],
                 "positions_BT": batch["positions"],
-                "index_BM": masked.index_BM,
+                "prediction_positions_BM": masked.prediction_positions_BM,
             }
             yield arrays, (batch, masked)
 
@@ -233,13 +233,13 @@ def _predictions(
 ) -> _Predictions:
     """Left out: unknown letters, which a file of masks may ask for, and letters that the model has
     no token for. All other questions are the same for every model."""
-    rows, entries = np.nonzero(masked.selected_BM)
-    at, targets = masked.index_BM[rows, entries], masked.targets_BM[rows, entries]
+    rows, entries = np.nonzero(masked.is_target_BM)
+    at, targets = masked.prediction_positions_BM[rows, entries], masked.targets_BM[rows, entries]
     residues = (targets >= FIRST) & ~np.isin(targets, missing)
     rows, entries, at, targets = (x[residues] for x in (rows, entries, at, targets))
     logp = logp_BMV[rows, entries].astype(np.float64)
     own = np.arange(len(targets))
-    mask = np.asarray(masked.masked_BM)[rows, entries]
+    mask = np.asarray(masked.is_masked_BM)[rows, entries]
     loss = -logp[own, targets]
     amino = logp[:, FIRST : FIRST + STANDARD]
     amino = amino - np.logaddexp.reduce(amino, axis=1, keepdims=True)

@@ -68,7 +68,7 @@ def measured(exact: Weights, near: Weights) -> str:
 
     from esm1nv_jax.data import pipeline
     from esm1nv_jax.data.source import open_split
-    from esm1nv_jax.model import encoder, esm2, loss, masking
+    from esm1nv_jax.model import encoder, esm2, masking
 
     residues = min(256, exact.model.positions - 2)
     stream = pipeline.StreamConfig(seed=0, rows=4, row_length=residues + 2, max_residues=residues)
@@ -76,7 +76,7 @@ def measured(exact: Weights, near: Weights) -> str:
 
     @jax.jit
     def compare(params, batch):
-        tokens = esm2.readable(exact.model.vocabulary, batch["tokens"])
+        tokens = esm2.map_missing_to_unk(exact.model.vocabulary, batch["tokens"])
         masked = masking.mask(
             masking.recipe("card"), tokens, batch["segment_ids"], batch["mask_bits"]
         )
@@ -87,15 +87,15 @@ def measured(exact: Weights, near: Weights) -> str:
                 masked.inputs_BT,
                 batch["segment_ids"],
                 batch["positions"],
-                index_BM=masked.index_BM,
+                prediction_positions_BM=masked.prediction_positions_BM,
             ).logits
             for model in (exact.model, near.model)
         ]
         apart = abs(logits[0] - logits[1]).max(axis=-1)
-        losses = [loss.sums(part, masked) for part in logits]
+        losses = [masking.cross_entropy_sums(part, masked) for part in logits]
         return (
-            (apart * masked.selected_BM).max(),
-            (*(part["loss_mask"] for part in losses), losses[0]["selected_mask"]),
+            (apart * masked.is_target_BM).max(),
+            (*(part["loss_mask"] for part in losses), losses[0]["num_masked"]),
         )
 
     for batch in pipeline.evaluation_batches(open_split("sample", "test"), stream):

@@ -67,8 +67,8 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
     if config.position_kind == "rotary" and not any(
         n.endswith(tensor_names.FREQUENCY) for n in found
     ):
-        base = fields.get("rope_theta", float, esm2.ROTARY_BASE)
-        found[tensor_names.FREQUENCY] = esm2.frequencies(config.width // config.heads, base)
+        base = fields.get("rope_theta", float, esm2.ROPE_THETA)
+        found[tensor_names.FREQUENCY] = esm2.rope_frequencies(config.width // config.heads, base)
     leaves, left_out = tensor_names.to_ours(family, config, found, str(folder))
     if broken := [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]:
         raise UserError(
@@ -297,7 +297,7 @@ def _padding(config: EncoderConfig, leaves: dict[str, np.ndarray]) -> dict[str, 
     unread = ~vocabulary(config.vocabulary).predicted()
     return {
         name: np.ascontiguousarray(leaves[name][unread], np.float32)
-        for name in ("token_embedding", "head_bias")
+        for name in ("token_embedding/embedding", "lm_head/bias")
     }
 
 

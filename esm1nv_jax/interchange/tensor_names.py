@@ -37,19 +37,19 @@ class Family:
 
 _INNER = {
     "qkv": "attention.self",
-    "attention_output": "attention.output.dense",
-    "ffn_input": "intermediate.dense",
-    "ffn_output": "output.dense",
+    "out_proj": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
 }
 ESM = Family(
     model_type="esm",
     architecture="EsmForMaskedLM",
     stem="esm",
     outer={
-        "outer_norm": "esm.encoder.emb_layer_norm_after",
+        "final_norm": "esm.encoder.emb_layer_norm_after",
         "embedding_norm": "esm.embeddings.layer_norm",
-        "head_dense": "lm_head.dense",
-        "head_norm": "lm_head.layer_norm",
+        "lm_head/dense": "lm_head.dense",
+        "lm_head/layer_norm": "lm_head.layer_norm",
     },
     inner=_INNER | {"attention_norm": "attention.LayerNorm", "ffn_norm": "LayerNorm"},
     token_embedding="esm.embeddings.word_embeddings.weight",
@@ -63,9 +63,9 @@ BERT = Family(
     architecture="BertForMaskedLM",
     stem="bert",
     outer={
-        "outer_norm": "bert.embeddings.LayerNorm",
-        "head_dense": "cls.predictions.transform.dense",
-        "head_norm": "cls.predictions.transform.LayerNorm",
+        "embedding_norm": "bert.embeddings.LayerNorm",
+        "lm_head/dense": "cls.predictions.transform.dense",
+        "lm_head/layer_norm": "cls.predictions.transform.LayerNorm",
     },
     inner=_INNER | {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"},
     token_embedding="bert.embeddings.word_embeddings.weight",
@@ -83,7 +83,7 @@ _QKV = ("query", "key", "value")
 def modules(family: Family, config: encoder.EncoderConfig) -> Iterator[tuple[str, str]]:
     """(ours, theirs) of every LayerNorm and linear layer, qkv as one."""
     for ours, theirs in family.outer.items():
-        if ours != "embedding_norm" or config.embedding_norm:
+        if family is BERT or ours != "embedding_norm" or config.embedding_norm:
             yield ours, theirs
     for i in range(config.layers):
         for ours, theirs in family.inner.items():
@@ -99,12 +99,12 @@ def to_theirs(
     """
     rows = list(vocabulary(config.vocabulary).rows)
     found = {
-        family.token_embedding: leaves["token_embedding"][rows],
-        family.head_bias: leaves["head_bias"][rows],
+        family.token_embedding: leaves["token_embedding/embedding"][rows],
+        family.head_bias: leaves["lm_head/bias"][rows],
     }
     if config.position_kind == "learned":
         before = first_position(family, config)
-        table = np.asarray(leaves["position_embedding"])
+        table = np.asarray(leaves["position_embedding/embedding"])
         found[family.position_embedding] = np.pad(table, ((before, 0), (0, 0)))
     for ours, theirs in modules(family, config):
         if ours.endswith("qkv"):
@@ -173,10 +173,10 @@ def _joined(family, config, tensors) -> dict[str, np.ndarray]:
     head_bias = np.zeros(known.size, np.float32)
     token_embedding[rows] = tensors[family.token_embedding]
     head_bias[rows] = tensors[family.head_bias]
-    found = {"token_embedding": token_embedding, "head_bias": head_bias}
+    found = {"token_embedding/embedding": token_embedding, "lm_head/bias": head_bias}
     if config.position_kind == "learned":
         table = tensors[family.position_embedding]
-        found["position_embedding"] = table[first_position(family, config) :]
+        found["position_embedding/embedding"] = table[first_position(family, config) :]
     for ours, theirs in modules(family, config):
         if ours.endswith("qkv"):
             weights, biases = (

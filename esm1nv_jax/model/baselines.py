@@ -29,10 +29,12 @@ class Baselines:
     unigram_nats: float = 0.0
     composition_nats: float = 0.0
 
-    def add(self, inputs_BT, segment_ids_BT, index_BM, targets_BM, masked_BM) -> None:
+    def add(
+        self, inputs_BT, segment_ids_BT, prediction_positions_BM, targets_BM, is_masked_BM
+    ) -> None:
         """Counts one corrupted batch (arrays as in `masking.Masked`, on the host)."""
-        rows, entries = np.nonzero(masked_BM)
-        at, targets = index_BM[rows, entries], targets_BM[rows, entries]
+        rows, entries = np.nonzero(is_masked_BM)
+        at, targets = prediction_positions_BM[rows, entries], targets_BM[rows, entries]
         own = composition_nats(self.unigram, inputs_BT, segment_ids_BT, rows, at, targets)
         self.composition_nats += float(own.sum())
         self.unigram_nats += float(unigram_nats(self.unigram, targets).sum())

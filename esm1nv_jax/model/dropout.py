@@ -22,14 +22,14 @@ EMBEDDING, ATTENTION, ATTENTION_OUTPUT, FFN_OUTPUT = range(4)  # sites; the firs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DropoutKey:
-    """What the dropout of one update depends on, apart from layer, site and element."""
+    """What the dropout of one step depends on, apart from layer, site and element."""
 
-    step: jax.Array  # uint32 []: hash of (seed, update)
+    step: jax.Array  # uint32 []: hash of (seed, step)
     rows_B: jax.Array  # uint32 [B]: number of each row in the global batch
 
     @classmethod
     def at(cls, seed: int, step, rows_B) -> DropoutKey:
-        """The key of update `step` (a traced or Python integer) of the run with this seed."""
+        """The key of `step` (a traced or Python integer) of the run with this seed."""
         base = hashing.fold_all(seed, hashing.purpose("dropout"))
         return cls(hashing.fold(base, jnp.asarray(step).astype(jnp.uint32)), rows_B)
 
@@ -45,8 +45,8 @@ def threshold(rate: float) -> np.uint32:
     return np.uint32(round(rate * 2**32))
 
 
-def keep(row_keys, element, rate: float):
-    """bool: which elements stay. `element` is uint32, its index in the row, row-major."""
+def dropout_mask(row_keys, element, rate: float):
+    """bool: which elements are kept. `element` is uint32, its index in the row, row-major."""
     return hashing.hash_at_least(row_keys, element * hashing.GOLDEN, threshold(rate))
 
 
@@ -58,6 +58,6 @@ def dropout(x_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
     element_TD = jax.lax.broadcasted_iota(jnp.uint32, (T, D), 0) * np.uint32(
         D
     ) + jax.lax.broadcasted_iota(jnp.uint32, (T, D), 1)
-    kept = keep(key.rows(layer, site)[:, None, None], element_TD, rate)
+    mask_BTD = dropout_mask(key.rows(layer, site)[:, None, None], element_TD, rate)
     # A product, no selection: XLA would write the zeros to memory and read them at every site.
-    return x_BTD * (kept * np.float32(1 / (1 - rate)))
+    return x_BTD * (mask_BTD * np.float32(1 / (1 - rate)))

@@ -1,10 +1,18 @@
-"""The ESM-1nv encoder and its masked-LM head. The only file that names flax.
+"""The ESM-1nv encoder with its masked-LM head.
+A Transformer encoder on packed rows. Tokens and learned positions are embedded; each block adds
+self-attention and a feed-forward network to a residual stream that stays fp32; the LM head shares
+its output matrix with the token embedding. LayerNorm stands before each branch (`norm='pre'`, and
+once more at the end) or after each sum (`'post'`, and once more on the embeddings).
 
-Shapes: B rows, T tokens, D width, N heads, H head size, F FFN width, V vocabulary (padded), M
-predictions a row, L layers.
+The names of arrays end in their axes:
+  B rows                T tokens of a row         S keys, where T are queries
+  D model width         F FFN width               V vocabulary, a multiple of 128
+  N heads               H head size               C query, key and value: 3
+  M predictions a row   1 an axis of length 1     L layers
 
-NNX is used in the part that its graph and tree modes share: modules are built once, taken apart
-into a static graph and a plain dict of parameters, and put together again inside a pure function.
+Only this file and `layers` import flax: NNX, in the part that its graph and tree modes share.
+Modules are built once, split into a static graph and a plain dict of parameters, and merged again
+inside a pure function.
 """
 
 from __future__ import annotations
@@ -20,158 +28,144 @@ from jax.ad_checkpoint import checkpoint_name
 from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.model import dropout as drop
 from esm1nv_jax.model import esm2
-from esm1nv_jax.model.attention import FUSED_ATTENTION, attention
-from esm1nv_jax.model.dropout import DropoutKey, dropout
-from esm1nv_jax.model.encoder_config import ACTIVATIONS, DTYPES, Compute, EncoderConfig
-from esm1nv_jax.model.kernels.layer_norm import layer_norm, recomputed, rematerialised, stored, take
-from esm1nv_jax.model.kernels.matmul import product
+from esm1nv_jax.model.attention import attention
+from esm1nv_jax.model.dropout import DropoutKey
+from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
+from esm1nv_jax.model.kernels import remat
+from esm1nv_jax.model.kernels.matmul import matmul
+from esm1nv_jax.model.layers import LayerNorm, Linear, add_residual, gelu
 
-_QKV, _FFN = "qkv", "ffn"  # with fused attention, all that remat `dots` keeps of a block
 INIT_STD = 0.02
-NEVER = -1e30  # logit of a padding row of the vocabulary
+PADDING_LOGIT = -1e30  # of rows of the vocabulary that hold no token
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["logits", "hidden"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Output:
+class EncoderOutput:
     """`logits`: fp32 [B, T, V] (or [B, M, V]); rows of V beyond the vocabulary are never predicted.
     `hidden`: the layers asked for, each fp32 [B, T, D]: 0 is the embeddings, k the output of block
-    k, -1 the last after the final LayerNorm, as the head sees it."""
+    k, -1 the last after the final LayerNorm, which is what the LM head reads."""
 
     logits: jax.Array
     hidden: dict[int, jax.Array]
 
 
-class Dense(nnx.Module):
-    def __init__(self, inputs: int, outputs: int, std: float, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs))
-
-    def __call__(self, x, compute: Compute):
-        y = product(x, self.kernel[...], compute.operands) + self.bias[...]
-        return y if compute.activations == "float32" else stored(y, DTYPES[compute.activations])
-
-
-class LayerNorm(nnx.Module):
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.bias = nnx.Param(jnp.zeros(width))
-        self.epsilon = epsilon
-
-    def __call__(self, x, compute: Compute | None = None):
-        """In the dtype of activations, or fp32 where no product follows."""
-        dtype = DTYPES[compute.activations] if compute else jnp.float32
-        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, dtype)
-
-
 class Block(nnx.Module):
-    def __init__(self, config: EncoderConfig, layer: int, rngs: nnx.Rngs):
+    """Self-attention and a feed-forward network, each added to the residual stream."""
+
+    def __init__(self, config: EncoderConfig, compute: ComputeConfig, layer: int, rngs: nnx.Rngs):
         D, F = config.width, config.ffn
-        output_std = INIT_STD / (2 * config.layers) ** 0.5  # 2 L branches add up in the residual
-        self.attention_norm = LayerNorm(D, config.norm_epsilon)
-        self.qkv = Dense(D, 3 * D, INIT_STD, rngs)
-        self.attention_output = Dense(D, D, output_std, rngs)
-        self.ffn_norm = LayerNorm(D, config.norm_epsilon)
-        self.ffn_input = Dense(D, F, INIT_STD, rngs)
-        self.ffn_output = Dense(F, D, output_std, rngs)
-        self.config, self.layer = config, layer
+        # Before a product a norm returns its operand, after a sum the residual.
+        norm_dtype = compute.activation_dtype if config.norm == "pre" else "float32"
+        self.attention_norm = LayerNorm(config, norm_dtype, rngs)
+        self.qkv = Linear(D, 3 * D, compute, rngs)
+        self.out_proj = Linear(D, D, compute, rngs)
+        self.ffn_norm = LayerNorm(config, norm_dtype, rngs)
+        self.fc1 = Linear(D, F, compute, rngs)
+        self.fc2 = Linear(F, D, compute, rngs)
+        self.config, self.compute, self.layer = config, compute, layer
 
-    def attend(self, x_BTD, segment_ids_BT, turn, compute: Compute, key: DropoutKey | None):
-        B, T, D = x_BTD.shape
-        N, rate = self.config.heads, self.config.attention_dropout
-        qkv_BTCNH = checkpoint_name(self.qkv(x_BTD, compute).reshape(B, T, 3, N, D // N), _QKV)
-        if turn is not None:
-            qkv_BTCNH = esm2.rotate(qkv_BTCNH, turn)
-        row_keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
-        mixed_BTNH = attention(
-            qkv_BTCNH, segment_ids_BT, compute.operands, rate, row_keys_B, compute.attention
-        )
-        return self.attention_output(mixed_BTNH.reshape(B, T, D), compute)
+    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None):
+        (B, T, D), N = x_BTD.shape, self.config.heads
+        dtype, rate = self.compute.operand_dtype, self.config.attention_dropout
+        qkv_BTCNH = checkpoint_name(self.qkv(x_BTD).reshape(B, T, 3, N, D // N), remat.QKV)
+        if rope is not None:
+            qkv_BTCNH = esm2.apply_rope(qkv_BTCNH, rope)
+        keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
+        backend = self.compute.attention
+        out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend)
+        return self.out_proj(out_BTNH.reshape(B, T, D))
 
-    def ffn(self, x_BTD, compute: Compute):
-        x_BTF = checkpoint_name(self.ffn_input(x_BTD, compute), _FFN)
-        x_BTF = _activate(self.config.ffn_activation, x_BTF, compute)
-        return self.ffn_output(x_BTF, compute)
+    def ffn(self, x_BTD):
+        x_BTF = checkpoint_name(self.fc1(x_BTD), remat.FC1)
+        return self.fc2(gelu(self.config.ffn_activation, x_BTF))
 
-    def __call__(self, x_BTD, segment_ids_BT, turn, compute: Compute, key: DropoutKey | None):
+    def __call__(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None):
         def add(x_BTD, branch_BTD, site):
-            return _add(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
+            return add_residual(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
-            normed_BTD = self.attention_norm(x_BTD, compute)
-            branch_BTD = self.attend(normed_BTD, segment_ids_BT, turn, compute, key)
+            branch_BTD = self.attention(self.attention_norm(x_BTD), segment_ids_BT, rope, key)
             x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
-            branch_BTD = self.ffn(self.ffn_norm(x_BTD, compute), compute)
-            return add(x_BTD, branch_BTD, drop.FFN_OUTPUT)
-        branch_BTD = self.attend(x_BTD, segment_ids_BT, turn, compute, key)
+            return add(x_BTD, self.ffn(self.ffn_norm(x_BTD)), drop.FFN_OUTPUT)
+        branch_BTD = self.attention(x_BTD, segment_ids_BT, rope, key)
         x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
-        branch_BTD = self.ffn(x_BTD, compute)
-        return self.ffn_norm(add(x_BTD, branch_BTD, drop.FFN_OUTPUT))
+        return self.ffn_norm(add(x_BTD, self.ffn(x_BTD), drop.FFN_OUTPUT))
 
 
-def _activate(name: str, x, compute: Compute):
-    """A GELU in fp32, given in the dtype of activations."""
-    activation = ACTIVATIONS[name]
-    if compute.activations == "float32":
-        return activation(x)
-    return recomputed(lambda x: activation(x.astype(jnp.float32)).astype(x.dtype))(x)
+class LMHead(nnx.Module):
+    """A linear layer, GELU and LayerNorm, then logits by the matrix of the token embedding."""
 
+    def __init__(self, config: EncoderConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.dense = Linear(config.width, config.width, compute, rngs)
+        self.layer_norm = LayerNorm(config, compute.activation_dtype, rngs)
+        self.bias = nnx.Param(jnp.zeros(vocabulary(config.vocabulary).size))
+        self.config, self.compute = config, compute
 
-def _add(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
-    """The residual, fp32, plus a branch under dropout."""
-
-    def dropped(branch_BTD, key):
-        return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
-
-    return x_BTD + recomputed(dropped)(branch_BTD, key)
+    def __call__(self, x_BMD, embedding_VD):
+        x_BMD = self.layer_norm(gelu(self.config.head_activation, self.dense(x_BMD)))
+        logits_BMV = matmul(x_BMD, embedding_VD, self.compute.operand_dtype, True)
+        is_token_V = vocabulary(self.config.vocabulary).predicted()
+        return jnp.where(is_token_V, logits_BMV + self.bias[...], PADDING_LOGIT)
 
 
 class Encoder(nnx.Module):
-    """Embeddings, blocks and the LM head, whose output matrix is the token embedding."""
+    """Embeddings, blocks and the LM head."""
 
-    def __init__(self, config: EncoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, compute: ComputeConfig, rngs: nnx.Rngs):
         D = config.width
-
-        def normal(rows):
-            return nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (rows, D)))
-
-        self.config = config
-        self.tokens = vocabulary(config.vocabulary)
-        self.token_embedding = normal(self.tokens.size)
+        self.token_embedding = nnx.Embed(vocabulary(config.vocabulary).size, D, rngs=rngs)
         if config.position_kind == "learned":
-            self.position_embedding = normal(config.positions)
+            self.position_embedding = nnx.Embed(config.positions, D, rngs=rngs)
         else:
-            self.rotary_frequency = nnx.Param(jnp.asarray(esm2.frequencies(D // config.heads)))
-        self.blocks = nnx.List([Block(config, i, rngs) for i in range(config.layers)])
-        if config.embedding_norm:
-            self.embedding_norm = LayerNorm(D, config.norm_epsilon)
-        # One more LayerNorm than the blocks have: after them (pre), or on the embeddings (post).
-        self.outer_norm = LayerNorm(D, config.norm_epsilon)
-        self.head_dense = Dense(D, D, INIT_STD, rngs)
-        self.head_norm = LayerNorm(D, config.norm_epsilon)
-        self.head_bias = nnx.Param(jnp.zeros(self.tokens.size))
+            self.rotary_frequency = nnx.Param(jnp.zeros(D // config.heads // 2))
+        if config.embedding_norm or config.norm == "post":
+            self.embedding_norm = LayerNorm(config, "float32", rngs)
+        self.blocks = nnx.List([Block(config, compute, i, rngs) for i in range(config.layers)])
+        if config.norm == "pre":
+            self.final_norm = LayerNorm(config, "float32", rngs)
+        self.lm_head = LMHead(config, compute, rngs)
+        self.config = config
 
     def embed(self, tokens_BT, segment_ids_BT, positions_BT, key: DropoutKey | None):
-        x_BTD = self.token_embedding[...][esm2.readable(self.config.vocabulary, tokens_BT)]
-        if self.config.token_dropout:
+        config = self.config
+        x_BTD = self.token_embedding(esm2.map_missing_to_unk(config.vocabulary, tokens_BT))
+        if config.token_dropout:
             x_BTD = esm2.token_dropout(x_BTD, tokens_BT, segment_ids_BT)
-        if self.config.position_kind == "learned":
-            x_BTD = x_BTD + self.position_embedding[...][positions_BT]
-        if self.config.embedding_norm:
+        if config.position_kind == "learned":
+            x_BTD = x_BTD + self.position_embedding(positions_BT)
+        if config.embedding_norm or config.norm == "post":
             x_BTD = self.embedding_norm(x_BTD)
-        if self.config.norm == "post":
-            x_BTD = self.outer_norm(x_BTD)
-        return _add(0.0, x_BTD, self.config.dropout, key, 0, drop.EMBEDDING)
+        return add_residual(0.0, x_BTD, config.dropout, key, 0, drop.EMBEDDING)
 
-    def head(self, x_BMD, compute: Compute):
-        x_BMD = self.head_dense(x_BMD, compute)
-        x_BMD = _activate(self.config.head_activation, x_BMD, compute)
-        x_BMD = self.head_norm(x_BMD, compute)
-        logits_BMV = product(x_BMD, self.token_embedding[...], compute.operands, True)
-        logits_BMV = logits_BMV + self.head_bias[...]
-        return jnp.where(self.tokens.predicted(), logits_BMV, NEVER)
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, key, predictions_BM, layers):
+        """As `forward`."""
+        rope = None
+        if self.config.position_kind == "rotary":
+            rope = esm2.rope_cos_sin(positions_BT, self.rotary_frequency[...])
+        x_BTD = self.embed(tokens_BT, segment_ids_BT, positions_BT, key)
+        hidden = {0: x_BTD}
+        for i, block in enumerate(self.blocks):
+            x_BTD = hidden[i + 1] = run_block(block, x_BTD, segment_ids_BT, rope, key)
+        final_norm = self.final_norm if self.config.norm == "pre" else lambda x_BTD: x_BTD
+        x_BMD = hidden[-1] = final_norm(x_BTD)
+        if predictions_BM is not None:  # the LayerNorm, too, at these positions only
+            x_BMD = final_norm(remat.gather_positions(x_BTD, predictions_BM))
+        logits = self.lm_head(x_BMD, self.token_embedding.embedding[...])
+        return EncoderOutput(logits, {layer: hidden[layer] for layer in layers})
+
+
+def run_block(block: Block, x_BTD, segment_ids_BT, rope, key: DropoutKey | None):
+    """The block's output; the backward computes again what `compute.remat` does not keep."""
+    graph, params = nnx.split(block)
+
+    def run(differentiable, others):
+        (params, x_BTD, rope), (segment_ids_BT, key) = differentiable, others
+        return nnx.merge(graph, params)(x_BTD, segment_ids_BT, rope, key)
+
+    if block.compute.remat != "none":
+        run = remat.checkpoint_block(run, block.compute.remat)
+    return run((params, x_BTD, rope), (segment_ids_BT, key))
 
 
 def forward(
@@ -181,59 +175,65 @@ def forward(
     segment_ids_BT,
     positions_BT,
     *,
-    compute: Compute = Compute(),
+    compute: ComputeConfig = ComputeConfig(),
     dropout_key: DropoutKey | None = None,
-    index_BM=None,
+    prediction_positions_BM=None,
     hidden_layers: tuple[int, ...] = (),
-) -> Output:
+) -> EncoderOutput:
     """Runs the encoder over packed rows; pure, for use inside `jax.jit`.
 
     Args:
       config: the architecture that `params` belongs to.
-      params: a plain nested dict, as `init` makes it.
+      params: a plain nested dict, as `init` returns it.
       tokens_BT: int32 token ids.
-      segment_ids_BT: int32; 0 is padding, and no token sees another segment.
+      segment_ids_BT: int32; 0 is padding, and no token attends to another segment.
       positions_BT: int32, counted from 0 in each segment, below `config.positions`.
-      compute: dtype and rematerialisation.
+      compute: dtypes, rematerialisation and attention backend.
       dropout_key: no dropout where None.
-      index_BM: if given, logits only at these columns of each row.
+      prediction_positions_BM: int32; if given, logits only at these columns of each row.
       hidden_layers: which hidden states to return, 0..layers or -1.
     """
-    model = nnx.merge(_graph(config), _to_state(params))
-    x_BTD = model.embed(tokens_BT, segment_ids_BT, positions_BT, dropout_key)
-    turn = None
-    if config.position_kind == "rotary":
-        turn = esm2.rotation(positions_BT, model.rotary_frequency[...])
-    hidden = {0: x_BTD}
-    for i, block in enumerate(model.blocks):
-        graph, state = nnx.split(block)
-
-        def run(floats, others, graph=graph):
-            (state, x_BTD, turn), (segment_ids_BT, key) = floats, others
-            return nnx.merge(graph, state)(x_BTD, segment_ids_BT, turn, compute, key)
-
-        if compute.remat != "none":
-            kept = (_QKV, _FFN, FUSED_ATTENTION) if compute.remat == "dots" else ()
-            run = rematerialised(run, kept)
-        x_BTD = run((state, x_BTD, turn), (segment_ids_BT, dropout_key))
-        hidden[i + 1] = x_BTD
-    last = model.outer_norm if config.norm == "pre" else lambda x: x
-    hidden[-1] = last(x_BTD)
-    x_BMD = hidden[-1]
-    if index_BM is not None:  # the LayerNorm, too, at these columns only
-        x_BMD = last(take(x_BTD, index_BM))
-    return Output(model.head(x_BMD, compute), {layer: hidden[layer] for layer in hidden_layers})
+    graph, _ = _split(config, compute)
+    state = nnx.State(jax.tree.map(nnx.Param, nnx.restore_int_paths(params)))
+    return nnx.merge(graph, state)(
+        tokens_BT, segment_ids_BT, positions_BT, dropout_key, prediction_positions_BM, hidden_layers
+    )
 
 
 def init(config: EncoderConfig, seed) -> dict:
-    """Fresh parameters: N(0, 0.02), the two output products of a block scaled by 1/sqrt(2 L)."""
-    state = nnx.state(Encoder(config, nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
-    return _from_state(state)
+    """Fresh parameters: embeddings and kernels from N(0, 0.02), the last kernel of each residual
+    branch narrower by sqrt(2 L), for 2 L branches add up; scales 1, biases 0.
+
+    Layer n of those below draws from key n of the seed.
+    """
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.full(leaf.shape, path[-1].key == "scale", leaf.dtype),
+        abstract(config),
+    )
+    branch_std = INIT_STD / (2 * config.layers) ** 0.5
+    layers = [(params["token_embedding"], INIT_STD)]
+    if config.position_kind == "learned":
+        layers.append((params["position_embedding"], INIT_STD))
+    else:
+        params["rotary_frequency"] = jnp.asarray(esm2.rope_frequencies(config.head_size))
+    for block in (params["blocks"][str(i)] for i in range(config.layers)):
+        layers += [(block["qkv"], INIT_STD), (block["out_proj"], branch_std)]
+        layers += [(block["fc1"], INIT_STD), (block["fc2"], branch_std)]
+    layers.append((params["lm_head"]["dense"], INIT_STD))
+    for n, (layer, std) in enumerate(layers):
+        name = "kernel" if "kernel" in layer else "embedding"
+        key = jax.random.fold_in(jax.random.key(seed), n)
+        layer[name] = std * jax.random.normal(key, layer[name].shape)
+    return params
 
 
 def abstract(config: EncoderConfig) -> dict:
-    """The shapes and dtypes of the parameters, without allocating them."""
-    return jax.eval_shape(lambda: init(config, 0))
+    """Shapes and dtypes of the parameters, without allocating them."""
+
+    def to_dict(node):  # string keys for the blocks, too, as checkpoints and other tools have them
+        return {str(k): to_dict(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+    return to_dict(nnx.to_pure_dict(_split(config, ComputeConfig())[1]))
 
 
 def parameter_count(config: EncoderConfig) -> int:
@@ -241,23 +241,6 @@ def parameter_count(config: EncoderConfig) -> int:
 
 
 @functools.cache
-def _graph(config: EncoderConfig):
-    return nnx.split(nnx.eval_shape(lambda: Encoder(config, nnx.Rngs(params=0))))[0]
-
-
-def _from_state(state) -> dict:
-    """NNX state as nested dicts with string keys, as checkpoints and other tools know them."""
-
-    def plain(node):
-        return {str(k): plain(v) for k, v in node.items()} if isinstance(node, dict) else node
-
-    return plain(nnx.to_pure_dict(state))
-
-
-def _to_state(params: dict):
-    def stated(node):
-        if isinstance(node, dict):
-            return {int(k) if k.isdigit() else k: stated(v) for k, v in node.items()}
-        return nnx.Param(node)
-
-    return nnx.State(stated(params))
+def _split(config: EncoderConfig, compute: ComputeConfig):
+    """(graph, abstract parameters): what the layers would draw themselves is never computed."""
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, compute, nnx.Rngs(0))))

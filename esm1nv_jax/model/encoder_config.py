@@ -1,4 +1,4 @@
-"""What an encoder is, and how it is evaluated: frozen values that validate themselves."""
+"""The architecture of an encoder and how it is computed: frozen values that validate themselves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.vocabulary import ESM1NV, vocabulary
 from esm1nv_jax.model.attention import AUTO, BACKENDS
-from esm1nv_jax.model.kernels.matmul import ROUNDED
+from esm1nv_jax.model.kernels.matmul import EMULATED_BFLOAT16
+from esm1nv_jax.model.kernels.remat import KEPT
 
 ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -20,7 +21,7 @@ ACTIVATIONS = {
 NORMS = ("pre", "post")
 POSITION_KINDS = ("learned", "rotary")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-REMATS = ("none", "dots", "block")
+REMATS = ("none", *KEPT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,10 @@ class EncoderConfig:
     token_dropout: bool = False  # as ESM-1b and ESM-2: no embedding at <mask>, the others scaled
     vocabulary: str = ESM1NV  # the model's tokens in the order of its own ids; ids here are ours
 
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads
+
     def __post_init__(self):
         for name in ("layers", "width", "heads", "ffn"):
             if getattr(self, name) < 1:
@@ -53,30 +58,27 @@ class EncoderConfig:
                 f"model.positions={self.positions} must be at least 3: <s>, one residue, </s>"
             )
         if self.width % self.heads:
-            fitting = [h for h in range(1, self.width + 1) if self.width % h == 0 and h <= 64]
+            divisors = [h for h in range(1, self.width + 1) if self.width % h == 0 and h <= 64]
             raise UserError(
                 f"model.heads={self.heads} does not divide model.width={self.width}; "
-                f"heads may be {', '.join(map(str, fitting))}"
+                f"heads may be {', '.join(map(str, divisors))}"
             )
-        for name, allowed in (
-            ("norm", NORMS),
-            ("position_kind", POSITION_KINDS),
-            ("ffn_activation", tuple(ACTIVATIONS)),
-            ("head_activation", tuple(ACTIVATIONS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"model.{name}={getattr(self, name)!r} is unknown; there are "
-                    f"{', '.join(allowed)}"
-                )
+        _check_choices(
+            "model",
+            self,
+            norm=NORMS,
+            position_kind=POSITION_KINDS,
+            ffn_activation=ACTIVATIONS,
+            head_activation=ACTIVATIONS,
+        )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
         if self.norm_epsilon <= 0:
             raise UserError(f"model.norm_epsilon={self.norm_epsilon} must be above 0")
-        if self.position_kind == "rotary" and self.width // self.heads % 2:
+        if self.position_kind == "rotary" and self.head_size % 2:
             raise UserError(
-                f"model.position_kind='rotary' turns pairs: a head of {self.width // self.heads} "
+                f"model.position_kind='rotary' rotates pairs: the head size {self.head_size} "
                 "(model.width / model.heads) must be even"
             )
         if self.embedding_norm and self.norm == "post":
@@ -85,30 +87,36 @@ class EncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
     """How the encoder is evaluated; none of it changes what is computed, rounding apart."""
 
     dtype: str = "float32"  # of the operands of matrix products
-    activations: str = "float32"  # in which results are kept between products; the residual is fp32
+    activation_dtype: str = "float32"  # of results between products; the residual is fp32
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
-    native: bool = True  # whether the device multiplies `dtype`; else rounded operands, as fp32
-    attention: str = AUTO  # a backend that `attention.choose` found fit; auto is xla here
+    emulate_bfloat16: bool = False  # bf16 operands as rounded fp32, where a CPU lacks instructions
+    attention: str = AUTO  # a backend that `select_backend` returned; auto is xla here
 
     @property
-    def operands(self):
-        """What `products.product` takes for a dtype."""
-        emulated = self.dtype == "bfloat16" and not self.native
-        return ROUNDED if emulated else DTYPES[self.dtype]
+    def operand_dtype(self):
+        """What `matmul` takes for a dtype."""
+        emulated = self.dtype == "bfloat16" and self.emulate_bfloat16
+        return EMULATED_BFLOAT16 if emulated else DTYPES[self.dtype]
 
     def __post_init__(self):
-        for name, allowed in (
-            ("dtype", tuple(DTYPES)),
-            ("activations", tuple(DTYPES)),
-            ("remat", REMATS),
-            ("attention", (AUTO, *BACKENDS)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"compute.{name}={getattr(self, name)!r} is unknown; there are "
-                    f"{', '.join(allowed)}"
-                )
+        _check_choices(
+            "compute",
+            self,
+            dtype=DTYPES,
+            activation_dtype=DTYPES,
+            remat=REMATS,
+            attention=(AUTO, *BACKENDS),
+        )
+
+
+def _check_choices(group: str, config, **allowed) -> None:
+    for name, choices in allowed.items():
+        if getattr(config, name) not in choices:
+            raise UserError(
+                f"{group}.{name}={getattr(config, name)!r} is unknown; there are "
+                f"{', '.join(choices)}"
+            )

@@ -1,8 +1,7 @@
-"""What models from elsewhere do otherwise than ESM-1nv: ESM-2's rotary positions and token dropout,
-and vocabularies that lack some of our letters.
+"""What ESM-1b, ESM-2 and models of other vocabularies compute otherwise than ESM-1nv.
 
-Rotary: Su et al. 2021, in the form that turns the two halves of a head against each other. Token
-dropout: Lin et al. 2023, as in `fair-esm` and `transformers`.
+Rotary positions: Su et al. 2021, in the form that rotates the two halves of a head against each
+other. Token dropout: Lin et al. 2023, as in `fair-esm` and `transformers`.
 """
 
 from __future__ import annotations
@@ -14,55 +13,56 @@ import numpy as np
 from esm1nv_jax.data.tokenizer import MASK, UNK
 from esm1nv_jax.data.vocabulary import vocabulary
 
-ROTARY_BASE = 10_000.0
-TRAINED_MASKED = 0.15 * 0.8  # the share of `<mask>` that every ESM model with it was trained on
+ROPE_THETA = 10_000.0
+TRAINED_MASK_SHARE = 0.15 * 0.8  # of `<mask>` in the training of every ESM with token dropout
 
 
-def frequencies(head_size: int, base: float = ROTARY_BASE) -> np.ndarray:
+def rope_frequencies(head_size: int, theta: float = ROPE_THETA) -> np.ndarray:
     """Radians a position, fp32 [H / 2].
 
     They are kept among the parameters, not computed: a file may hold them rounded to fp16, as they
     were in training, and at position 1,000 that is another angle.
     """
     exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-    return (1 / np.float32(base) ** exponent).astype(np.float32)
+    return (1 / np.float32(theta) ** exponent).astype(np.float32)
 
 
-def rotation(positions_BT, frequency):
-    """(cos, sin) of every angle, fp32 [B, T, 1, 1, H / 2] each. `frequency` is never trained."""
-    angle_BT11F = positions_BT[..., None, None, None] * jax.lax.stop_gradient(frequency)
-    return jnp.cos(angle_BT11F), jnp.sin(angle_BT11F)
+def rope_cos_sin(positions_BT, frequencies):
+    """(cos, sin) of every angle, fp32 [B, T, 1, 1, H / 2] each. `frequencies` [H / 2] get no
+    gradient."""
+    angles = positions_BT[..., None, None, None] * jax.lax.stop_gradient(frequencies)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(qkv_BTCNH, turn):
-    """Queries and keys turned by the angles of their positions, in fp32; values as they are."""
-    cos, sin = turn
+def apply_rope(qkv_BTCNH, cos_sin):
+    """Queries and keys rotated by the angles of their positions, in fp32; values as they are."""
+    cos, sin = cos_sin
     first, second = jnp.split(qkv_BTCNH[:, :, :2].astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(qkv_BTCNH.dtype), qkv_BTCNH[:, :, 2:]], axis=2)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(qkv_BTCNH.dtype), qkv_BTCNH[:, :, 2:]], axis=2)
 
 
 def token_dropout(x_BTD, tokens_BT, segment_ids_BT):
-    """Zero embeddings at `<mask>`, and the others of a sequence scaled so that their sum is as
-    large as if the share of `<mask>` were that of training."""
-    masked_BT = tokens_BT == MASK
+    """Embeddings [B, T, D]: zero at `<mask>`, and the others of a sequence scaled so that their sum
+    is as large as if the share of `<mask>` were that of training."""
+    is_mask_BT = tokens_BT == MASK
 
     def count(values_T, segment_ids_T):
         segments = jax.ops.segment_sum(values_T, segment_ids_T, num_segments=len(values_T) + 1)
         return segments[segment_ids_T]
 
-    share_BT = jax.vmap(count)(masked_BT.astype(jnp.float32), segment_ids_BT) / jax.vmap(count)(
+    share_BT = jax.vmap(count)(is_mask_BT.astype(jnp.float32), segment_ids_BT) / jax.vmap(count)(
         jnp.ones(tokens_BT.shape, jnp.float32), segment_ids_BT
     )
     # A segment of nothing but `<mask>` has no embedding to scale.
-    scale_BT = (1 - TRAINED_MASKED) / jnp.where(share_BT < 1, 1 - share_BT, 1)
-    return jnp.where(masked_BT[..., None], 0, x_BTD * scale_BT[..., None])
+    scale_BT = (1 - TRAINED_MASK_SHARE) / jnp.where(share_BT < 1, 1 - share_BT, 1)
+    return jnp.where(is_mask_BT[..., None], 0, x_BTD * scale_BT[..., None])
 
 
-def readable(text: str, tokens_BT):
-    """Our ids as a model of the vocabulary `text` reads them: `<unk>` for letters it does not have.
+def map_missing_to_unk(text: str, tokens_BT):
+    """Our ids with `<unk>` for letters that a model of the vocabulary `text` does not have.
 
-    For targets, too: what a model has no token for can be neither selected nor predicted.
+    For targets, too: what a model has no token for can be neither masked nor predicted.
     """
     missing = vocabulary(text).missing
     if not missing:

@@ -1,8 +1,9 @@
-"""Which residues are predicted, and what stands in their place.
+"""Masked language modelling, apart from the model: which residues are predicted, what stands in
+their place, and the sums of loss and accuracy.
 
-In each sequence exactly max(1, round(rate x maskable)) residues are selected, those of smallest
+In each sequence exactly max(1, round(rate x maskable)) residues become targets, those of smallest
 hash (BERT's own rule of a fixed count), so that the number of predictions has a static bound.
-Specials, padding and `<unk>` are never selected. Everything is drawn from `mask_bits`, one hash a
+Specials, padding and `<unk>` are never targets. Everything is drawn from `mask_bits`, one hash a
 token that the input stream keys by (seed, epoch, example, index in the uncropped sequence), in
 evaluation by the sequence itself: an example is masked alike in any row, batch or device count.
 """
@@ -25,7 +26,7 @@ _KIND, _LETTER = (np.uint32(hashing.purpose(p)) for p in ("mask kind", "mask let
 
 @dataclasses.dataclass(frozen=True)
 class MaskingConfig:
-    """How a recipe corrupts its input. Of the selected residues, `mask` become `<mask>`, `random`
+    """How a recipe corrupts its input. Of the targets, a share of `mask` become `<mask>`, `random`
     another letter, the rest stay as they are."""
 
     rate: float
@@ -61,72 +62,101 @@ def recipe(name: str, rate: float | None = None) -> MaskingConfig:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inputs_BT", "index_BM", "targets_BM", "selected_BM", "masked_BM"],
+    data_fields=[
+        "inputs_BT",
+        "prediction_positions_BM",
+        "targets_BM",
+        "is_target_BM",
+        "is_masked_BM",
+    ],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """A corrupted batch. M is a static bound; entries beyond a row's own count are not selected."""
+    """A corrupted batch. M is a static bound, so that not every entry is a target."""
 
     inputs_BT: jax.Array  # int32: tokens with replacements
-    index_BM: jax.Array  # int32: where the predictions stand in the row, ascending
+    prediction_positions_BM: jax.Array  # int32: columns of the targets in their row, ascending
     targets_BM: jax.Array  # int32: the original tokens there
-    selected_BM: jax.Array  # bool: whether this entry is a prediction
-    masked_BM: jax.Array  # bool: whether `<mask>` stands there in the input
+    is_target_BM: jax.Array  # bool: whether this entry is predicted
+    is_masked_BM: jax.Array  # bool: whether `<mask>` stands there in the input
 
 
-def counts(rate: float, longest: int) -> np.ndarray:
-    """int32 [longest + 1]: how many of n maskable residues are selected."""
+def target_counts(rate: float, longest: int) -> np.ndarray:
+    """int32 [longest + 1]: how many of n maskable residues are targets."""
     return np.array([0, *(max(1, round(rate * n)) for n in range(1, longest + 1))], np.int32)
 
 
-def bound(rate: float, row_length: int) -> int:
-    """The most predictions that a row can hold: M."""
+def max_targets(rate: float, row_length: int) -> int:
+    """The most targets that a row can hold: M."""
     n = np.arange(1, max(2, row_length - 1))
-    return int(row_length * np.max(counts(rate, n[-1])[1:] / (n + 2)))
+    return int(row_length * np.max(target_counts(rate, n[-1])[1:] / (n + 2)))
 
 
 def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT) -> Masked:
     """Corrupts packed rows; `mask_bits_BT` is the uint32 hash that the stream gives each token."""
     B, T = tokens_BT.shape
-    maskable_BT = tokens_BT >= tokenizer.FIRST_RESIDUE
-    # Sort each row by (segment, hash), whatever may not be masked last; equal hashes by position.
-    group_BT = jnp.where(maskable_BT & (segment_ids_BT > 0), segment_ids_BT, T + 1)
-    place_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    group_BT, _, index_BT = jax.lax.sort((group_BT, mask_bits_BT, place_BT), num_keys=3)
-    first_BT = group_BT != jnp.pad(group_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    start_BT = jax.lax.cummax(jnp.where(first_BT, place_BT, 0), axis=1)
-    last_BT = group_BT != jnp.pad(group_BT, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
-    end_BT = jax.lax.cummin(jnp.where(last_BT, place_BT + 1, T), axis=1, reverse=True)
-    quota_BT = jnp.asarray(counts(config.rate, T))[end_BT - start_BT]
-    chosen_BT = (place_BT - start_BT < quota_BT) & (group_BT <= T)
-    M = bound(config.rate, T)
-    index_BM = jnp.sort(jnp.where(chosen_BT, index_BT, T), axis=1)[:, :M]
-    selected_BM = index_BM < T
-    index_BM = jnp.minimum(index_BM, T - 1)
+    is_maskable_BT = tokens_BT >= tokenizer.FIRST_RESIDUE
+    # Sort each row by (segment, hash), with what may not be masked last; equal hashes by position.
+    group_BT = jnp.where(is_maskable_BT & (segment_ids_BT > 0), segment_ids_BT, T + 1)
+    rank_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    group_BT, _, position_BT = jax.lax.sort((group_BT, mask_bits_BT, rank_BT), num_keys=3)
+    is_first_BT = group_BT != jnp.pad(group_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    start_BT = jax.lax.cummax(jnp.where(is_first_BT, rank_BT, 0), axis=1)
+    is_last_BT = group_BT != jnp.pad(group_BT, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
+    end_BT = jax.lax.cummin(jnp.where(is_last_BT, rank_BT + 1, T), axis=1, reverse=True)
+    quota_BT = jnp.asarray(target_counts(config.rate, T))[end_BT - start_BT]
+    is_chosen_BT = (rank_BT - start_BT < quota_BT) & (group_BT <= T)
+    M = max_targets(config.rate, T)
+    position_BM = jnp.sort(jnp.where(is_chosen_BT, position_BT, T), axis=1)[:, :M]
+    is_target_BM = position_BM < T
+    position_BM = jnp.minimum(position_BM, T - 1)
 
-    targets_BM = jnp.take_along_axis(tokens_BT, index_BM, axis=1)
-    bits_BM = jnp.take_along_axis(mask_bits_BT, index_BM, axis=1)
+    targets_BM = jnp.take_along_axis(tokens_BT, position_BM, axis=1)
+    bits_BM = jnp.take_along_axis(mask_bits_BT, position_BM, axis=1)
     kind_BM = hashing.fold(bits_BM, _KIND)
-    masked_BM = selected_BM & (kind_BM < _share(config.mask))
-    random_BM = selected_BM & ~masked_BM & (kind_BM < _share(config.mask + config.random))
-    replaced_BM = jnp.where(masked_BM, tokenizer.MASK, targets_BM)
-    replaced_BM = jnp.where(random_BM, _letter(config, bits_BM, targets_BM), replaced_BM)
-    # Entries that are not selected write to column T, which is then cut off.
+    is_masked_BM = is_target_BM & (kind_BM < _threshold(config.mask))
+    is_random_BM = is_target_BM & (kind_BM < _threshold(config.mask + config.random))
+    is_random_BM &= ~is_masked_BM
+    replaced_BM = jnp.where(is_masked_BM, tokenizer.MASK, targets_BM)
+    replaced_BM = jnp.where(is_random_BM, _random_letter(config, bits_BM, targets_BM), replaced_BM)
+    # Entries that are no targets write to column T, which is then cut off.
     rows_B1 = jnp.arange(B, dtype=jnp.int32)[:, None]
     inputs_BT = jnp.pad(tokens_BT, ((0, 0), (0, 1)))
-    inputs_BT = inputs_BT.at[rows_B1, jnp.where(selected_BM, index_BM, T)].set(replaced_BM)[:, :T]
-    return Masked(inputs_BT, index_BM, targets_BM, selected_BM, masked_BM)
+    column_BM = jnp.where(is_target_BM, position_BM, T)
+    inputs_BT = inputs_BT.at[rows_B1, column_BM].set(replaced_BM)[:, :T]
+    return Masked(inputs_BT, position_BM, targets_BM, is_target_BM, is_masked_BM)
 
 
-def _letter(config: MaskingConfig, bits, original):
+def _random_letter(config: MaskingConfig, bits, original):
     """A residue drawn from 16 bits of the hash: uniform to 4e-4."""
     draw = hashing.fold(bits, _LETTER) >> np.uint32(16)
-    among = config.letters if config.may_repeat else config.letters - 1
-    letter = ((draw * np.uint32(among)) >> np.uint32(16)).astype(jnp.int32)
+    choices = config.letters if config.may_repeat else config.letters - 1
+    letter = ((draw * np.uint32(choices)) >> np.uint32(16)).astype(jnp.int32)
     letter = letter + tokenizer.FIRST_RESIDUE
     return letter if config.may_repeat else letter + (letter >= original)
 
 
-def _share(fraction: float) -> np.uint32:
+def _threshold(fraction: float) -> np.uint32:
     return np.uint32(min(round(fraction * 2**32), 2**32 - 1))
+
+
+def cross_entropy(logits_BMV, targets_BM):
+    """-log p(target) in nats: fp32 [B, M]."""
+    logits_BMV = logits_BMV.astype(jnp.float32)
+    target_logits_BM = jnp.take_along_axis(logits_BMV, targets_BM[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits_BMV, axis=-1) - target_logits_BM
+
+
+def cross_entropy_sums(logits_BMV, masked: Masked) -> dict[str, jax.Array]:
+    """fp32 scalars from which perplexity and accuracy are computed; they add up over rows, devices
+    and hosts. Over all targets, and over `<mask>` positions only (`_mask`, `_masked`)."""
+    loss_BM = jnp.where(masked.is_target_BM, cross_entropy(logits_BMV, masked.targets_BM), 0)
+    is_correct_BM = jnp.argmax(logits_BMV, axis=-1) == masked.targets_BM
+    return {
+        "loss": jnp.sum(loss_BM),
+        "num_targets": jnp.sum(masked.is_target_BM, dtype=jnp.float32),
+        "loss_mask": jnp.sum(jnp.where(masked.is_masked_BM, loss_BM, 0)),
+        "num_masked": jnp.sum(masked.is_masked_BM, dtype=jnp.float32),
+        "num_correct_masked": jnp.sum(is_correct_BM & masked.is_masked_BM, dtype=jnp.float32),
+    }

@@ -144,7 +144,7 @@ def attention_seconds(kernel: Kernel, chip: Chip, load: Load, step: Step) -> flo
 
 def load_of(batch, rate: float, flash_blocks) -> Load:
     """From one device's rows of the input stream (NumPy arrays) and the rate of masking."""
-    from esm1nv_jax.model.masking import counts
+    from esm1nv_jax.model.masking import target_counts
 
     ids_BT = batch["segment_ids"]
     real = ids_BT > 0
@@ -159,7 +159,7 @@ def load_of(batch, rate: float, flash_blocks) -> Load:
         residues=int(maskable.sum()),
         sequences=len(lengths),
         squares=float((lengths.astype(np.float64) ** 2).sum()),
-        selected=int(counts(rate, T)[maskable].sum()),
+        selected=int(target_counts(rate, T)[maskable].sum()),
         tiles_forward=_visited(ids_BT, flash_blocks.queries, flash_blocks.keys),
         tiles_backward=_visited(ids_BT, flash_blocks.backward, flash_blocks.backward),
     )

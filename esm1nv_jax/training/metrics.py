@@ -108,7 +108,7 @@ class ThroughputWindow:
             "padding_share": 1 - total["tokens"] / total["num_slots"],
         }
         if self.peak:
-            names = ("tokens", "sum_squared_lengths", "selected")
+            names = ("tokens", "sum_squared_lengths", "num_targets")
             flops = training_flops(self.model, *(total[name] for name in names))
             metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)
         self.restart()

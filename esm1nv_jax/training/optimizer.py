@@ -97,7 +97,7 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
 def decays(params) -> dict:
     """True for the leaves that weight decay applies to: no bias and no LayerNorm."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "token_embedding", "position_embedding"), params
+        lambda path, _: path[-1].key in ("kernel", "embedding"), params
     )
 
 

@@ -17,15 +17,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from esm1nv_jax.checkpoints.manager import CheckpointConfig
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.stream_config import rows_for, stream_config
 from esm1nv_jax.model import attention
-from esm1nv_jax.model.encoder_config import Compute, EncoderConfig
+from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training import profiling
+from esm1nv_jax.training.checkpoint_policy import CheckpointConfig
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
@@ -40,6 +40,10 @@ MINIMUM = {  # that a field may be
     "batch.microbatches": 1,
     "evaluation.every": 1,
     "evaluation.batches": 0,
+    "checkpoint.every": 1,
+    "checkpoint.minutes": 0,
+    "checkpoint.keep": 1,
+    "checkpoint.keep_every": 0,
     "skip_nonfinite": 0,
     "cluster.start_timeout": 1,
     "cluster.stall_timeout": 1,
@@ -173,7 +177,7 @@ class RunConfig:
             )
         profiling.steps_of(self.profile)  # raises UserError
         recipe(self.masking.recipe, self.masking.rate)  # raises UserError
-        Compute(dtype=self.compute.dtype, remat=self.compute.remat)  # raises UserError
+        ComputeConfig(dtype=self.compute.dtype, remat=self.compute.remat)  # raises UserError
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dictionaries of JSON values."""
@@ -188,7 +192,7 @@ class RunConfig:
 
         Raises UserError where the attention backend that the config names does not run there.
         """
-        spec = attention.Case(
+        spec = attention.AttentionSpec(
             platform=device.platform,
             capability=float(getattr(device, "compute_capability", 0)),
             dtype=self.compute.dtype,
@@ -197,13 +201,13 @@ class RunConfig:
             head_size=self.model.width // self.model.heads,
             row_length=self.data.row_length,
         )
-        compute = Compute(
+        compute = ComputeConfig(
             dtype=self.compute.dtype,
             remat=self.compute.remat,
-            attention=attention.choose(self.compute.attention, spec),
+            attention=attention.select_backend(self.compute.attention, spec),
             # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
-            activations="float32" if device.platform == "cpu" else self.compute.dtype,
-            native=multiplies_bf16(device.platform),
+            activation_dtype="float32" if device.platform == "cpu" else self.compute.dtype,
+            emulate_bfloat16=not multiplies_bf16(device.platform),
         )
         return StepConfig(
             seed=self.seed,

@@ -41,7 +41,7 @@ class StepConfig:
 
     seed: int
     model: encoder.EncoderConfig
-    compute: encoder.Compute
+    compute: encoder.ComputeConfig
     objective: MaskedLM
     optimizer: OptimizerConfig
     microbatches: int = 1

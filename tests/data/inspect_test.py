@@ -44,7 +44,7 @@ def test_what_is_shown_masked_is_what_a_run_masks(name):
     parts = (batch[part] for part in ("tokens", "segment_ids", "mask_bits"))
     masked = masking.mask(recipe, *parts)
     for row in range(4):
-        index = masked.index_BM[row][masked.selected_BM[row]]
+        index = masked.prediction_positions_BM[row][masked.is_target_BM[row]]
         assert (
             np.flatnonzero(inspect.masked_positions(batch, row, recipe.rate)).tolist()
             == index.tolist()

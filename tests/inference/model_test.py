@@ -78,7 +78,7 @@ def test_deterministic_bits_do_not_depend_on_the_number_of_devices(model):
         on_devices = dataclasses.replace(
             on_devices, compute=dataclasses.replace(on_devices.compute, attention="auto")
         )
-        assert len(on_devices.params["token_embedding"].sharding.device_set) == n
+        assert len(on_devices.params["token_embedding"]["embedding"].sharding.device_set) == n
         found.append(
             embed_sequences(on_devices, ids, OutputSpec(), model.longest, deterministic=True)
         )
@@ -135,7 +135,7 @@ def test_apply_works_under_jit_and_grad(model):
     out = jax.jit(lambda p, x: model.apply(p, x, layers=(-1,)).hidden[-1])(model.params, ids)
     np.testing.assert_allclose(out[1, 1:-1], model.embed(["MRRLA"]).per_residue[0], atol=1e-5)
     grads = jax.grad(lambda p: model.apply(p, ids).logits[..., 5].sum())(model.params)
-    assert float(np.abs(grads["token_embedding"]).sum()) > 0
+    assert float(np.abs(grads["token_embedding"]["embedding"]).sum()) > 0
 
 
 def test_threads_get_their_own_results(model):

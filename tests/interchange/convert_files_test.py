@@ -77,16 +77,12 @@ def assert_same(a, b):
 def test_the_tokenizer_there_gives_our_ids(exported):
     there = transformers.AutoTokenizer.from_pretrained(exported)
     rng = np.random.default_rng(0)
-    letters = np.array(list("ACDEFGHIKLMNPQRSTVWYBXZUOJacdlxj*-. \t\n"))
+    letters = np.array(list("ACDEFGHIKLMNPQRSTVWYBXZUOJacdlxj*-.1 \t\néλ_"))
     texts = ["".join(rng.choice(letters, rng.integers(0, 40))) for _ in range(500)]
     texts += [text + "*" for text in texts[:50]] + ["", "*", "**", " M * ", "mktl", "JJJ"]
     texts += [sequence.decode() for _, sequence in list(fasta.sample())[:20]]
     for text in texts:
         assert there(text)["input_ids"] == tokenizer.encode(text).tolist(), repr(text)
-    for character in "1éλ_":  # refused here; there a tokenizer cannot refuse
-        assert there(f"MK{character}L")["input_ids"] == [1, 22, 16, 0, 5, 2]
-        with pytest.raises(ValueError, match="at index 2"):
-            tokenizer.encode(f"MK{character}L")
     assert there("MK<mask>L")["input_ids"] == [1, 22, 16, 4, 5, 2]
     ids = there(["MKTL", "MK"], padding=True, return_tensors="pt")
     assert ids["input_ids"][1].tolist() == [1, 22, 16, 2, 3, 3]
@@ -146,7 +142,7 @@ def test_tanh_gelu_is_refused_or_measured(tmp_path):
 
     model = dataclasses.replace(TINY, ffn_activation="gelu_tanh")
     params = encoder.init(model, 0)
-    params["blocks"]["0"]["ffn_input"]["kernel"] *= 50  # so that the forms are far apart
+    params["blocks"]["0"]["fc1"]["kernel"] *= 50  # so that the forms are far apart
     model_folder.write(str(tmp_path / "model"), model_folder.Weights(params, model, {}))
     with pytest.raises(UserError, match=r"gelu_tanh.*--approximate"):
         convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"))
@@ -216,7 +212,7 @@ def test_half_precision_files(dtype, copy):
     change(path, halve)
     found = leaves(path)
     expected = load_file(path / "model.safetensors")["lm_head.dense.weight"].float().numpy().T
-    np.testing.assert_array_equal(found["head_dense/kernel"], expected)
+    np.testing.assert_array_equal(found["lm_head/dense/kernel"], expected)
     assert {leaf.dtype for leaf in found.values()} == {np.dtype(np.float32)}
 
 
@@ -290,7 +286,7 @@ def _whole(name):
         ("esm", _put("esm.embeddings.word_embeddings.weight", 29, 48), r"\(29, 48\).*\(30, 48\)"),
         ("esm", _put("lm_head.decoder.weight", 30, 48), "decoder.weight differs from"),
         ("esm", _whole("lm_head.dense.weight"), "lm_head.dense.weight is of dtype int32"),
-        ("esm", _broken("esm.encoder.layer.1.output.dense.weight"), "blocks.*1.*ffn_output.* NaN"),
+        ("esm", _broken("esm.encoder.layer.1.output.dense.weight"), "blocks.*1.*fc2.* NaN"),
         ("esm2", _put("esm.rotary_embeddings.inv_freq", 6), "12 angles|6 angles"),
         ("bert", _pop("bert.embeddings.token_type_embeddings.weight"), "token_type.*missing"),
         ("bert", _put("bert.embeddings.token_type_embeddings.weight", 2, 47), r"of shape \(2, 47"),
@@ -390,7 +386,7 @@ def test_rows_without_a_token_take_part_in_the_softmax(copy):
     witness.rewrite(path, vocab_size=32)
     weights = model_folder.read(str(path))
     assert weights.model.vocabulary.endswith("O <row_30> <row_31>")
-    np.testing.assert_array_equal(weights.params["head_bias"][29:33] == 1, [0, 1, 1, 0])
+    np.testing.assert_array_equal(weights.params["lm_head"]["bias"][29:33] == 1, [0, 1, 1, 0])
 
 
 def test_known_vocabularies_need_no_file(copy):

@@ -144,7 +144,7 @@ def test_only_blocks_that_share_a_segment_are_visited():
 
 
 def case(**changes):
-    return attention.Case(
+    return attention.AttentionSpec(
         **{
             "platform": "gpu",
             "capability": 8.0,
@@ -176,7 +176,7 @@ def case(**changes):
     ],
 )
 def test_auto_takes_the_first_that_is_fit(changes, chosen):
-    assert attention.choose("auto", case(**changes)) == chosen
+    assert attention.select_backend("auto", case(**changes)) == chosen
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_auto_takes_the_first_that_is_fit(changes, chosen):
 )
 def test_what_is_not_fit_is_refused_by_name(name, changes, reason):
     with pytest.raises(UserError, match=reason) as refusal:
-        attention.choose(name, case(**changes))
+        attention.select_backend(name, case(**changes))
     assert name in str(refusal.value) and "xla" in str(refusal.value)
 
 

@@ -61,7 +61,7 @@ def test_the_shorter_comparison_is_that_of_the_hash(threshold):
 def bits(step=0, layer=0, site=0, rows=64, elements=4096):
     key = dropout.DropoutKey.at(0, step, np.arange(rows, dtype=np.uint32))
     row_keys = np.asarray(key.rows(layer, site))
-    return dropout.keep(row_keys[:, None], np.arange(elements, dtype=np.uint32)[None], 0.1)
+    return dropout.dropout_mask(row_keys[:, None], np.arange(elements, dtype=np.uint32)[None], 0.1)
 
 
 def test_rates_and_correlations_are_those_of_chance():

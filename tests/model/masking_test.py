@@ -18,7 +18,7 @@ def run(recipe, batch):
 
 
 def selected_columns(masked, row):
-    return masked.index_BM[row][masked.selected_BM[row]]
+    return masked.prediction_positions_BM[row][masked.is_target_BM[row]]
 
 
 @pytest.mark.parametrize(("recipe", "rate"), [("card", 0.15), ("shipped", 0.10)])
@@ -35,9 +35,9 @@ def test_each_sequence_loses_exactly_its_share_of_smallest_hash(recipe, rate):
         inside = chosen[(chosen >= start) & (chosen < start + len(tokens))]
         assert sorted(by_hash[:count]) == inside.tolist()
         start += len(tokens)
-    assert masked.selected_BM.sum() == sum(max(1, round(rate * (len(t) - 2))) for t in sequences)
+    assert masked.is_target_BM.sum() == sum(max(1, round(rate * (len(t) - 2))) for t in sequences)
     np.testing.assert_array_equal(
-        masked.targets_BM[0][masked.selected_BM[0]], batch["tokens"][0, chosen]
+        masked.targets_BM[0][masked.is_target_BM[0]], batch["tokens"][0, chosen]
     )
 
 
@@ -52,7 +52,7 @@ def test_specials_padding_and_unknown_are_never_selected_nor_changed():
     untouched = np.ones((2, 96), bool)
     untouched[0, chosen] = False
     np.testing.assert_array_equal(masked.inputs_BT[untouched], batch["tokens"][untouched])
-    assert not masked.selected_BM[1].any()
+    assert not masked.is_target_BM[1].any()
 
 
 def many():
@@ -64,11 +64,13 @@ def many():
 def test_card_is_80_10_10_over_the_standard_residues():
     batch = many()
     masked = run("card", batch)
-    at = np.take_along_axis(masked.inputs_BT, masked.index_BM, 1)[masked.selected_BM]
-    target = masked.targets_BM[masked.selected_BM]
+    at = np.take_along_axis(masked.inputs_BT, masked.prediction_positions_BM, 1)[
+        masked.is_target_BM
+    ]
+    target = masked.targets_BM[masked.is_target_BM]
     n = len(at)
     is_mask, same = at == tokenizer.MASK, at == target
-    np.testing.assert_array_equal(is_mask, masked.masked_BM[masked.selected_BM])
+    np.testing.assert_array_equal(is_mask, masked.is_masked_BM[masked.is_target_BM])
     assert abs(is_mask.mean() - 0.8) < 4 * np.sqrt(0.16 / n)
     assert abs(same.mean() - (0.1 + 0.1 / 20)) < 4 * np.sqrt(0.1 / n)
     replaced = at[~is_mask & ~same]
@@ -81,8 +83,10 @@ def test_shipped_is_half_and_half_over_all_letters_and_never_the_original():
     batch = many()
     batch["tokens"][:, 100] = 29  # the last letter too must be replaced by another one
     masked = run("shipped", batch)
-    at = np.take_along_axis(masked.inputs_BT, masked.index_BM, 1)[masked.selected_BM]
-    target = masked.targets_BM[masked.selected_BM]
+    at = np.take_along_axis(masked.inputs_BT, masked.prediction_positions_BM, 1)[
+        masked.is_target_BM
+    ]
+    target = masked.targets_BM[masked.is_target_BM]
     assert not np.any(at == target)
     assert abs((at == tokenizer.MASK).mean() - 0.5) < 4 * np.sqrt(0.25 / len(at))
     assert set(at) - {tokenizer.MASK} == set(range(5, 30))
@@ -109,7 +113,7 @@ def test_the_bound_holds_for_rows_full_of_sequences_of_one_length(rate, residues
     masked = jax.device_get(
         masking.mask(config, *(batch[n] for n in ("tokens", "segment_ids", "mask_bits")))
     )
-    assert masked.selected_BM.sum() == per_row * max(1, round(rate * residues))
+    assert masked.is_target_BM.sum() == per_row * max(1, round(rate * residues))
 
 
 def test_equal_hashes_still_give_the_exact_count():

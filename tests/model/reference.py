@@ -38,30 +38,32 @@ def self_attention(x, p, p_out, heads):
 
 
 def forward(params, tokens, heads, norm="pre", ffn_activation=gelu_tanh, head_activation=gelu_erf):
-    """(hidden states 0, 1, .., last after the outer LN; logits [length, 30]) of one sequence."""
+    """(hidden states 0, 1, .., last after the final LayerNorm; logits [length, 30])."""
 
     def ffn(x, p):
-        x = ffn_activation(x @ p["ffn_input"]["kernel"] + p["ffn_input"]["bias"])
-        return x @ p["ffn_output"]["kernel"] + p["ffn_output"]["bias"]
+        x = ffn_activation(x @ p["fc1"]["kernel"] + p["fc1"]["bias"])
+        return x @ p["fc2"]["kernel"] + p["fc2"]["bias"]
 
-    x = params["token_embedding"][tokens] + params["position_embedding"][: len(tokens)]
+    embedding = params["token_embedding"]["embedding"]
+    x = embedding[tokens] + params["position_embedding"]["embedding"][: len(tokens)]
     if norm == "post":
-        x = layer_norm(x, params["outer_norm"])
+        x = layer_norm(x, params["embedding_norm"])
     hidden = [x]
     for i in range(len(params["blocks"])):
         p = params["blocks"][str(i)]
         if norm == "pre":
             normed = layer_norm(x, p["attention_norm"])
-            x = x + self_attention(normed, p["qkv"], p["attention_output"], heads)
+            x = x + self_attention(normed, p["qkv"], p["out_proj"], heads)
             x = x + ffn(layer_norm(x, p["ffn_norm"]), p)
         else:
-            attended = x + self_attention(x, p["qkv"], p["attention_output"], heads)
+            attended = x + self_attention(x, p["qkv"], p["out_proj"], heads)
             x = layer_norm(attended, p["attention_norm"])
             x = layer_norm(x + ffn(x, p), p["ffn_norm"])
         hidden.append(x)
     if norm == "pre":
-        x = layer_norm(x, params["outer_norm"])
+        x = layer_norm(x, params["final_norm"])
     hidden.append(x)
-    x = head_activation(x @ params["head_dense"]["kernel"] + params["head_dense"]["bias"])
-    x = layer_norm(x, params["head_norm"])
-    return hidden, (x @ params["token_embedding"].T + params["head_bias"])[:, :30]
+    head = params["lm_head"]
+    x = head_activation(x @ head["dense"]["kernel"] + head["dense"]["bias"])
+    x = layer_norm(x, head["layer_norm"])
+    return hidden, (x @ embedding.T + head["bias"])[:, :30]

@@ -112,10 +112,10 @@ def test_biases_and_norms_do_not_decay():
     config = encoder.EncoderConfig(layers=1, width=8, heads=2, ffn=8, positions=8)
     mask = flatten(decays(encoder.abstract(config)))
     assert {name for name, decayed in mask.items() if decayed} == {
-        "token_embedding",
-        "position_embedding",
-        "head_dense/kernel",
-        *(f"blocks/0/{n}/kernel" for n in ("qkv", "attention_output", "ffn_input", "ffn_output")),
+        "token_embedding/embedding",
+        "position_embedding/embedding",
+        "lm_head/dense/kernel",
+        *(f"blocks/0/{n}/kernel" for n in ("qkv", "out_proj", "fc1", "fc2")),
     }
 
 

@@ -19,7 +19,7 @@ CONFIG = step.StepConfig(
     model=encoder.EncoderConfig(
         layers=2, width=32, heads=2, ffn=64, positions=66, dropout=0.1, attention_dropout=0.1
     ),
-    compute=encoder.Compute(),
+    compute=encoder.ComputeConfig(),
     objective=MaskedLM(masking.recipe("card")),
     optimizer=OptimizerConfig(peak_lr=1e-3, min_lr=0.0, warmup=2, constant=0, horizon=100),
 )
@@ -44,7 +44,7 @@ def train(config, devices: int, updates: int):
         arrays = jax.device_put(batch(n), sharding.sharding(mesh, "batch"))
         state, values = update(state, arrays)
         values = values.fetch()
-        losses.append(values["loss"] / values["selected"])
+        losses.append(values["loss"] / values["num_targets"])
     return state, np.array(losses)
 
 
@@ -166,7 +166,7 @@ def test_the_gradient_is_the_mean_over_all_predictions():
 
     def mean_loss(params):
         sums = step.batch_sums(config, params, whole, None)
-        return sums["loss"] / sums["selected"]
+        return sums["loss"] / sums["num_targets"]
 
     expected = jax.jit(jax.grad(mean_loss))(params)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(expected)))

@@ -22,9 +22,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from esm1nv_jax.model.attention import FUSED_ATTENTION
-from esm1nv_jax.model.dropout import keep
+from esm1nv_jax.model.dropout import dropout_mask
 from esm1nv_jax.model.kernels.matmul import precision
+from esm1nv_jax.model.kernels.remat import FUSED_ATTENTION
 
 _NEVER = -1e30  # finite: a query that has seen no key yet must not become NaN
 _LEAST = -1e20  # no score is lower, and exp2(_NEVER - _LEAST) is 0
@@ -186,7 +186,7 @@ def _kept(static: _Static, row_key, head, first_query, first_key, shape, axis: i
     n = head.astype(jnp.uint32)
     q = first_query.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
     k = first_key.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, 1 - axis)
-    return keep(row_key, (n * T + q) * T + k, static.rate)
+    return dropout_mask(row_key, (n * T + q) * T + k, static.rate)
 
 
 def _dot(a, b):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from esm1nv_jax.model import encoder, esm2, loss, masking
+from esm1nv_jax.model import encoder, esm2, masking
 from esm1nv_jax.model.dropout import DropoutKey
 
 
@@ -32,21 +32,21 @@ class MaskedLM:
 
     def targets(self, model: encoder.EncoderConfig, batch: dict) -> masking.Masked:
         """Return the corrupted input and the residues to predict."""
-        tokens_BT = esm2.readable(model.vocabulary, batch["tokens"])
+        tokens_BT = esm2.map_missing_to_unk(model.vocabulary, batch["tokens"])
         return masking.mask(self.masking, tokens_BT, batch["segment_ids"], batch["mask_bits"])
 
     def loss_sums(
         self,
         model: encoder.EncoderConfig,
-        compute: encoder.Compute,
+        compute: encoder.ComputeConfig,
         params: dict,
         batch: dict,
         dropout_key: DropoutKey | None,
     ) -> dict[str, jax.Array]:
         """Return sums over some rows, fp32 scalars that add up over rows, devices and hosts.
 
-        `loss` is in nats, over `selected` targets; `loss_mask`, `selected_mask` and `right_mask`
-        are over targets at `<mask>` positions only.
+        `loss` is in nats, over `num_targets` targets; `loss_mask`, `num_masked` and
+        `num_correct_masked` are over targets at `<mask>` positions only.
         """
         masked = self.targets(model, batch)
         output = encoder.forward(
@@ -57,13 +57,13 @@ class MaskedLM:
             batch["positions"],
             compute=compute,
             dropout_key=dropout_key,
-            index_BM=masked.index_BM,
+            prediction_positions_BM=masked.prediction_positions_BM,
         )
-        return loss.sums(output.logits, masked)
+        return masking.cross_entropy_sums(output.logits, masked)
 
     def num_targets(self, sums: dict):
         """Return what `loss` is divided by: the number of predictions."""
-        return sums["selected"]
+        return sums["num_targets"]
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Return metrics from sums over any number of batches.
@@ -71,14 +71,14 @@ class MaskedLM:
         Perplexity is exp of the token-weighted mean cross-entropy: over all selected positions,
         and over `<mask>` positions only (`_mask`), which alone is compared with baselines.
         """
-        mean_loss = sums["loss"] / max(sums["selected"], 1)
-        mean_loss_mask = sums["loss_mask"] / max(sums["selected_mask"], 1)
+        mean_loss = sums["loss"] / max(sums["num_targets"], 1)
+        mean_loss_mask = sums["loss_mask"] / max(sums["num_masked"], 1)
         return {
             "loss": mean_loss,
             "perplexity": _exp(mean_loss),
             "loss_mask": mean_loss_mask,
             "perplexity_mask": _exp(mean_loss_mask),
-            "accuracy_mask": sums["right_mask"] / max(sums["selected_mask"], 1),
+            "accuracy_mask": sums["num_correct_masked"] / max(sums["num_masked"], 1),
         }
 
 

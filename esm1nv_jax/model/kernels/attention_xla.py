@@ -1,0 +1,91 @@
+"""Attention by XLA's own operations, with T x T scores in memory: on any device, with dropout.
+
+The gradient is written out, as a kernel's would be: with autodiff's, XLA's CPU backend merges the
+softmax into the product and takes more than twice the time. Operands are laid out as its matrix
+library takes them (`matmul.force_row_major`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esm1nv_jax.model.dropout import dropout_mask
+from esm1nv_jax.model.kernels import with_gradient
+from esm1nv_jax.model.kernels.matmul import (
+    cast_operand,
+    force_row_major,
+    precision,
+    transpose_materialized,
+)
+
+_MASKED_SCORE = -1e30  # exp(_MASKED_SCORE - any real score) is exactly 0 in fp32
+
+
+def xla_attention(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B):
+    """As `attention.attention`: fp32 [B, T, N, H], 0 in padding."""
+    qkv_CBNTH = jnp.transpose(qkv_BTCNH, (2, 0, 3, 1, 4))
+    out_BNTH = _attention(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate)
+    is_real_BT = segment_ids_BT > 0
+    return jnp.where(is_real_BT[:, :, None, None], jnp.swapaxes(out_BNTH, 1, 2), 0)
+
+
+def _backward(dtype, rate, residuals, g_BNTH):
+    operands, like_qkv, row_keys_B, weights_BNTS, total_BNT1, out_BNTH = residuals
+    q_BNTH, k_BNSH, v_BNSH = operands
+    g_BNTH = g_BNTH / total_BNT1
+    scale_BNTS = _dropout_scale(weights_BNTS.shape, rate, row_keys_B)
+    dtotal_BNT1 = jnp.sum(g_BNTH * out_BNTH, axis=-1, keepdims=True)
+    g_BNTH = force_row_major(cast_operand(g_BNTH, dtype))
+    dv_BNSH = _sum_over_queries(weights_BNTS * scale_BNTS, g_BNTH, dtype)
+    ddropped_BNTS = _einsum("BNTH,BNSH->BNTS", g_BNTH, v_BNSH, dtype)
+    dscores_BNTS = weights_BNTS * (ddropped_BNTS * scale_BNTS - dtotal_BNT1)
+    dq_BNTH = _einsum("BNTS,BNSH->BNTH", dscores_BNTS, k_BNSH, dtype) * q_BNTH.shape[-1] ** -0.5
+    dk_BNSH = _sum_over_queries(dscores_BNTS, q_BNTH, dtype)
+    return jnp.stack([dq_BNTH, dk_BNSH, dv_BNSH]).astype(like_qkv.dtype), None, None
+
+
+@with_gradient("attention_xla", _backward, nondiff_argnums=(3, 4))
+def _attention(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate):
+    """Weights are normalised after their product with the values."""
+    q_BNTH, k_BNSH, v_BNSH = qkv_CBNTH
+    q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
+    operands = [force_row_major(cast_operand(x, dtype)) for x in (q_BNTH, k_BNSH, v_BNSH)]
+    q_BNTH, k_BNSH, v_BNSH = operands
+    scores_BNTS = _einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, dtype)
+    is_same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    scores_BNTS = jnp.where(is_same_BTS[:, None], scores_BNTS, _MASKED_SCORE)
+    weights_BNTS = jnp.exp(scores_BNTS - jnp.max(scores_BNTS, axis=-1, keepdims=True))
+    total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
+    dropped_BNTS = weights_BNTS * _dropout_scale(weights_BNTS.shape, rate, row_keys_B)
+    out_BNTH = _einsum("BNTS,BNSH->BNTH", dropped_BNTS, v_BNSH, dtype) / total_BNT1
+    like_qkv = jnp.zeros((0,), qkv_CBNTH.dtype)
+    return out_BNTH, (operands, like_qkv, row_keys_B, weights_BNTS, total_BNT1, out_BNTH)
+
+
+def _sum_over_queries(a_BNTS, b_BNTH, dtype):
+    """[B, N, S, H], by transposing the small arrays, not the large one."""
+    b_BNHT = transpose_materialized(b_BNTH)
+    return transpose_materialized(_einsum("BNHT,BNTS->BNHS", b_BNHT, a_BNTS, dtype))
+
+
+def _einsum(pattern: str, a, b, dtype):
+    return jnp.einsum(
+        pattern,
+        cast_operand(a, dtype),
+        cast_operand(b, dtype),
+        preferred_element_type=jnp.float32,
+        precision=precision(dtype),
+    )
+
+
+def _dropout_scale(shape, rate, row_keys_B):
+    """What dropout multiplies each weight by: 0 or 1 / (1 - rate); 1 where there is none."""
+    if not rate:
+        return np.float32(1)
+    _, N, T, _ = shape
+    n, t, s = (jax.lax.broadcasted_iota(jnp.uint32, (N, T, T), axis) for axis in range(3))
+    element_NTS = (n * np.uint32(T) + t) * np.uint32(T) + s
+    mask_BNTS = dropout_mask(row_keys_B[:, None, None, None], element_NTS, rate)
+    return mask_BNTS * np.float32(1 / (1 - rate))
