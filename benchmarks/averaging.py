@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 
-from esm1nv_jax.checkpoints import average, manager
+from esm1nv_jax.checkpoints import average, step_folder
+from esm1nv_jax.checkpoints.manager import CheckpointConfig, RunCheckpoints
 from esm1nv_jax.model import encoder
 
 
@@ -37,7 +39,7 @@ def main() -> None:
             path.read_bytes()
     before, began, cpu = peak(), time.perf_counter(), time.process_time()
     average.average(members)
-    found = {
+    results = {
         "members": len(members),
         "seconds": time.perf_counter() - began,
         "cpu_seconds": time.process_time() - cpu,
@@ -46,27 +48,27 @@ def main() -> None:
     }
     if options.orbax:
         began = time.perf_counter()
-        for member in members:
-            manager.read_params(member.run, member.step)
-        found["orbax_reading_alone_seconds"] = time.perf_counter() - began
-    for name, value in found.items():
+        with ocp.StandardCheckpointer() as reader:
+            for member in members:
+                reader.restore(Path(member.run) / "checkpoints" / str(member.step) / "params")
+        results["orbax_reading_alone_seconds"] = time.perf_counter() - began
+    for name, value in results.items():
         print(f"{name:<28} {value:.3g}" if isinstance(value, float) else f"{name:<28} {value}")
     if options.json:
-        Path(options.json).write_text(json.dumps(found, indent=1))
+        Path(options.json).write_text(json.dumps(results, indent=1))
 
 
 def make(folder: str, members: int) -> None:
     """Checkpoints 1..members, unless they are there."""
-    config = {"config": {"model": vars(encoder.EncoderConfig())}, "code": "benchmark"}
-    place = {"epoch": 0, "window": 0, "row": 0, "data": "none"}
-    checkpoints = manager.Checkpoints(folder, keep=members)
+    metadata = {"config": {"model": vars(encoder.EncoderConfig())}, "code": "benchmark"}
+    checkpoints = RunCheckpoints(folder, CheckpointConfig(1, 0, members, 0, "stop"))
     params = None
     for step in range(1, members + 1):
-        if step not in checkpoints.steps():
+        if step not in step_folder.steps(folder):
             if params is None or step % 8 == 1:
                 params = encoder.init(encoder.EncoderConfig(), step)
-            checkpoints.save(step, params, {"step": np.int32(step)}, place, config)
-    checkpoints.close()
+            checkpoints.save(step, params, {"step": np.int32(step)}, {"data": "none"}, metadata)
+    checkpoints.wait()
 
 
 def peak() -> float:

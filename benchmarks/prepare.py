@@ -1,4 +1,4 @@
-"""How fast `esm1nv prepare` is, beside the least that anything must do with the same file.
+"""The speed of `esm1nv prepare`, beside the least that any program must do with the same file.
 
     python benchmarks/prepare.py --fasta FILE.gz [MORE.gz ...] [--copies 8] [--json OUT.json]
 
@@ -76,33 +76,22 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="prepare-"))
     try:
-        report(asked, folder)
+        report(args, folder)
     finally:
         shutil.rmtree(folder)
 
 
-def report(asked: argparse.Namespace, folder: Path) -> None:
+def report(args: argparse.Namespace, folder: Path) -> None:
     source = folder / "all.fasta.gz"
-    sequences = enlarge(asked.fasta, asked.copies, source)
+    sequences = enlarge(args.fasta, args.copies, source)
     held_out = ["--validation", str(sequences // 1000), "--test", str(sequences // 50)]
 
     def prepared(workers: int) -> list[str]:
-        return [
-            sys.executable,
-            "-m",
-            "esm1nv_jax",
-            "prepare",
-            "--fasta",
-            str(source),
-            "--out",
-            str(folder / "set"),
-            "--workers",
-            str(workers),
-            *held_out,
-        ]
+        options = f"--fasta {source} --out {folder / 'set'} --workers {workers}".split()
+        return [sys.executable, "-m", "esm1nv_jax", "prepare", *options, *held_out]
 
     bare = [sys.executable, "-c", BARE, str(source), str(folder / "bare")]
     runs = {
@@ -113,14 +102,14 @@ def report(asked: argparse.Namespace, folder: Path) -> None:
         "prepare, 2 workers": prepared(2),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         for name, command in runs.items():
             times[name].append(timed(command))
             shutil.rmtree(folder / "set", ignore_errors=True)
     median = {name: statistics.median(t for t, _ in pairs) for name, pairs in times.items()}
     cores = {name: statistics.median(c for _, c in pairs) for name, pairs in times.items()}
     megabytes = source.stat().st_size / 1e6
-    print(f"{sequences:,} sequences, {megabytes:.0f} MB compressed, {asked.rounds} rounds\n")
+    print(f"{sequences:,} sequences, {megabytes:.0f} MB compressed, {args.rounds} rounds\n")
     print(f"{'':24}{'s':>8}{'core-s':>8}{'sequences/s':>14}{'52M: minutes':>14}")
     for name, spent in median.items():
         rate = sequences / spent
@@ -136,10 +125,9 @@ def report(asked: argparse.Namespace, folder: Path) -> None:
     print()
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.2f}")
-    if asked.json:
-        Path(asked.json).write_text(
-            json.dumps({"sequences": sequences, "seconds": times, "ratios": ratios}, indent=1)
-        )
+    if args.json:
+        text = json.dumps({"sequences": sequences, "seconds": times, "ratios": ratios}, indent=1)
+        Path(args.json).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

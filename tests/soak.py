@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import step_folder
 from tests.cluster.runs import Run, losses, parameters, same_bits
 
 MOMENTS = ("start-up", "restore", "save", "any")
@@ -51,7 +51,7 @@ def soak(folder: Path, kills: int, processes: int, seed: int) -> dict[str, int]:
                     os.kill(pid, signal.SIGKILL)
             assert run.wait(90) not in (0, 2, 75), run.text[-3000:]
         done[moment] = done.get(moment, 0) + 1
-        steps_now = manager.steps(folder / "killed")
+        steps_now = step_folder.steps(folder / "killed")
         print(f"kill {kill + 1} of {kills}, {moment}: checkpoints {steps_now}", flush=True)
     with Run(folder / "killed", processes, *options) as run:
         assert run.wait(3600) == 0, run.text[-3000:]
@@ -79,7 +79,7 @@ def _wait_for(run: Run, moment: str, draw: random.Random) -> None:
         return
     run.until(lambda: run.text.count("workdir  ") > begun)
     if moment == "save":
-        run.until(lambda: any(_unfinished(run.workdir / manager.FOLDER)))
+        run.until(lambda: any(_unfinished(run.workdir / step_folder.FOLDER)))
         return
     first = run.updates()
     run.until(lambda: run.updates() >= first + 2)
@@ -90,7 +90,7 @@ def _unfinished(folder: Path):
     """Folders of steps that are being written, or have no checksums yet."""
     with contextlib.suppress(FileNotFoundError):
         for path in folder.iterdir():
-            if not path.name.isdigit() or not (path / manager.CHECKSUMS).exists():
+            if not path.name.isdigit() or not (path / step_folder.CHECKSUMS).exists():
                 yield path
 
 

@@ -1,7 +1,7 @@
 """The mean of checkpoints, as ESM-1nv was released: of the last 47 of its run.
 
-Members are added leaf by leaf in fp64, in the order of (run, step), so that neither the order of
-arguments nor rounding can matter; memory holds the sum and one leaf, whatever the number of
+Members are added array by array in fp64, in the order of (run, step), so that neither the order of
+arguments nor rounding can matter; memory holds the sum and one array, whatever the number of
 members. Each member's parameters are checked against their checksums before they are added, while
 the member before it is read.
 """
@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import tensorstore
 from etils import epath
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints import manager, model_folder
-from esm1nv_jax.checkpoints.lazy_reader import Leaves
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder
 
@@ -36,105 +35,94 @@ class Member:
 def select(
     runs: Iterable[str], last: int = 0, steps: tuple[int, ...] = (), every: int = 1
 ) -> list[Member]:
-    """Members in order: of each run the steps named, or the `last` (0: all) of every so manyth.
+    """Members in order: of each run the given steps, or the `last` (0: all) of each `every`th.
 
-    `every` counts back from the newest. Raises UserError where a run has fewer than asked for.
+    `every` counts back from the newest. The best checkpoint, which lives apart, is no member.
+    Raises UserError where a run has fewer than asked for.
     """
     if last < 0 or every < 1:
         raise UserError(f"--last {last} and --every {every} must be 1 or more")
-    chosen: list[Member] = []
-    for run in sorted({_resolved(run) for run in runs}):
-        there = manager.steps(run)
-        if not there:
+    members: list[Member] = []
+    for run in sorted({_absolute(run) for run in runs}):
+        saved = step_folder.steps(run)
+        if not saved:
             raise UserError(f"{run} holds no finished checkpoint; is it the --workdir of a run?")
-        if steps:
-            missing = sorted(set(steps) - set(there))
-            if missing:
-                raise UserError(
-                    f"{run} has no checkpoint {', '.join(map(str, missing))}; it has {_few(there)}"
-                )
-            found = sorted(set(steps))
-        else:
-            found = there[::-1][::every][: last or None][::-1]
-            if len(found) < last:
-                raise UserError(
-                    f"{run} has {len(found)} checkpoints"
-                    + (f" when one in {every} is taken" if every > 1 else "")
-                    + f", --last {last} were asked for; take --last {len(found)}, or train with "
-                    f"--config.checkpoint.keep={last * every}"
-                )
-        chosen += [Member(run, step) for step in found]
-    return chosen
+        if missing := sorted(set(steps) - set(saved)):
+            raise UserError(
+                f"{run} has no checkpoint {', '.join(map(str, missing))}; it has {_few(saved)}"
+            )
+        chosen = sorted(set(steps)) or saved[::-1][::every][: last or None][::-1]
+        if not steps and len(chosen) < last:
+            raise UserError(
+                f"{run} has {len(chosen)} checkpoints"
+                + (f" when one in {every} is taken" if every > 1 else "")
+                + f", --last {last} were asked for; take --last {len(chosen)}, or train with "
+                f"--config.checkpoint.keep={last * every}"
+            )
+        members += [Member(run, step) for step in chosen]
+    return members
 
 
 def average(
-    members: list[Member], tell: Callable[[Member], None] = lambda member: None
+    members: list[Member], on_progress: Callable[[Member], None] = lambda member: None
 ) -> model_folder.Weights:
-    """The mean of the members' parameters, fp32. `tell` hears of each member that was added.
+    """The mean of the members' parameters, fp32. Calls `on_progress` with each member added.
 
-    Raises UserError that names the member, and the field or leaf, where one is damaged or not of
-    the same model as the first.
+    Raises UserError that names the member, and the field or parameter, where one is damaged or not
+    of the same model as the first.
     """
     if not members:
         raise UserError("an average of no checkpoints was asked for; name at least one")
     members = sorted(set(members))
-    opened = _open_alike(members)
+    model, opened = _open_alike(members)
     sums: dict[str, np.ndarray] = {}
-    with ThreadPoolExecutor(1) as beside:  # hashing and reading release the interpreter's lock
-        checks = [beside.submit(manager.verify, m.run, m.step, item="params") for m in members]
+    with ThreadPoolExecutor(1) as thread:  # hashing and reading release the interpreter's lock
+        checks = [
+            thread.submit(step_folder.verify, m.run, m.step, items=("params",)) for m in members
+        ]
         try:
-            for member, leaves, check in zip(members, opened, checks, strict=True):
-                if wrong := check.result():
-                    raise UserError(f"{member} is damaged: {'; '.join(wrong)}; leave it out")
-                for name in leaves.shapes:
-                    value = leaves.read(name)
+            for member, arrays, check in zip(members, opened, checks, strict=True):
+                if errors := check.result():
+                    raise UserError(f"{member} is damaged: {'; '.join(errors)}; leave it out")
+                for name, array in arrays.items():
+                    value = np.asarray(array.read().result())
                     if name in sums:
                         sums[name] += value
                     else:
                         sums[name] = value.astype(np.float64)
-                tell(member)
+                on_progress(member)
         finally:
-            beside.shutdown(wait=False, cancel_futures=True)
-    params = model_folder.unflatten(
-        {name: (total / len(members)).astype(np.float32) for name, total in sums.items()}
-    )
-    model = _model(members[0])
-    model_folder.check(params, model, str(members[0]))
-    return model_folder.Weights(params, model, _provenance(members))
+            thread.shutdown(wait=False, cancel_futures=True)
+    means = {name: (total / len(members)).astype(np.float32) for name, total in sums.items()}
+    return model_folder.Weights(model_folder.unflatten(means), model, _provenance(members))
 
 
-def _open_alike(members: list[Member]) -> list[Leaves]:
-    """Every member opened, none read; all of one architecture, leaf for leaf."""
+def _open_alike(
+    members: list[Member],
+) -> tuple[encoder.EncoderConfig, list[dict[str, tensorstore.TensorStore]]]:
+    """The members' one architecture, and every member's parameters, opened but not read."""
     first, model, opened = members[0], _model(members[0]), []
+    expected = dataclasses.asdict(model)
     for member in members:
-        mine = _model(member)
-        for field in dataclasses.fields(model):
-            a, b = getattr(model, field.name), getattr(mine, field.name)
-            if a != b:
+        for name, value in dataclasses.asdict(_model(member)).items():
+            if value != expected[name]:
                 raise UserError(
-                    f"{member} has model.{field.name}={b}, {first} has {a}; only checkpoints of "
-                    "one model can be averaged"
+                    f"{member} has model.{name}={value}, {first} has {expected[name]}; only "
+                    "checkpoints of one model can be averaged"
                 )
         try:
-            leaves = Leaves(member.run, member.step)
+            opened.append(step_folder.open_params(member.run, member.step))
         except Exception as error:  # tensorstore raises many kinds
             reason = str(error).splitlines()[0][:200]
             raise UserError(f"{member} cannot be read ({reason}); leave it out") from None
-        shapes = opened[0].shapes if opened else leaves.shapes
-        for name in sorted(shapes.keys() | leaves.shapes.keys()):
-            if shapes.get(name) != leaves.shapes.get(name):
-                raise UserError(
-                    f"{member}: parameter {name} has shape {leaves.shapes.get(name, '(none)')}, "
-                    f"{first} has {shapes.get(name, '(none)')}"
-                )
-        opened.append(leaves)
-    return opened
+        model_folder.check(opened[-1], model, str(member))
+    return model, opened
 
 
 def _model(member: Member) -> encoder.EncoderConfig:
     try:
-        description = manager.read_config(member.run, member.step)
-        return encoder.EncoderConfig(**description["config"]["model"])
+        metadata = step_folder.read_metadata(member.run, member.step)
+        return encoder.EncoderConfig(**metadata["config"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{member} has no readable config ({error}); leave it out") from None
 
@@ -144,24 +132,23 @@ def _provenance(members: list[Member]) -> dict:
     the digest of every other of its files."""
     rows, data = [], set()
     for member in members:
-        step = epath.Path(member.run) / manager.FOLDER / str(member.step)
-        digest = hashlib.sha256((step / manager.CHECKSUMS).read_bytes()).hexdigest()
+        path = epath.Path(member.run) / step_folder.FOLDER / str(member.step)
+        digest = hashlib.sha256((path / step_folder.CHECKSUMS).read_bytes()).hexdigest()
         rows.append({"run": member.run, "step": member.step, "sha256": digest})
         try:
-            data.add(json.loads((step / "place" / "metadata").read_text()).get("data", ""))
+            data.add(step_folder.read_data_state(member.run, member.step).get("data", ""))
         except (OSError, ValueError) as error:
             raise UserError(f"{member} cannot be read ({error}); leave it out") from None
-    made_by = manager.read_config(members[-1].run, members[-1].step)
     return {
         "run": members[-1].run,
         "steps": [member.step for member in members],
         "members": rows,
         "data": sorted(data),
         "averaged_by": __version__,
-    } | made_by
+    } | step_folder.read_metadata(members[-1].run, members[-1].step)
 
 
-def _resolved(run: str) -> str:
+def _absolute(run: str) -> str:
     """One name for one run, however it was written, so that the order of members is fixed."""
     path = epath.Path(run)
     if not path.exists():
@@ -170,5 +157,5 @@ def _resolved(run: str) -> str:
 
 
 def _few(steps: list[int]) -> str:
-    shown = list(map(str, steps))
-    return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])
+    names = list(map(str, steps))
+    return ", ".join(names if len(names) <= 8 else [*names[:4], "...", *names[-3:]])

@@ -1,294 +1,323 @@
-"""Checkpoints of a run: all of Orbax, behind a few plain functions.
+"""Checkpoints of a run: Orbax's `CheckpointManager`, with checksums and a fall-back on top.
 
-A checkpoint of step n is the folder `checkpoints/n` with four items: `params`, `optimizer` (all
-other state of an update), `place` (in the data) and `config`. Every device holds the whole state,
-so process 0 alone writes, in the background, and no save can hang on another host. Orbax makes the
-step appear by rename; then `checksums.json`, one SHA-256 for every file, is renamed into it. A step
-without checksums does not exist: it was cut short, and the next start of the run removes it.
+Step n is the folder `checkpoints/n` with four items: `params`, `optimizer` (all other state of a
+training step), `data_state` (of the input stream) and `metadata` (config, code version, layout).
+Every device holds the whole state, so process 0 alone writes and no save waits for another host.
+Orbax renames a step into place; then `checksums.json`, one SHA-256 for every file, is renamed into
+it. A step without checksums does not count: it was cut short, and the next start deletes it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
-import json
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
-from esm1nv_jax.checkpoints import checksums
+from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.checkpoints.step_folder import BEST, CHECKSUMS, FOLDER, steps
+from esm1nv_jax.common import files
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
-ITEMS = ("params", "optimizer", "place", "config")
-FOLDER, BEST = "checkpoints", "best"
-CHECKSUMS = checksums.NAME
-UNFINISHED = ".orbax-checkpoint-tmp"  # Orbax's mark in the names of what it is still writing
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of the folders that Orbax has not yet renamed
+ON_ERROR = ("continue", "stop")
 _DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EIO)
+_ORBAX = os.path.dirname(ocp.__file__)
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; errors are raised
+# Orbax logs every file, and a traceback beside each exception that it raises. Other users of absl's
+# logger are left alone.
+logging.getLogger("absl").addFilter(
+    lambda record: record.levelno >= logging.CRITICAL or not record.pathname.startswith(_ORBAX)
+)
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the older ones are whole. Says where and why."""
+    """A checkpoint could not be written; the older ones are whole. The message says why."""
 
 
-class Checkpoints:
-    """The checkpoints of one run, or its best ones (`folder=BEST`).
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, what to keep, and what to do when a checkpoint cannot be written."""
 
-    keep: the newest so many stay; keep_every: so does every step that it divides, unless 0.
-    Saving copies to the host and returns; writing, checksums and removal go on behind it, one at
-    a time. A save that failed is told by the next call of `save`, `wait` or `close`.
+    every: int  # steps
+    minutes: float  # since the last save; 0: steps alone decide
+    keep: int  # newest checkpoints
+    keep_every: int  # steps: their multiples are kept, too; 0: none
+    on_error: str  # "continue" or "stop"
+
+    def __post_init__(self):
+        for name, least in {"every": 1, "minutes": 0, "keep": 1, "keep_every": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least {least}")
+        if self.on_error not in ON_ERROR:
+            raise UserError(
+                f"checkpoint.on_error={self.on_error!r} is unknown; there are {', '.join(ON_ERROR)}"
+            )
+
+
+class RunCheckpoints:
+    """The checkpoints of a run in `checkpoints/`, and the best one in `best/`.
+
+    A save copies the state to the host and returns; writing, checksums and deletion of old steps go
+    on in a thread. What failed there is reported by the next `check`, `save` or `wait`.
     """
 
-    def __init__(
-        self, workdir: epath.PathLike, keep: int, keep_every: int = 0, folder: str = FOLDER
-    ):
-        self.folder = epath.Path(workdir) / folder
-        self.keep, self.keep_every = keep, keep_every
-        self.seconds = 0.0  # that the last save took, in the background
-        self._thread: threading.Thread | None = None
-        self._failure: SaveError | None = None
+    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig, strict: bool = False):
+        """Raises UserError, if `strict`, where the best checkpoint is damaged."""
+        self.workdir, self.config, self.strict = epath.Path(workdir), config, strict
+        self._clock = _EveryMinutes(config.minutes, time.monotonic())
+        every = policies.FixedIntervalPolicy(config.every)
+        keeps = [policies.LatestN(config.keep)]
+        if config.keep_every:
+            keeps.append(policies.EveryNSteps(config.keep_every))
+        # The best lives apart: it takes no place among the `keep` newest, and `average --last N`
+        # never counts a step out of their rhythm.
+        self._managers = {
+            folder: _open(self.workdir / folder, policies.AnySavePolicy([every, self._clock]), keep)
+            for folder, keep in (
+                (FOLDER, policies.AnyPreservationPolicy(keeps)),
+                (BEST, policies.LatestN(1)),
+            )
+        }
+        self._threads = ThreadPoolExecutor(len(self._managers), "checkpoint")
+        self._writes: dict[str, Future] = {}
+        self._lowest_loss = float("inf")
+        if jax.process_index() == 0:
+            for folder in self._managers:
+                steps(self.workdir, folder)  # raises UserError where it cannot be read
+                with files.writing(self.workdir / folder):
+                    _delete_unfinished(self.workdir / folder)
+            best = step_folder.latest_valid_step(self.workdir, strict, console.print, BEST)
+            self._quarantine(BEST, best)
+            if best is not None:
+                self._lowest_loss = step_folder.read_metadata(self.workdir, best, BEST)["loss_mask"]
 
-    def steps(self) -> list[int]:
-        return _steps(self.folder)
+    def should_save(self, step: int) -> bool:
+        """Whether the policy asks for a checkpoint after `step`, by steps or by the clock."""
+        return self._managers[FOLDER].should_save(step)
 
-    def save(self, step: int, params, optimizer, place: dict, config: dict) -> None:
-        """Replaces nothing: a step that is there already is left as it is.
+    def save(self, step: int, params, optimizer, data_state: dict, metadata: dict) -> None:
+        """Starts to write a checkpoint, unless there is one of `step`.
 
-        `params` and `optimizer` are trees of arrays; they may be donated once this returns. Only
-        process 0 writes. Raises SaveError where the save before this one failed.
+        `params` and `optimizer` are trees of arrays, which may be donated once this returns;
+        `data_state` and `metadata` are for JSON. Only process 0 writes.
         """
-        self.wait()
-        if jax.process_index() or step in self.steps():
-            return
-        state = jax.tree.map(_on_host, (params, optimizer))
-        self._thread = threading.Thread(
-            target=self._write, args=(step, *state, place, config), name=f"checkpoint {step}"
-        )
-        self._thread.start()
+        self._clock.last = time.monotonic()
+        self._start(FOLDER, step, params, optimizer, data_state, metadata)
 
-    def _write(self, step: int, params, optimizer, place: dict, config: dict) -> None:
-        began = time.perf_counter()
-        try:
-            self.clean()  # first, so that a full disk has room
-            self._look_for_room(params, optimizer)
-            with _orbax() as writer:
-                writer.save(
-                    self.folder / str(step),
-                    args=ocp.args.Composite(
-                        params=ocp.args.StandardSave(params),
-                        optimizer=ocp.args.StandardSave(optimizer),
-                        place=ocp.args.JsonSave(place),
-                        config=ocp.args.JsonSave(config),
-                    ),
-                )
-            checksums.write(self.folder / str(step))
-            self.retire()
-        except Exception as error:  # tensorstore raises many kinds; the run decides what to do
-            self._failure = SaveError(
-                f"checkpoint {step} could not be written to {self.folder}: {_reason(error)}"
-            )
-            with contextlib.suppress(OSError):
-                self.clean()  # what was half written takes room on a full disk
-        self.seconds = time.perf_counter() - began
-
-    def _look_for_room(self, *trees) -> None:
-        """Raises OSError before Orbax begins: half way it would print a page for every array."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if remote(self.folder):
-            return
-        leaves = jax.tree.leaves(trees)
-        needed = 1.1 * sum(x.nbytes for x in leaves) + 4096 * len(leaves)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)} ({free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} "
-                "needed)",
-            )
-
-    def retire(self) -> None:
-        """Removes all but the steps to keep. Steps without checksums neither count nor go."""
-        steps = self.steps()
-        for step in steps[: -self.keep]:
-            if not (self.keep_every and step % self.keep_every == 0):
-                # Without its checksums first: a removal cut short leaves no step that looks whole.
-                (self.folder / str(step) / CHECKSUMS).unlink()
-                (self.folder / str(step)).rmtree()
-
-    def clean(self) -> None:
-        """Removes what a killed save left: steps half written, and steps without checksums."""
-        if not self.folder.exists():
-            return
-        for path in self.folder.iterdir():
-            unfinished = path.name.isdigit() and not (path / CHECKSUMS).exists()
-            if path.is_dir() and (unfinished or UNFINISHED in path.name):
-                path.rmtree()
-
-    def set_aside(self, after: int) -> None:
-        """Renames steps later than `after`, which were found damaged: they are made anew."""
-        for step in self.steps():
-            if step > after:
-                aside = self.folder / f"{step}.damaged"
-                if aside.exists():
-                    aside.rmtree()
-                (self.folder / str(step)).rename(aside)
-
-    def restore(self, step: int, params, optimizer) -> tuple[Any, Any, dict]:
-        """(params, optimizer, place), laid out as the abstract trees given (shapes, shardings)."""
-        with _orbax() as reader:
-            args = ocp.args.Composite(
-                params=ocp.args.StandardRestore(_host_shapes(params)),
-                optimizer=ocp.args.StandardRestore(_host_shapes(optimizer)),
-                place=ocp.args.JsonRestore(),
-            )
-            found = reader.restore(self.folder / str(step), args=args)
-        return (
-            jax.tree.map(_laid_out, found["params"], params),
-            jax.tree.map(_laid_out, found["optimizer"], optimizer),
-            found["place"],
-        )
-
-    def wait(self) -> None:
-        """Until what was saved is on disk. Raises SaveError where it could not be."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self.check()
+    def save_if_best(
+        self, loss: float, step: int, params, optimizer, data_state: dict, metadata: dict
+    ) -> None:
+        """As `save`, into `best/`, where the validation loss is the lowest of the run."""
+        if loss < self._lowest_loss:
+            self._lowest_loss = loss
+            metadata = metadata | {"loss_mask": loss}
+            self._start(BEST, step, params, optimizer, data_state, metadata)
 
     def check(self) -> None:
-        """Raises SaveError where a save is over and failed; waits for nothing."""
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
+        """Reports a save that failed, waiting for none; raises SaveError if the config says so."""
+        for folder, write in list(self._writes.items()):
+            if write.done():
+                self._report(folder)
 
-    close = wait
+    def wait(self) -> None:
+        """Waits until what was saved is on disk. Raises SaveError where it could not be."""
+        for folder in list(self._writes):
+            self._writes.pop(folder).result()
 
+    def latest_valid_step(self) -> int | None:
+        """The newest step whose files are as they were written; None where there is no step.
 
-def newest_good(
-    workdir: epath.PathLike, strict: bool, tell: Callable[[str], None], folder: str = FOLDER
-) -> int | None:
-    """The newest step whose files are all as they were written; None where the run has no step.
-
-    `tell` hears of each newer one that is damaged. Raises UserError where every step is damaged,
-    or, if `strict`, the newest.
-    """
-    found = _steps(epath.Path(workdir) / folder)
-    for step in reversed(found):
-        wrong = verify(workdir, step, folder)
-        if not wrong:
-            return step
-        message = f"checkpoint {step} of {workdir} is damaged: {'; '.join(wrong)}"
-        if strict:
+        Renames newer ones to `STEP.damaged`. For process 0. Raises UserError where every step is
+        damaged, or, if `strict`, the newest.
+        """
+        step = step_folder.latest_valid_step(self.workdir, self.strict, console.print)
+        if step is None and (damaged := steps(self.workdir)):
             raise UserError(
-                f"{message}; look with `esm1nv doctor {workdir}`, or leave out --strict to fall "
-                "back to the newest good one"
+                f"all {len(damaged)} checkpoints of {self.workdir} are damaged; see `esm1nv doctor "
+                f"{self.workdir}`, restore them from a copy, or choose another --workdir=DIR"
             )
-        tell(f"{message}; falling back to an older one")
-    if found:
-        raise UserError(
-            f"all {len(found)} checkpoints of {workdir} are damaged; see `esm1nv doctor {workdir}`,"
-            " restore them from a copy, or begin anew with another --workdir=DIR"
+        self._quarantine(FOLDER, step)
+        return step
+
+    def restore(self, step: int, params, optimizer) -> tuple[Any, Any, dict]:
+        """(params, optimizer, data_state) of a step, for every process.
+
+        `params` and `optimizer` are trees of `jax.ShapeDtypeStruct` with the shardings to make.
+        """
+        manager = self._managers[FOLDER]
+        manager.reload()  # process 0 may have renamed steps since this process listed them
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(params),
+            optimizer=ocp.args.StandardRestore(optimizer),
+            data_state=ocp.args.JsonRestore(),
         )
-    return None
+        restored = manager.restore(step, args=items)
+        return restored["params"], restored["optimizer"], restored["data_state"]
+
+    def _start(self, folder: str, step: int, params, optimizer, data_state, metadata) -> None:
+        self._report(folder)
+        if jax.process_index() or step in steps(self.workdir, folder):
+            return
+        # NumPy, because of arrays on all devices Orbax would write this process's part alone.
+        params, optimizer = jax.tree.map(_copy_to_host, (params, optimizer))
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            data_state=ocp.args.JsonSave(data_state),
+            metadata=ocp.args.JsonSave(metadata),
+        )
+        size = sum(x.nbytes for x in jax.tree.leaves((params, optimizer)))
+        self._writes[folder] = self._threads.submit(self._write, folder, step, items, size)
+
+    def _write(self, folder: str, step: int, items: ocp.args.Composite, size: int) -> None:
+        path, manager = self.workdir / folder, self._managers[folder]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _delete_unfinished(path)  # first, so that a full disk has room
+            _check_free_space(path, size)
+            if (path / str(step)).exists():  # the manager would delete it
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            manager.reload()
+            manager.save(step, args=items, force=True)
+        except Exception as error:  # tensorstore raises many kinds; the run decides what to do
+            with contextlib.suppress(OSError):
+                _delete_unfinished(path)  # it takes room on a full disk
+            raise SaveError(
+                f"checkpoint {step} could not be written to {path}: {_reason(error)}"
+            ) from None
+
+    def _quarantine(self, folder: str, valid: int | None) -> None:
+        """Renames the steps later than `valid`, so that they can be made anew."""
+        with files.writing(self.workdir / folder):
+            for step in steps(self.workdir, folder):
+                if valid is None or step > valid:
+                    damaged = self.workdir / folder / f"{step}.damaged"
+                    if damaged.exists():
+                        damaged.rmtree()
+                    (self.workdir / folder / str(step)).rename(damaged)
+        self._managers[folder].reload()
+
+    def _report(self, folder: str) -> None:
+        """Waits for the write into `folder` and reports its failure as the config says."""
+        try:
+            if folder in self._writes:
+                self._writes.pop(folder).result()
+        except SaveError as error:
+            valid = steps(self.workdir)
+            newest = f"the newest whole one is {valid[-1]}" if valid else "there is none yet"
+            if self.config.on_error == "stop":
+                raise SaveError(f"{error}; {newest}; make room and start again") from None
+            console.print(f"{error}; {newest}; training goes on and saves again when next due")
 
 
-def verify(workdir: epath.PathLike, step: int, folder: str = FOLDER, item: str = "") -> list[str]:
-    """What is wrong with a checkpoint, a phrase each; empty where every file is as it was written.
+@dataclasses.dataclass
+class _EveryMinutes(policies.SaveDecisionPolicy):
+    """Saves when `minutes` have passed since `last`, the start of the run or of its last save.
 
-    Reads every byte, or only those of one item (`params`).
+    Orbax's ContinuousCheckpointingPolicy saves after the first step, and, while saves fail, after
+    every step.
     """
-    return checksums.wrong(epath.Path(workdir) / folder / str(step), item)
+
+    minutes: float
+    last: float  # of time.monotonic()
+
+    def should_save(self, step, previous_steps, *, context) -> bool:
+        return bool(self.minutes) and time.monotonic() - self.last >= 60 * self.minutes
 
 
-def remote(path: epath.Path) -> bool:
-    """Whether a path lies in an object store."""
-    return "://" in str(path)
+@dataclasses.dataclass
+class _ChecksumsFirst(policies.PreservationPolicy):
+    """Writes the checksums of the new step before the manager deletes old ones.
+
+    The manager asks its policy between the two. Otherwise a run that keeps one checkpoint could be
+    killed when it has none (tests/checkpoints: test_old_steps_stay_until_the_new_one_counts).
+    """
+
+    path: epath.Path
+    policy: policies.PreservationPolicy
+
+    def should_preserve(self, checkpoints, *, context) -> Sequence[bool]:
+        step_folder.write_checksums(self.path / str(checkpoints[-1].step))
+        kept = self.policy.should_preserve(checkpoints, context=context)
+        for checkpoint, keep in zip(checkpoints, kept, strict=True):
+            if not keep:  # so that a deletion cut short leaves no step that looks whole
+                (self.path / str(checkpoint.step) / CHECKSUMS).unlink()
+        return kept
 
 
-def abstract(tree, sharding):
-    """Shapes and dtypes of `tree`, to be restored with `sharding`."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leaves JAX's preemption service to the training loop.
+
+        Each process has to ask it once a step. Orbax asks again on process 0 alone, with a step
+        that has passed, which could make the processes stop at different steps.
+        """
+        return False
 
 
-def steps(workdir: str | epath.Path, folder: str = FOLDER) -> list[int]:
-    """The steps whose finished checkpoints a run's folder holds, ascending."""
-    return _steps(epath.Path(workdir) / folder)
-
-
-def read_params(workdir: str | epath.Path, step: int, folder: str = FOLDER) -> dict:
-    """The parameters of one checkpoint, on the host, as NumPy arrays."""
-    alone = _alone()
-    with ocp.Checkpointer(
-        ocp.StandardCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone
-    ) as reader:
-        item = epath.Path(workdir) / folder / str(step) / "params"
-        if not remote(item):
-            item = item.absolute()  # Orbax finds no metadata under a relative path
-        shapes = reader.metadata(item).item_metadata
-        target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), dict(shapes))
-        return reader.restore(item, args=ocp.args.StandardRestore(target))
-
-
-def read_config(workdir: str | epath.Path, step: int, folder: str = FOLDER) -> dict:
-    """The resolved config that a checkpoint was made with, and what else was saved beside it."""
-    item = epath.Path(workdir) / folder / str(step) / "config"
-    return json.loads((item / "metadata").read_text())
-
-
-def _steps(folder: epath.Path) -> list[int]:
-    if not folder.exists():
-        return []
-    found = (path for path in folder.iterdir() if path.name.isdigit())
-    return sorted(int(path.name) for path in found if (path / CHECKSUMS).exists())
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """This process saves or reads by itself, without waiting for any other."""
+def _open(
+    path: epath.Path, save: policies.SaveDecisionPolicy, keep: policies.PreservationPolicy
+) -> ocp.CheckpointManager:
+    """A manager that waits for no other process; whatever is not told so would."""
     me = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
+    alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
     )
-
-
-def _orbax() -> ocp.Checkpointer:
-    """Each part must be told that this process is alone: any one left out waits for the others."""
-    alone = _alone()
-    tree, text = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
-    handler = ocp.CompositeCheckpointHandler(
-        params=tree(multiprocessing_options=alone),
-        optimizer=tree(multiprocessing_options=alone),
-        place=text(multiprocessing_options=alone),
-        config=text(multiprocessing_options=alone),
-        composite_options=ocp.CompositeOptions(
-            multiprocessing_options=alone,
-            # Made in the background, they would be announced to a coordinator and waited for.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        ),
+    arrays, text = ocp.StandardCheckpointHandler, ocp.JsonCheckpointHandler
+    handlers = ocp.handlers.create_default_handler_registry(
+        params=arrays(multiprocessing_options=alone),
+        optimizer=arrays(multiprocessing_options=alone),
+        data_state=text("data_state.json", multiprocessing_options=alone),
+        metadata=text("metadata.json", multiprocessing_options=alone),
     )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
+    options = ocp.CheckpointManagerOptions(
+        create=False,
+        cleanup_tmp_directories=False,  # on any process but 0 it would delete what 0 writes
+        enable_async_checkpointing=False,
+        lightweight_initialize=True,
+        multiprocessing_options=alone,
+        save_decision_policy=save,
+        preservation_policy=_ChecksumsFirst(path, keep),
+    )
+    return _Manager(path, options=options, handler_registry=handlers)
 
 
-def _on_host(x) -> np.ndarray:
-    """A copy: on a CPU `device_get` may only be a view, of a buffer that is donated next."""
-    return np.array(jax.device_get(x))
+def _delete_unfinished(path: epath.Path) -> None:
+    """Deletes what a killed or failed save left: half-written steps, steps without checksums."""
+    for entry in path.iterdir() if path.exists() else ():
+        unfinished = entry.name.isdecimal() and not step_folder.is_finished(entry)
+        if entry.is_dir() and (unfinished or UNFINISHED in entry.name):
+            entry.rmtree()
 
 
-def _host_shapes(tree):
-    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+def _check_free_space(path: epath.Path, size: int) -> None:
+    """Raises OSError before Orbax begins: half way it would print a page for every array."""
+    if files.is_remote(path):
+        return
+    needed, free = 1.1 * size + 100_000, shutil.disk_usage(path).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)} ({free / 1e6:,.1f} MB free, {needed / 1e6:,.1f} needed)",
+        )
 
 
-def _laid_out(value: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+def _copy_to_host(x) -> np.ndarray:
+    return np.array(jax.device_get(x))  # a CPU's may be a view of a buffer that is donated next
 
 
 def _reason(error: Exception) -> str:
@@ -296,5 +325,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    told = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
-    return told[0] if told else text[:300]
+    known = [os.strerror(code) for code in _DISK_ERRORS if os.strerror(code) in text]
+    return known[0] if known else text[:300]

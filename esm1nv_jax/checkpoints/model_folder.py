@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder
 
 PARAMETERS, DESCRIPTION = "parameters.safetensors", "model.json"
+
+# Nested dictionaries to and from names such as `blocks/0/qkv/kernel`.
+flatten = functools.partial(traverse_util.flatten_dict, sep="/")
+unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,20 +46,19 @@ def read(path: str) -> Weights:
         raise UserError(f"checkpoint {path} does not exist; give a run, a step or a model folder")
     if (folder / DESCRIPTION).exists():
         return _read_model(folder)
-    kept = (manager.FOLDER, manager.BEST)
-    if folder.name.isdigit() and folder.parent.name in kept:
+    if folder.name.isdigit() and folder.parent.name in (FOLDER, BEST):
         return _read_step(folder.parent.parent, int(folder.name), folder.parent.name)
-    if folder.name in kept and (steps := manager.steps(folder.parent, folder.name)):
+    if folder.name in (FOLDER, BEST) and (steps := step_folder.steps(folder.parent, folder.name)):
         return _read_step(folder.parent, steps[-1], folder.name)
-    if steps := manager.steps(folder):
-        return _read_step(folder, steps[-1], manager.FOLDER)
+    if steps := step_folder.steps(folder):
+        return _read_step(folder, steps[-1], FOLDER)
 
     from esm1nv_jax.interchange import huggingface  # it builds on this file
 
     if huggingface.is_one(folder):
         return Weights(*huggingface.read(path))
     raise UserError(
-        f"{path} holds no model: neither {DESCRIPTION}, {manager.FOLDER}/STEP nor a config.json "
+        f"{path} holds no model: neither {DESCRIPTION}, {FOLDER}/STEP nor a config.json "
         "of transformers was found there"
     )
 
@@ -65,28 +71,6 @@ def write(path: str, weights: Weights) -> None:
     (folder / PARAMETERS).write_bytes(save_safetensors(flat))
     description = {"model": dataclasses.asdict(weights.model), "provenance": weights.provenance}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
-
-
-def flatten(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
-    """Leaves under names such as `blocks/0/qkv/kernel`."""
-    found = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            found |= flatten(value, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = value
-    return found
-
-
-def unflatten(leaves: dict[str, Any]) -> dict:
-    params: dict = {}
-    for name, value in leaves.items():
-        *parents, leaf = name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return params
 
 
 def check(params: dict, model: encoder.EncoderConfig, where: str) -> None:
@@ -113,19 +97,19 @@ def _read_model(folder: epath.Path) -> Weights:
 
 
 def _read_step(run: epath.Path, step: int, kept: str) -> Weights:
-    if step not in manager.steps(run, kept):
+    if step not in step_folder.steps(run, kept):
         raise UserError(
             f"checkpoint {step} of {run} was never finished; take another, or {run} for the newest"
         )
-    wrong = [x for item in ("params", "config") for x in manager.verify(run, step, kept, item)]
-    if wrong:
+    errors = step_folder.verify(run, step, kept, items=("params", "metadata"))
+    if errors:
         raise UserError(
-            f"checkpoint {step} of {run} is damaged: {'; '.join(wrong)}; give an older one, "
+            f"checkpoint {step} of {run} is damaged: {'; '.join(errors)}; give an older one, "
             f"such as {run / kept / 'STEP'} (esm1nv doctor {run} checks all)"
         )
     try:
-        description = manager.read_config(run, step, kept)
-        params = manager.read_params(run, step, kept)
+        description = step_folder.read_metadata(run, step, kept)
+        params = step_folder.read_params(run, step, kept)
         model = encoder.EncoderConfig(**description["config"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

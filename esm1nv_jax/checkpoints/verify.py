@@ -1,71 +1,58 @@
-"""`esm1nv doctor`: reads every byte of a run's checkpoints and says which are whole."""
+"""`esm1nv doctor`: reads every byte of a run's checkpoints and reports which are whole."""
 
 from __future__ import annotations
 
-import dataclasses
-
 from etils import epath
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER, steps, verify
 from esm1nv_jax.common import arguments
+from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 
 EXIT_DAMAGED = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One folder among a run's checkpoints. `wrong` is empty where it is whole."""
-
-    name: str  # as under the run's folder: checkpoints/1500, best/1200
-    wrong: list[str]
-    counts: bool = True  # False for leftovers, which no start of the run looks at
-
-
-def examine(workdir: epath.PathLike) -> list[Finding]:
-    """Every checkpoint of a run, the best one included, and what killed saves left behind.
-
-    Raises UserError where the folder holds no run.
-    """
-    run, found = epath.Path(workdir), []
-    for folder in (manager.FOLDER, manager.BEST):
-        if not (run / folder).exists():
-            continue
-        whole = manager.steps(run, folder)
-        found += [Finding(f"{folder}/{step}", manager.verify(run, step, folder)) for step in whole]
-        for path in sorted((run / folder).iterdir()):
-            if path.name.isdigit() and int(path.name) in whole:
-                continue
-            why = "set aside as damaged" if "damaged" in path.name else "a save was cut short"
-            found.append(Finding(f"{folder}/{path.name}", [why], counts=False))
-    if not found:
-        raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")
-    return found
-
-
 def main(argv: list[str]) -> int:
     parser = arguments.Parser(
         "doctor",
-        "Read every byte of a run's checkpoints and say which are whole. Changes nothing.\n"
+        "Read every byte of a run's checkpoints and report which are whole. Changes nothing.\n"
         "Exit status: 0 all are whole, 1 some are damaged.",
         "esm1nv doctor runs/first",
     )
     parser.add_argument("workdir", help="the folder of a run")
-    options = parser.parse_args(argv)
-    found = examine(options.workdir)
-    width = max(len(finding.name) for finding in found)
-    for finding in found:
-        if not finding.counts:
-            verdict = f"leftover, may be removed: {finding.wrong[0]}"
-        else:
-            verdict = f"DAMAGED: {'; '.join(finding.wrong)}" if finding.wrong else "whole"
-        print(f"{finding.name:<{width}}  {verdict}")
-    damaged = [finding for finding in found if finding.counts and finding.wrong]
-    steps = [f for f in found if f.counts and f.name.startswith(f"{manager.FOLDER}/")]
-    good = [finding.name for finding in steps if not finding.wrong]
-    if damaged:
-        goes_on = f"a start of the run goes on from {good[-1]}" if good else "none can be used"
-        print(f"{len(damaged)} damaged; {goes_on}")
-        return EXIT_DAMAGED
-    print(f"all {len(found) - sum(not f.counts for f in found)} whole")
-    return 0
+    workdir = parser.parse_args(argv).workdir
+
+    errors: dict[str, list[str]] = {}  # of checkpoints that count, such as checkpoints/1500
+    verdicts: dict[str, str] = {}
+    for folder in (FOLDER, BEST):
+        finished = steps(workdir, folder)
+        for name, step in ((f"{folder}/{step}", step) for step in finished):
+            errors[name] = verify(workdir, step, folder)
+            verdicts[name] = f"DAMAGED: {'; '.join(errors[name])}" if errors[name] else "whole"
+        for name, reason in _leftovers(epath.Path(workdir) / folder, finished).items():
+            verdicts[name] = f"leftover, may be removed: {reason}"
+    if not verdicts:
+        raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")
+
+    width = max(map(len, verdicts))
+    for name, verdict in verdicts.items():
+        stdout.print(f"{name:<{width}}  {verdict}")
+    damaged = sum(map(bool, errors.values()))
+    if not damaged:
+        stdout.print(f"all {len(errors)} whole")
+        return 0
+    valid = [name for name, e in errors.items() if not e and name.startswith(f"{FOLDER}/")]
+    resumed = f"a start of the run goes on from {valid[-1]}" if valid else "none can be used"
+    stdout.print(f"{damaged} damaged; {resumed}")
+    return EXIT_DAMAGED
+
+
+def _leftovers(path: epath.Path, finished: list[int]) -> dict[str, str]:
+    """What no start of the run reads, with the reason: set aside, or left by a killed save."""
+    reasons = {}
+    for entry in sorted(path.iterdir()) if path.exists() else ():
+        step, _, mark = entry.name.partition(".")
+        if step.isdecimal() and (mark or int(step) not in finished):
+            reason = "set aside as damaged" if mark == "damaged" else "a save was cut short"
+            reasons[f"{path.name}/{entry.name}"] = reason
+    return reasons

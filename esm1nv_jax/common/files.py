@@ -1,8 +1,9 @@
-"""Files that a verb writes at its end: looked at in its beginning."""
+"""Writing files: checked before the work, whole or not at all, refusals as one line."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import IO
 
 from etils import epath
 
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
 
@@ -26,7 +28,7 @@ def check(*paths: str | None) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str) -> Iterator[None]:
+def writing(path: epath.PathLike) -> Iterator[None]:
     """A disk that refuses, as one line that names the file."""
     try:
         yield
@@ -44,4 +46,41 @@ def write(path: str, text: str) -> None:
 
 def open_append(path: epath.Path) -> IO[bytes]:
     """Open a file for appending; without a buffer, where it is on a file system of this host."""
-    return path.open("ab") if "://" in str(path) else open(path, "ab", buffering=0)
+    return path.open("ab") if is_remote(path) else open(path, "ab", buffering=0)
+
+
+def try_lock(descriptor: int, path: object) -> bool | None:
+    """Locks an open file, called `path`, against other processes, without waiting.
+
+    Returns False where another process holds the lock. A file system without locks is reported, the
+    result is None, and the caller goes on.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        console.print(
+            f"{path} cannot be locked ({error.strerror}): nothing stops another process from "
+            "writing there too"
+        )
+        return None
+    return True
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Write a file so that a process that dies leaves the whole text or the old file."""
+    if is_remote(path):  # object stores write whole objects
+        path.write_text(text)
+        return
+    new = path.parent / f".{path.name}.new"
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path lies in an object store."""
+    return "://" in str(path)

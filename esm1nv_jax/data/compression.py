@@ -1,25 +1,34 @@
-"""The text of a file, whatever compressed it: told by its first bytes, not by its name."""
+"""Reads files, plain or compressed by gzip, zstd or xz: recognized by content, not by name.
+
+However far a file expands, a few tens of megabytes of it are held at a time.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import lzma
+import shutil
+import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import zstandard
-from isal import isal_zlib
+from isal import igzip_lib
 
 from esm1nv_jax.common.errors import UserError
 
-_READ = 1 << 20
-_PACKED = 1 << 17  # compressed bytes at a time: what is lost before a damaged place is less
+BLOCK = 1 << 20  # bytes of text read or decompressed at a time
+_COMPRESSED = 1 << 17  # compressed bytes read at a time: at most so much is lost before a damage
+_ZSTD_PIECE = 1 << 10  # zstd has no bound on its output: a piece makes at most 32 MiB of text
+_MAX_TEXT = 1 << 29  # bytes of a text that is read as a whole
 _GZIP, _ZSTD, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00"
-_GZIP_HEADER = 16 + 15  # zlib's wbits: a gzip header, and the largest window
-_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a frame of zstd without content; pzstd begins so
-_UNREADABLE = {
+_SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a zstd frame without content; pzstd writes them
+_UNSUPPORTED = {
     b"BZh": "bzip2",
     b"PK\x03\x04": "zip",
     b"7z\xbc\xaf": "7-zip",
@@ -29,99 +38,203 @@ _UNREADABLE = {
 }
 
 
-class BrokenArchive(Exception):
-    """A compressed file that ends too early or is damaged; the message says which."""
+class DamagedFileError(Exception):
+    """A compressed file that is truncated or damaged, or a record too long to be held in memory."""
 
 
-class Raw(io.RawIOBase):
-    """A file that counts the bytes read from it and, where asked, sums them up."""
+class _CountingFile(io.RawIOBase):
+    """Counts the bytes that are read from a file and computes their MD5 if asked to."""
 
-    def __init__(self, file: BinaryIO, checksum: bool):
+    def __init__(self, file: BinaryIO, md5: bool):
         self._file, self.read_bytes = file, 0
-        self.md5 = hashlib.md5(usedforsecurity=False) if checksum else None
+        self.md5 = hashlib.md5(usedforsecurity=False) if md5 else None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        n = self._file.readinto(buffer)
+        n = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self.read_bytes += n
         if self.md5 is not None:
             self.md5.update(memoryview(buffer)[:n])
         return n
 
 
-class Archive:
-    """Iterates over the decompressed bytes of `path` in blocks of about a megabyte.
+class DecompressedFile:
+    """Iterates over the decompressed bytes of a file in blocks of about a megabyte.
 
-    `read_bytes` is how far it has come in the file as it lies on the disk; `md5()` the checksum of
-    the file once it has been read to its end, if `checksum`; `name` what messages call the file, if
-    not by its path. Iterating raises BrokenArchive.
+    Args:
+      path: the file.
+      md5: whether to compute the checksum of the file as it is on the disk.
+      name: what messages call the file, where that is not its path.
+      expected: what messages ask for, where the file is of another kind.
+
+    `read_bytes` is the number of bytes read so far, before decompression. Opening raises UserError,
+    iterating UserError or DamagedFileError.
     """
 
-    def __init__(self, path: Path, checksum: bool = False, name: str = ""):
-        self.name = name or path
+    def __init__(self, path: Path, md5: bool = False, name: str = "", expected: str = "FASTA"):
+        self.name, self.expected = name or str(path), expected
         try:
-            self._raw = Raw(open(path, "rb", buffering=0), checksum)  # noqa: SIM115
-        except OSError as failure:
-            raise UserError(f"cannot read {self.name}: {failure.strerror}") from failure
-        self._file = io.BufferedReader(self._raw, _READ)
+            self._raw = _CountingFile(open(path, "rb", buffering=0), md5)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot read {self.name}: {error.strerror}") from error
+        self._file = io.BufferedReader(self._raw, BLOCK)
 
     @property
     def read_bytes(self) -> int:
         return self._raw.read_bytes
 
     def md5(self) -> str:
-        while self._file.read(_READ):  # what follows a damaged place, where that was passed over
+        """The checksum of the whole file; reads what follows a damage that was skipped."""
+        assert self._raw.md5 is not None
+        while self._file.read(BLOCK):
             pass
         return self._raw.md5.hexdigest()
 
     def __iter__(self) -> Iterator[bytes]:
         head = self._file.peek(8)[:8]
-        for magic, what in _UNREADABLE.items():
+        for magic, kind in _UNSUPPORTED.items():
             if head.startswith(magic):
                 raise UserError(
-                    f"{self.name} is {what}; give FASTA, plain or compressed by gzip, zstd or xz"
+                    f"{self.name} is {kind}; give {self.expected}, plain or compressed by gzip, "
+                    "zstd or xz"
                 )
         try:
             if head.startswith(_GZIP):
-                yield from _unpacked(self._file, lambda: isal_zlib.decompressobj(_GZIP_HEADER))
+                yield from _members(self._file, _gzip_decompressor)
             elif head.startswith(_ZSTD) or head[1:4] == _SKIPPABLE:
-                yield from _unpacked(self._file, _zstd)
+                yield from _members(self._file, _ZstdDecompressor)
             elif head.startswith(_XZ):
-                yield from _unpacked(self._file, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
+                yield from _members(self._file, _xz_decompressor)
             else:
-                while block := self._file.read(_READ):
+                while block := self._file.read(BLOCK):
                     yield block
-        except EOFError as failure:
-            raise BrokenArchive("the compressed file ends too early") from failure
-        except (isal_zlib.error, lzma.LZMAError, zstandard.ZstdError, OSError) as failure:
-            if isinstance(failure, OSError) and failure.errno is not None:  # the disk, not the data
-                raise UserError(f"cannot read {self.name}: {failure.strerror}") from failure
-            raise BrokenArchive(f"the compressed file is damaged ({failure})") from failure
+        except EOFError as error:
+            raise DamagedFileError("the compressed file ends too early") from error
+        except (igzip_lib.IsalError, lzma.LZMAError, zstandard.ZstdError, OSError) as error:  # type: ignore[misc]
+            if isinstance(error, OSError) and error.errno is not None:  # the disk, not the data
+                raise UserError(f"cannot read {self.name}: {error.strerror}") from error
+            raise DamagedFileError(f"the compressed file is damaged ({error})") from error
 
 
-def _zstd():
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+def read_text(path: str, expected: str) -> str:
+    """The whole text of a small UTF-8 file, plain or compressed.
 
-
-def _unpacked(file: BinaryIO, member: Callable[[], Any]) -> Iterator[bytes]:
-    """What the members of a file hold, one after another; `member` makes a decompressor of one.
-
-    The readers of files that come with these libraries take what follows a member of xz, and a file
-    of zstd cut short, for its end. Here whatever follows is another member, or zeros, or a fault.
+    Raises UserError, which asks for what was `expected`.
     """
-    current = None
-    while data := file.read(_PACKED):
+    blocks, size = [], 0
+    try:
+        for block in DecompressedFile(Path(path), expected=expected):
+            blocks.append(block)
+            size += len(block)
+            if size > _MAX_TEXT:
+                raise UserError(
+                    f"{path} holds more than {_MAX_TEXT >> 20} MiB of text; give {expected} in "
+                    "smaller parts"
+                )
+        return b"".join(blocks).decode("utf-8-sig")
+    except DamagedFileError as error:
+        raise UserError(f"{path}: {error}; fetch or write it again") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error}); give {expected}") from error
+
+
+class TemporaryCopy:
+    """A temporary file with the content of a pipe; it is removed with this object."""
+
+    def __init__(self, pipe: BinaryIO, folder: Path | None):
+        descriptor, name = tempfile.mkstemp(prefix="esm1nv-input-", dir=folder)
+        self.path = Path(name)
+        self.remove = weakref.finalize(self, self.path.unlink, missing_ok=True)
+        with open(descriptor, "wb") as file:
+            shutil.copyfileobj(pipe, file, BLOCK)
+
+
+def regular_file(name: str, folder: Path | None = None) -> tuple[Path, TemporaryCopy | None]:
+    """A file that can be read more than once: `name` itself, or a copy of what a pipe holds.
+
+    Args:
+      name: a path, or "-" for standard input.
+      folder: where a copy is made; the system's temporary folder by default.
+
+    Returns (path, copy): the copy lives as long as that object; it is None where none was made.
+    """
+    path = Path(name)
+    if name == "-" and sys.stdin is None:
+        raise UserError("standard input is closed; - reads what is piped into it")
+    if name != "-" and path.is_file():
+        return path, None
+    if name != "-" and path.is_dir():
+        raise UserError(f"cannot read {name}: it is a folder; give a file")
+    try:
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe:
+            copy = TemporaryCopy(pipe, folder)
+    except OSError as error:
+        where = folder or tempfile.gettempdir()
+        hint = f"; no space is left in {where}" if error.errno == errno.ENOSPC else ""
+        raise UserError(f"cannot read {name}: {error.strerror}{hint}") from error
+    return copy.path, copy
+
+
+def _gzip_decompressor() -> igzip_lib.IgzipDecompressor:
+    return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+
+
+def _xz_decompressor() -> lzma.LZMADecompressor:
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+
+
+class _ZstdDecompressor:
+    """A decompressor of one zstd frame with the interface of `lzma.LZMADecompressor`."""
+
+    def __init__(self):
+        self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._input, self._at = b"", 0
+
+    @property
+    def eof(self) -> bool:
+        return self._frame.eof
+
+    @property
+    def needs_input(self) -> bool:
+        return self._at >= len(self._input)
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._frame.unused_data + self._input[self._at :]
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        if data:
+            self._input, self._at = data, 0
+        out, length = [], 0
+        while not self.needs_input and length < max_length and not self.eof:
+            piece = self._input[self._at : self._at + _ZSTD_PIECE]
+            self._at += len(piece)
+            out.append(self._frame.decompress(piece))
+            length += len(out[-1])
+        return b"".join(out)
+
+
+def _members(file: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
+    """Yields the content of the members of a file in blocks, one member after another.
+
+    The file readers of these libraries take what follows a member of xz, and a truncated zstd file,
+    for the end. Here whatever follows a member is another member, zeros, or an error.
+    """
+    member = None
+    while data := file.read(_COMPRESSED):
         while data:
-            if current is None:
+            if member is None:
                 data = data.lstrip(b"\0")  # padding, which gzip and xz allow
                 if not data:
                     break
-                current = member()
-            yield current.decompress(data)
-            if not current.eof:
+                member = new_decompressor()
+            yield member.decompress(data, BLOCK)
+            while not (member.needs_input or member.eof):
+                yield member.decompress(b"", BLOCK)
+            if not member.eof:
                 break
-            data, current = current.unused_data, None
-    if current is not None:
+            data, member = member.unused_data, None
+    if member is not None:
         raise EOFError

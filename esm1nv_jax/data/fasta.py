@@ -1,12 +1,11 @@
-"""Reads FASTA: blocks of bytes to chunks of whole records, chunks to records.
+"""Parses FASTA: blocks of bytes to text of whole records, text to records.
 
-A record is handled as a person would want, or reported with its line and a reason; it is never lost
-or merged with its neighbour in silence. What was mended is counted.
+Every record is kept, or reported with its line and the reason; none is lost or merged with its
+neighbour in silence. What normalization changed is counted.
 """
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
@@ -15,43 +14,41 @@ from typing import NamedTuple
 from isal import igzip
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.compression import BrokenArchive
-from esm1nv_jax.data.tokenizer import RESIDUES
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.compression import DamagedFileError
 
-CHUNK = 1 << 20  # bytes of text parsed together
-_LONGEST = 1 << 30  # bytes of one record; titin has 4e4
-_RESIDUES = RESIDUES.encode()
-_GAPS = b"-."
-_WHITE_SPACE = b" \t\n\r\v\f"
-_ALLOWED = string.ascii_uppercase.encode() + b"*"
+TEXT_SIZE = 1 << 20  # bytes of text parsed at a time
+MAX_RECORD = 1 << 26  # bytes; the longest known protein, titin, has 4e4 residues
+MAX_ID = 1000  # bytes
 NO_HEADER = "text before the first header"
-_MARK = b"\xef\xbb\xbf"  # Windows editors begin UTF-8 text with it
+_RESIDUES = tokenizer.RESIDUES.encode()
+_PRINTABLE = bytes(range(0x21, 0x7F)).replace(b";", b"")
+_PIR_CODES = (b"P1;", b"F1;", b"DL;", b"DC;", b"RL;", b"RC;", b"N3;", b"N1;", b"XX;")
 
-# Called with (line, what kind of fault, the fault itself): raises, or returns to pass it over.
-Report = Callable[[int, str, str], None]
+# Called with (line, kind of fault, message): raises, or returns to skip what is at fault.
+OnFault = Callable[[int, str, str], None]
 
 
 class Records(NamedTuple):
-    """Records of a chunk, in order; the lists are equally long."""
+    """Parsed records in the order of the file; the lists are equally long."""
 
     ids: list[bytes]
     descriptions: list[bytes]
     sequences: list[bytes]
 
 
-def chunks(
-    blocks: Iterable[bytes], report: Report, mended: Counter, size: int = CHUNK
+def whole_records(
+    blocks: Iterable[bytes], on_fault: OnFault, normalized: Counter, size: int = TEXT_SIZE
 ) -> Iterator[tuple[int, bytes]]:
-    """(number of its first line, text) of stretches of whole records, each at least `size` long.
+    """Yields (line number, text) of pieces of at least `size` bytes that consist of whole records.
 
-    The text starts with `>`; line ends are `\\n`. An archive that breaks off is reported; the
-    record that it broke off in is left out, those before it are not.
+    A text starts with `>`; its line ends are `\\n`. Where a compressed file breaks off, that is
+    reported, and the record that is cut is left out; those before it are not.
     """
     line, pieces, held = 1, [], 0
     try:
-        for fresh, block in _after_preamble(_newlines(blocks, mended), report):
-            if fresh:
-                line = fresh
+        for first_line, block in _skip_preamble(_unix_lines(blocks, normalized), on_fault):
+            line = first_line or line
             pieces.append(block)
             held += len(block)
             if held < size:
@@ -63,43 +60,51 @@ def chunks(
                 line += text.count(b"\n")
                 pieces = [block[cut:]]
                 held = len(pieces[0])
-            elif held > _LONGEST:
-                # Handled as a damaged place is: what came before is whole, what follows is not.
-                raise BrokenArchive(f"a record of more than {_LONGEST:,} bytes")
-    except BrokenArchive as broken:
+            elif held > MAX_RECORD:  # treated as a damage: what follows is not whole
+                raise DamagedFileError(f"a record of more than {MAX_RECORD:,} bytes")
+    except DamagedFileError as error:
         text = b"".join(pieces)
-        report(line + text.count(b"\n"), "broken archive", str(broken))
+        on_fault(line + text.count(b"\n"), "damaged file", str(error))
         pieces = [text[: text.rfind(b"\n>") + 1]]
     if text := b"".join(pieces):
         yield line, text
 
 
-def _newlines(blocks: Iterable[bytes], mended: Counter) -> Iterator[bytes]:
-    """Line ends of Windows and of old Macs become `\\n`."""
-    held = b""
+def _unix_lines(blocks: Iterable[bytes], normalized: Counter) -> Iterator[bytes]:
+    """Converts line ends of Windows and old Macs, removes byte order marks at starts of lines."""
+    mark = b"\n\xef\xbb\xbf"  # Windows editors put it at the start of UTF-8 text
+    held, first = b"\n", True  # a line end before the text, so that a mark there follows one
     for block in blocks:
         block, held = held + block, b""
         if b"\r" in block:
-            if block.endswith(b"\r"):  # its `\n` may come with the next block
+            if block.endswith(b"\r"):  # a `\n` may follow in the next block
                 block, held = block[:-1], b"\r"
-            mended["carriage returns"] += block.count(b"\r")
+            normalized["carriage returns"] += block.count(b"\r")
             block = block.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        yield block
-    if held:
-        mended["carriage returns"] += 1
-        yield b"\n"
+        while mark[1] in block and (marks := block.count(mark)):
+            normalized["byte order marks"] += marks
+            block = block.replace(mark, b"\n")
+        for length in (3, 2, 1):
+            if not held and block.endswith(mark[:length]):  # a mark may continue
+                block, held = block[:-length], mark[:length]
+        if block:
+            yield block[first:]
+            first = False
+    if held == b"\r":
+        normalized["carriage returns"] += 1
+        held = b"\n"
+    if held[first:]:
+        yield held[first:]
 
 
-def _after_preamble(blocks: Iterator[bytes], report: Report) -> Iterator[tuple[int, bytes]]:
-    """(line number where the block is the first, else 0, block) from the first header on.
+def _skip_preamble(blocks: Iterator[bytes], on_fault: OnFault) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number if the block is the first, else 0; block) from the first header on.
 
-    Blank lines before it are no fault; other text is reported.
+    Blank lines before the first header are no fault; other text is reported.
     """
-    line, looking, reported, last = 1, True, False, b"\n"
-    for number, block in enumerate(blocks):
-        if number == 0:
-            block = block.removeprefix(_MARK)
-        if not looking:
+    line, started, reported, last = 1, False, False, b"\n"
+    for block in blocks:
+        if started:
             yield 0, block
             continue
         if not reported:
@@ -108,8 +113,7 @@ def _after_preamble(blocks: Iterator[bytes], report: Report) -> Iterator[tuple[i
             if not text:
                 continue
             if not text.startswith(b">"):
-                shown = _shown(text[:20])
-                report(line, NO_HEADER, f"{NO_HEADER}: {shown}; is this FASTA?")
+                on_fault(line, NO_HEADER, f"{NO_HEADER}: {_shown(text[:20])}; is this FASTA?")
                 reported = True
             block = text
         at = (last + block).find(b"\n>")
@@ -118,86 +122,93 @@ def _after_preamble(blocks: Iterator[bytes], report: Report) -> Iterator[tuple[i
             last = block[-1:] or last
             continue
         line += block[:at].count(b"\n")
-        looking = False
+        started = True
         yield line, block[at:]
-    if looking and not reported:
-        report(line, "empty file", "the file is empty")
+    if not (started or reported):
+        on_fault(line, "empty file", "the file is empty")
 
 
-def parse(text: bytes, line: int, report: Report, mended: Counter) -> Records:
-    """The records of a chunk whose first line has number `line`."""
+def parse(text: bytes, line: int, on_fault: OnFault, normalized: Counter) -> Records:
+    """Returns the records of a text of whole records whose first line has number `line`."""
     raw = text[1:].removesuffix(b"\n").split(b"\n>")
     parts = [record.partition(b"\n") for record in raw]
-    heads = [part[0].split(None, 1) for part in parts]
+    headers = [part[0].split(None, 1) for part in parts]
     bodies = [part[2].replace(b"\n", b"") for part in parts]
-    if not (all(heads) and all(bodies)) or b"".join(bodies).translate(None, _RESIDUES):
-        kept = list(_mend(raw, heads, bodies, line, report, mended))
-        heads, bodies = [head for head, _ in kept], [body for _, body in kept]
+    if not all(headers) or not all(bodies) or not _plain(headers, bodies):
+        kept = list(_parse_one_by_one(parts, headers, line, on_fault, normalized))
+        headers, bodies = [header for header, _ in kept], [body for _, body in kept]
     return Records(
-        [head[0] for head in heads],
-        [head[1].rstrip() if len(head) > 1 else b"" for head in heads],
+        [header[0] for header in headers],
+        [header[1].rstrip() if len(header) > 1 else b"" for header in headers],
         bodies,
     )
 
 
-def _mend(raw, heads, bodies, line, report, mended) -> Iterator[tuple[list[bytes], bytes]]:
-    """The slow way, for a chunk in which not every record is plain."""
-    for text, head, body in zip(raw, heads, bodies, strict=True):
-        here, line = line, line + text.count(b"\n") + 1
-        if not head:
-            report(here, "header without an id", "a header without an id")
-            continue
-        if body.translate(None, _RESIDUES):
-            plain, changes = tidy(body)
-            wrong = plain.translate(None, _ALLOWED)
-            if wrong:
-                at = text.upper().find(wrong[:1], text.index(b"\n"))
-                lines = text[:at].count(b"\n")
-                fault = f"{_shown(wrong[:1])} in the sequence of {_shown(head[0])}"
-                report(here + lines, "bad character", fault)
-                continue
-            body = plain
-            mended.update(changes)
-        if not body:
-            report(here, "no sequence", f"no sequence for {_shown(head[0])}")
-            continue
-        yield head, body
+def _plain(headers: list[list[bytes]], bodies: list[bytes]) -> bool:
+    """Whether nothing needs to be normalized or checked record by record."""
+    ids = [header[0] for header in headers]
+    return not (
+        b"".join(bodies).translate(None, _RESIDUES)
+        or b"".join(ids).translate(None, _PRINTABLE)
+        or max(map(len, ids)) > MAX_ID
+    )
 
 
-def tidy(body: bytes) -> tuple[bytes, list[str]]:
-    """Upper case, no white space, gaps or final stops; and names of what was changed."""
-    changes = []
-    upper = body.upper()
-    if upper != body:
-        changes.append("lower case")
-    plain = upper.translate(None, _WHITE_SPACE)
-    if len(plain) != len(upper):
-        changes.append("white space")
-    without = plain.translate(None, _GAPS)
-    if len(without) != len(plain):
-        changes.append("gaps")
-    plain = without.rstrip(b"*")
-    if len(plain) != len(without):
-        changes.append("final stop")
-    if b"*" in plain:
-        changes.append("inner stop, kept as <unk>")
-    if b"J" in plain:
-        changes.append("letter J, kept as <unk>")
-    return plain, changes
+def _parse_one_by_one(
+    parts: list[tuple[bytes, bytes, bytes]],
+    headers: list[list[bytes]],
+    line: int,
+    on_fault: OnFault,
+    normalized: Counter,
+) -> Iterator[tuple[list[bytes], bytes]]:
+    """Yields (header, sequence) of each record without a fault."""
+    for (_, separator, body), header in zip(parts, headers, strict=True):
+        here, line = line, line + len(separator) + body.count(b"\n") + 1
+        if not header:
+            on_fault(here, "header without an id", "a header without an id")
+            continue
+        if fault := _id_fault(header[0]):
+            on_fault(here, *fault)
+            continue
+        try:
+            sequence, changes = tokenizer.normalize(body)
+        except tokenizer.InvalidResidueError as error:
+            message = f"{error.character!a} in the sequence of {_shown(header[0])}"
+            on_fault(here + 1 + body[: error.index].count(b"\n"), "bad character", message)
+            continue
+        if not sequence:
+            on_fault(here, "no sequence", f"no sequence for {_shown(header[0])}")
+            continue
+        normalized.update(changes)
+        yield header, sequence
+
+
+def _id_fault(name: bytes) -> tuple[str, str] | None:
+    """(kind of fault, message) of an id that is no FASTA id, or cannot be stored as text."""
+    if len(name) > MAX_ID:
+        return "long id", f"an id of {len(name):,} bytes ({_shown(name[:20])}...), over {MAX_ID:,}"
+    if name.startswith(_PIR_CODES):
+        return "PIR format", f"{_shown(name)} begins a record of PIR; convert the file to FASTA"
+    try:
+        if name.decode().isprintable():
+            return None
+        return "bad id", f"the id {_shown(name)} has characters that cannot be printed"
+    except UnicodeDecodeError:
+        return "bad id", f"the id {_shown(name)} is not UTF-8; convert the file to UTF-8"
 
 
 def _shown(text: bytes) -> str:
-    """Bytes as a person can read them on one line."""
+    """`text` in quotes, on one line, in ASCII."""
     return ascii(text.decode("latin-1"))
 
 
 def sample() -> Iterator[tuple[str, bytes]]:
-    """(id, sequence) of the 10,000 proteins that ship with the package."""
+    """(id, sequence) of the 10,000 proteins that are bundled with the package."""
     packed = resources.files("esm1nv_jax.data") / "sample" / "swissprot_nr50_sample.fasta.gz"
     text = igzip.decompress(packed.read_bytes())
 
-    def broken(line: int, _: str, fault: str) -> None:
-        raise UserError(f"the embedded sample, line {line}: {fault}; install the package again")
+    def on_fault(line: int, _: str, message: str) -> None:
+        raise UserError(f"the bundled sample, line {line}: {message}; install the package again")
 
-    records = parse(text, 1, broken, Counter())
+    records = parse(text, 1, on_fault, Counter())
     return zip((name.decode() for name in records.ids), records.sequences, strict=True)

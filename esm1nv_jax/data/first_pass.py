@@ -1,62 +1,66 @@
-"""One worker's part of a preparation: it reads all of the input and keeps every N-th stretch of it.
+"""The first pass over the input: worker processes parse it and write every sequence to a shard.
 
-A gzip file cannot be entered in the middle. Each worker therefore decompresses everything, which is
-a tenth of the work, and parses, checks and writes its own units only; nothing but digests and
-counts passes between processes, and what a unit holds does not depend on the number of workers.
+A gzip file cannot be entered in the middle. So each of N workers decompresses everything, which is
+a tenth of the work, and parses, checks and writes every N-th chunk of the text. Only digests and
+counts are sent to the parent, and the content of a chunk does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
+import multiprocessing
 import os
-import string
-import threading
+import sys
 import time
 from collections import Counter
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from esm1nv_jax.common.console import bar
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import clusters, fasta, splits
-from esm1nv_jax.data.compression import Archive
-from esm1nv_jax.data.records import Writer, disk_error, encode
-from esm1nv_jax.data.tokenizer import RESIDUES
+from esm1nv_jax.data import clusters, fasta, records, splits
+from esm1nv_jax.data.compression import DecompressedFile
+from esm1nv_jax.data.tokenizer import LETTERS
 
-LETTERS = string.ascii_uppercase + "*"
-_CODES = np.frombuffer(LETTERS.encode(), np.uint8)
-_COMMON_FIRST = [LETTERS.index(a) for a in RESIDUES] + [LETTERS.index(a) for a in "J*"]
-_CACHED = 1 << 16  # bytes looked at again and again
-_SHOWN = 20  # faults that the manifest names one by one
+EVERY_KEY = (1 << 64) - 1  # `holdout_below` where every sequence is a holdout candidate
+_FIRST_FAULTS = 20  # faults of a chunk that are kept one by one
+_NO_MEMORY = 77  # exit status of a worker
+_PROGRESS_SECONDS = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """What every worker is told.
+class WorkerTask:
+    """What all workers do.
 
-    `names`: what the person calls the sources. `held_below`: sequences with smaller keys may be
-    held out, and go to shards of their own. Only when all is read is it known which of them are;
-    the others are never written twice.
+    names: what messages call the sources. holdout_below: sequences with smaller keys are holdout
+    candidates and go to shards of their own; only when all is read is it known which of them are
+    held out. cluster_table: file of the array of `clusters.load_table`.
     """
 
     sources: tuple[Path, ...]
     names: tuple[str, ...]
     folder: Path
     workers: int
-    unit_bytes: int
+    chunk_bytes: int
     seed: int
-    held_below: int
+    holdout_below: int
     min_length: int
     max_length: int | None
     skip: bool
-    map: Path | None
+    cluster_table: Path | None
 
 
 @dataclasses.dataclass
-class Unit:
-    """What one stretch of the input came to. Arrays [kept], in the order of the input."""
+class Chunk:
+    """The outcome of one chunk of text: columns of its sequences, in pieces, and counts.
+
+    ids, contents: digests, uint64. keys: see `splits`, uint64. lengths: residues, uint32.
+    sources: number of sequences by source. letters: composition, int64 [27]. sha256: of the
+    training shard.
+    """
 
     number: int
     ids: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -68,179 +72,247 @@ class Unit:
         default_factory=lambda: np.zeros(len(LETTERS), np.int64)
     )
     skipped: Counter = dataclasses.field(default_factory=Counter)
-    mended: Counter = dataclasses.field(default_factory=Counter)
+    normalized: Counter = dataclasses.field(default_factory=Counter)
     faults: list[str] = dataclasses.field(default_factory=list)
     without_cluster: int = 0
-    checksum: str = ""  # of the shard for training
+    sha256: str = ""
 
-    def join(self) -> None:
-        for name, dtype in (("ids", "u8"), ("contents", "u8"), ("keys", "u8"), ("lengths", "u4")):
-            setattr(self, name, np.concatenate([*getattr(self, name), np.zeros(0, dtype)]))
+    @property
+    def sequences(self) -> int:
+        return sum(self.sources.values())
 
+    def train_file(self, folder: Path) -> Path:
+        """The shard of the sequences that are certainly for training."""
+        return folder / f"train-{self.number:06d}"
 
-def shard(folder: Path, unit: int) -> Path:
-    """The part of a unit that is surely for training."""
-    return folder / f"train-{unit:06d}"
-
-
-def maybe_shard(folder: Path, unit: int) -> Path:
-    """The part of a unit that may be held out."""
-    return folder / f"maybe-{unit:06d}"
+    def candidate_file(self, folder: Path) -> Path:
+        """The shard of the holdout candidates."""
+        return folder / f"candidates-{self.number:06d}"
 
 
-def composition(sequences: bytes) -> np.ndarray:
-    """How often each of LETTERS occurs: int64 [27]."""
-    counts = np.zeros(len(LETTERS), np.int64)
-    for start in range(0, len(sequences), _CACHED):
-        letters = np.frombuffer(sequences[start : start + _CACHED], np.uint8)
-        left = len(letters)
-        for i in _COMMON_FIRST:
-            if not left:  # most often before the rare letters' turn
-                break
-            n = np.count_nonzero(letters == _CODES[i])
-            counts[i] += n
-            left -= n
-    return counts
+@dataclasses.dataclass
+class FirstPass:
+    """All chunks in the order of the input; faults and checksums (MD5) of whole files."""
+
+    chunks: list[Chunk]
+    whole_files: Chunk
+    md5: list[str]
+
+    @property
+    def without_cluster(self) -> int:
+        return sum(chunk.without_cluster for chunk in self.chunks)
+
+    def take(self, column: str) -> np.ndarray:
+        """One column of all chunks, [n]; the chunks give it up, so that it is held only once."""
+        pieces = [piece for chunk in self.chunks for piece in getattr(chunk, column)]
+        for chunk in self.chunks:
+            setattr(chunk, column, [])
+        return np.concatenate(pieces) if pieces else np.zeros(0, np.uint64)
 
 
-def checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
+    """Starts the workers, shows their progress through `size` bytes and waits for them.
 
+    `lock` is a file descriptor that workers must not keep open. Raises UserError: of several faults
+    the first in the input, whichever worker found it.
 
-def work(job: Job, worker: int, done, stop, results, parent: int, leave: tuple[int, ...]) -> None:
-    """Runs in a process of its own. Puts (kind, ...) into `results`, last of all ('end', worker).
-
-    `done[worker]` is the bytes read so far. No unit past `stop` is begun: there is an error in it.
-    It ends when the process `parent` does. `leave` are file descriptors of the parent's that this
-    process must not keep open.
+    The processes talk through pipes alone: a queue's locks and threads would make it hang when a
+    worker dies or gets no memory, and need /dev/shm.
     """
-    for descriptor in leave:
+    import tensorflow_datasets.proto  # noqa: F401  0.3 s: once, not in each forked worker
+
+    # A fork starts at once, but would break the threads of JAX where it is loaded.
+    fork = sys.platform == "linux" and "jax" not in sys.modules
+    context: Any = multiprocessing.get_context("fork" if fork else "spawn")
+    processes, connections = [], []
+    chunks: list[Chunk] = []
+    errors: list[tuple[int, tuple[int, int], str]] = []  # (chunk, (source, line), message)
+    whole_files, md5 = Chunk(-1), []
+    at = [(0, 0)] * task.workers  # (chunk, bytes) that a worker has reached
+    try:
+        for worker in range(task.workers):
+            ours, theirs = context.Pipe(duplex=False)
+            arguments = (task, worker, theirs, os.getpid(), (lock, ours.fileno()) if fork else ())
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            try:
+                process.start()
+            except OSError as error:  # no process or no memory left
+                raise UserError(
+                    f"cannot start {task.workers} workers: {error.strerror}; try fewer --workers"
+                ) from error
+            theirs.close()  # the end of a worker is the end of its pipe
+            processes.append(process)
+            connections.append(ours)
+        running: dict[Any, int] = {connection: i for i, connection in enumerate(connections)}
+        with bar("read", size / 1e6, "MB") as shown:
+            while running:
+                ready: list[Any] = wait(list(running))
+                for connection in ready:
+                    worker = running[connection]
+                    try:
+                        message = connection.recv()
+                    except EOFError:
+                        raise _death(processes[worker]) from None
+                    match message:
+                        case "progress", number, done:
+                            at[worker] = number, done
+                            shown.update(sum(done for _, done in at) / task.workers / 1e6)
+                        case "chunk", chunk:
+                            chunks.append(chunk)
+                        case "error", number, position, text:
+                            errors.append((number, position, text))
+                            del running[connection]
+                        case "end", faults, checksums:
+                            if checksums:
+                                whole_files, md5 = faults, checksums
+                            del running[connection]
+                if errors and all(at[worker][0] > min(errors)[0] for worker in running.values()):
+                    break  # no running worker can find an earlier fault
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    if errors:
+        raise UserError(min(errors)[2])
+    return FirstPass(sorted(chunks, key=lambda chunk: chunk.number), whole_files, md5)
+
+
+def _death(process) -> Exception:
+    """The error for a worker that ended without a result."""
+    process.join()
+    if process.exitcode == _NO_MEMORY:
+        return UserError("a worker ran out of memory; try fewer --workers")
+    if process.exitcode < 0:
+        return UserError(
+            f"a worker was killed by signal {-process.exitcode}; if memory ran out, try fewer "
+            "--workers"
+        )
+    return RuntimeError("a worker failed; its error is printed above")
+
+
+def _work(
+    task: WorkerTask, number: int, connection: Connection, parent: int, close: tuple[int, ...]
+) -> None:
+    """Runs in a process of its own; sends (kind, ...), at last "error" or "end"."""
+    for descriptor in close:
         os.close(descriptor)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    with contextlib.suppress(KeyboardInterrupt):
-        _Worker(job, worker, done, stop, results).run()
-        results.put(("end", worker))
-
-
-def _end_with(parent: int) -> None:
-    """A parent that was killed cannot end its workers, and they would wait for it for ever."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    worker = _Worker(task, number, connection, parent)
+    try:
+        worker.run()
+    except UserError as error:
+        connection.send(("error", worker.number, (worker.source, worker.line), str(error)))
+    except MemoryError:
+        os._exit(_NO_MEMORY)
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(1)  # the parent ends, and says why
 
 
 class _Worker:
-    def __init__(self, job: Job, worker: int, done, stop, results):
-        self.job, self.worker = job, worker
-        self.done, self.stop, self.results = done, stop, results
-        self.map = None if job.map is None else np.load(job.map, mmap_mode="r")
-        self.unit: Unit | None = None
-        self.train: Writer | None = None
-        self.maybe: Writer | None = None
-        self.checksums: list[str] = []
-        # Faults of whole files are seen by all workers, and told by the first.
-        self.of_files = Unit(-1)
+    def __init__(self, task: WorkerTask, worker: int, connection: Connection, parent: int):
+        self.task, self.worker, self.parent, self.connection = task, worker, parent, connection
+        self.source, self.line, self.number = 0, 1, 0
+        self.table = None
+        if task.cluster_table is not None:
+            self.table = np.load(task.cluster_table, mmap_mode="r")
+        self.chunk: Chunk | None = None
+        # All workers see the faults of whole files; the first worker reports them.
+        self.whole_files = Chunk(-1)
 
     def run(self) -> None:
-        self.source, self.line, self.number, seen, behind = 0, 1, 0, 0, 0
-        try:
-            for source, path in enumerate(self.job.sources):
-                self.source, self.line = source, 1
-                archive = Archive(path, self.worker == 0, self.job.names[source])
-                chunks = fasta.chunks(archive, self._file_fault, self.of_files.mended)
-                for line, text in chunks:
-                    self.line = line
-                    self.number, seen = seen // self.job.unit_bytes, seen + len(text)
-                    self.done[self.worker] = behind + archive.read_bytes
-                    if self.number > self.stop.value:
-                        return
-                    if self.number % self.job.workers == self.worker:
-                        self._take(line, text)
-                if self.worker == 0:
-                    self.checksums.append(archive.md5())
-                behind += archive.read_bytes
-            self._end_unit()
-        except UserError as error:
-            with self.stop.get_lock():
-                self.stop.value = min(self.stop.value, self.number)
-            self.results.put(("error", (self.source, self.line), str(error)))
-            return
-        if self.worker == 0:
-            self.results.put(("files", self.of_files, self.checksums))
+        md5, seen, behind, sent = [], 0, 0, 0.0
+        for source, path in enumerate(self.task.sources):
+            self.source, self.line = source, 1
+            file = DecompressedFile(path, self.worker == 0, self.task.names[self.source])
+            texts = fasta.whole_records(file, self._file_fault, self.whole_files.normalized)
+            for line, text in texts:
+                number, seen = seen // self.task.chunk_bytes, seen + len(text)
+                if number != self.number or time.monotonic() > sent + _PROGRESS_SECONDS:
+                    self.connection.send(("progress", number, behind + file.read_bytes))
+                    sent = time.monotonic()
+                    if os.getppid() != self.parent:  # it was killed
+                        os._exit(1)
+                self.line, self.number = line, number
+                if number % self.task.workers == self.worker:
+                    self._add(line, text)
+            if self.worker == 0:
+                md5.append(file.md5())
+            behind += file.read_bytes
+        self._end_chunk()
+        self.connection.send(("end", self.whole_files, md5))
 
-    def _file_fault(self, line: int, kind: str, fault: str) -> None:
-        self._fault(self.of_files, line, kind, fault)
+    def _file_fault(self, line: int, kind: str, message: str) -> None:
+        self._fault(self.whole_files, line, kind, message)
 
-    def _record_fault(self, line: int, kind: str, fault: str) -> None:
-        self._fault(self.unit, line, kind, fault)
+    def _record_fault(self, line: int, kind: str, message: str) -> None:
+        assert self.chunk is not None
+        self._fault(self.chunk, line, kind, message)
 
-    def _fault(self, unit: Unit, line: int, kind: str, fault: str) -> None:
-        where = f"{self.job.names[self.source]}, line {line}: {fault}"
+    def _fault(self, chunk: Chunk, line: int, kind: str, message: str) -> None:
+        message = f"{self.task.names[self.source]}, line {line}: {message}"
         self.line = line
-        if not self.job.skip:
-            raise UserError(f"{where}; mend it, or pass over such faults with --on_error=skip")
-        unit.skipped[kind] += 1
-        if len(unit.faults) < _SHOWN:
-            unit.faults.append(where)
+        if not self.task.skip:
+            raise UserError(f"{message}; fix it, or skip such records with --on-error=skip")
+        chunk.skipped[kind] += 1
+        if len(chunk.faults) < _FIRST_FAULTS:
+            chunk.faults.append(message)
 
-    def _take(self, line: int, text: bytes) -> None:
-        """Parses a chunk and writes its records into the shards of its unit."""
-        if self.unit is None or self.unit.number != self.number:
-            self._end_unit()
-            self.unit = Unit(self.number)
-            self.train = Writer(shard(self.job.folder, self.number))
-            self.maybe = Writer(maybe_shard(self.job.folder, self.number))
-        unit, job = self.unit, self.job
-        records = fasta.parse(text, line, self._record_fault, unit.mended)
-        records, lengths = self._of_fitting_length(records)
-        if not records.ids:
+    def _add(self, line: int, text: bytes) -> None:
+        """Parses a text and writes its records into the shards of its chunk."""
+        task = self.task
+        if self.chunk is None or self.chunk.number != self.number:
+            self._end_chunk()
+            self.chunk = Chunk(self.number)
+            self.train = records.ShardWriter(self.chunk.train_file(task.folder))
+            self.candidates = records.ShardWriter(self.chunk.candidate_file(task.folder))
+        chunk = self.chunk
+        parsed = fasta.parse(text, line, self._record_fault, chunk.normalized)
+        parsed, lengths = self._with_fitting_lengths(parsed, chunk)
+        if not parsed.ids:
             return
-        ids = clusters.digests(records.ids)
-        contents = clusters.checksums(records.sequences)
-        together = contents
-        if self.map is not None:
-            cluster, known = clusters.look_up(self.map, records.ids)
-            together = np.where(known, cluster, contents)
-            unit.without_cluster += int(np.count_nonzero(~known))
-        keys = splits.keys(together, job.seed)
-        encoded = list(map(encode, records.ids, records.sequences, records.descriptions))
-        maybe = keys < np.uint64(job.held_below)
-        if maybe.any():
-            self.maybe.write_all([encoded[i] for i in np.flatnonzero(maybe).tolist()])
-            encoded = [encoded[i] for i in np.flatnonzero(~maybe).tolist()]
-        self.train.write_all(encoded)
-        unit.ids.append(ids)
-        unit.contents.append(contents)
-        unit.keys.append(keys)
-        unit.lengths.append(lengths)
-        unit.letters += composition(b"".join(records.sequences))
-        unit.sources[self.source] += len(ids)
+        contents = clusters.checksums(parsed.sequences)
+        group = contents
+        if self.table is not None:
+            cluster, found = clusters.look_up(self.table, parsed.ids)
+            group = np.where(found, cluster, contents)
+            chunk.without_cluster += int(np.count_nonzero(~found))
+        keys = splits.keys(group, task.seed)
+        encoded = records.encode(parsed)
+        candidate = keys < np.uint64(task.holdout_below)
+        self.candidates.write_all([encoded[i] for i in np.flatnonzero(candidate).tolist()])
+        self.train.write_all([encoded[i] for i in np.flatnonzero(~candidate).tolist()])
+        chunk.ids.append(clusters.digests(parsed.ids))
+        chunk.contents.append(contents)
+        chunk.keys.append(keys)
+        chunk.lengths.append(lengths)
+        chunk.letters += records.composition(b"".join(parsed.sequences))
+        chunk.sources[self.source] += len(keys)
 
-    def _of_fitting_length(self, records: fasta.Records) -> tuple[fasta.Records, np.ndarray]:
-        job = self.job
-        lengths = np.fromiter(map(len, records.sequences), np.uint32, len(records.sequences))
-        short = lengths < job.min_length
-        long = np.zeros_like(short) if job.max_length is None else lengths > job.max_length
+    def _with_fitting_lengths(
+        self, parsed: fasta.Records, chunk: Chunk
+    ) -> tuple[fasta.Records, np.ndarray]:
+        """The records between the bounds on lengths, and their lengths."""
+        task = self.task
+        lengths = np.fromiter(map(len, parsed.sequences), np.uint32, len(parsed.sequences))
+        short = lengths < task.min_length
+        long = np.zeros_like(short) if task.max_length is None else lengths > task.max_length
         if not (short.any() or long.any()):
-            return records, lengths
-        self.unit.skipped[f"shorter than {job.min_length}"] += int(short.sum())
-        self.unit.skipped[f"longer than {job.max_length}"] += int(long.sum())
-        fit = np.flatnonzero(~(short | long))
-        return fasta.Records(*([part[i] for i in fit.tolist()] for part in records)), lengths[fit]
+            return parsed, lengths
+        chunk.skipped[f"shorter than {task.min_length}"] += int(short.sum())
+        chunk.skipped[f"longer than {task.max_length}"] += int(long.sum())
+        kept = np.flatnonzero(~(short | long))
+        return fasta.Records(*([part[i] for i in kept.tolist()] for part in parsed)), lengths[kept]
 
-    def _end_unit(self) -> None:
-        if self.unit is None:
+    def _end_chunk(self) -> None:
+        if self.chunk is None:
             return
-        for writer in (self.train, self.maybe):
+        for writer in (self.train, self.candidates):
             writer.close()
             if writer.count == 0:
                 writer.path.unlink()
-        self.unit.join()
         if self.train.count:
             try:
-                self.unit.checksum = checksum(self.train.path)
-            except OSError as failure:
-                raise disk_error(self.train.path, failure) from failure
-        self.results.put(("unit", self.unit))
-        self.unit = None
+                self.chunk.sha256 = records.file_checksum(self.train.path)
+            except OSError as error:
+                raise records.disk_error(self.train.path, error) from error
+        self.connection.send(("chunk", self.chunk))
+        self.chunk = None

@@ -54,7 +54,11 @@ def summary_table(data: str, source: Source, split: str) -> Table:
 def preparation_table(data: str) -> Table | None:
     """What `esm1nv prepare` changed or skipped; None where it was nothing."""
     content = manifest.read(Path(data))
-    rows = [(what, name, n) for what in ("mended", "skipped") for name, n in content[what].items()]
+    rows = [
+        (what, name, n)
+        for what in ("normalized", "skipped")
+        for name, n in content.get(what, {}).items()
+    ]
     if not rows:
         return None
     table = _table("while it was prepared")

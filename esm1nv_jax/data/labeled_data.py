@@ -1,4 +1,4 @@
-"""Downstream tasks: a CSV file to splits of sequences with labels."""
+"""Labeled data: CSV tables, and the splits of a downstream task that one of them holds."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.compression import Archive, BrokenArchive
+from esm1nv_jax.data.compression import read_text
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 TASKS = ("secondary_structure", "localisation", "regression")
@@ -23,10 +21,10 @@ TASKS = ("secondary_structure", "localisation", "regression")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """n proteins and k labels, one a residue or one a protein, in order.
+    """n proteins and k labels, one per residue or one per protein, in order.
 
-    labels: int64 [k], places among the classes, or float64 [k]. used: bool [k]; the others neither
-    train nor score. sizes: int64 [n], labels of each protein.
+    labels: int64 [k], indices of classes, or float64 [k]. used: bool [k]; the other labels take
+    part neither in training nor in scores. sizes: int64 [n], labels of each protein.
     """
 
     sequences: list[bytes]
@@ -37,7 +35,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`classes` is empty for regression; `fingerprint` tells the test set apart from others."""
+    """`classes` is empty for regression; `fingerprint` is a digest of the test set."""
 
     name: str
     classes: tuple[str, ...]
@@ -49,6 +47,29 @@ class Task:
     @property
     def per_residue(self) -> bool:
         return self.name == "secondary_structure"
+
+
+def read_csv(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Reads a CSV file in UTF-8, plain or compressed, with a header.
+
+    Returns the names of the columns, and (line number, fields) of each row that is not blank;
+    white space around names and fields is removed. Raises UserError.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, "a CSV file")), skipinitialspace=True)
+    try:
+        columns, *rows = [
+            (reader.line_num, [field.strip() for field in row]) for row in reader if any(row)
+        ] or [(1, [])]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; is it CSV?") from None
+    if not columns[1]:
+        raise UserError(f"{path} is empty; give a CSV file with names of columns in its first line")
+    for line, fields in rows:
+        if len(fields) != len(columns[1]):
+            raise UserError(
+                f"{path}, line {line}: {len(fields)} fields, the header has {len(columns[1])}"
+            )
+    return columns[1], rows
 
 
 def read(path: str, name: str, limit: int | None = None) -> Task:
@@ -64,16 +85,23 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
     if name not in TASKS:
         raise UserError(f"--task {name} is unknown; there are {', '.join(TASKS)}")
     rows: dict[str, list[tuple[bytes, str, str]]] = {"train": [], "valid": [], "test": []}
-    for line, row in _rows(path):
-        split = SPLITS.get(row["split"].strip().lower())
+    columns, table = read_csv(path)
+    if missing := [c for c in ("sequence", "label", "split") if c not in columns]:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(columns)}")
+    for line, fields in table:
+        row = dict(zip(columns, fields, strict=True))
+        split = SPLITS.get(row["split"].lower())
         if split is None:
             raise UserError(f"{path}, line {line}: split {row['split']!r} is not train/valid/test")
-        sequence, label = tokenizer.clean(row["sequence"]).sequence, row["label"].strip()
-        mask = row.get("mask")
+        try:
+            sequence = tokenizer.normalize(row["sequence"]).sequence
+        except tokenizer.InvalidResidueError as error:
+            raise UserError(f"{path}, line {line}: {error}") from None
+        label, mask = row["label"], row.get("mask")
         if not sequence:
             raise UserError(f"{path}, line {line}: the sequence is empty")
         if name == "secondary_structure":
-            mask = "1" * len(sequence) if mask is None else mask.strip()
+            mask = "1" * len(sequence) if mask is None else mask
             for what, text in (("label", label), ("mask", mask)):
                 if len(text) != len(sequence):
                     raise UserError(
@@ -83,7 +111,7 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
             if set(mask) - {"0", "1"}:
                 raise UserError(f"{path}, line {line}: the mask holds more than 0 and 1")
         elif name == "regression" and not _is_number(label):
-            raise UserError(f"{path}, line {line}: the label {label!r} is not a number")
+            raise UserError(f"{path}, line {line}: the label {label!r} is not a number such as 0.5")
         elif not label:
             raise UserError(f"{path}, line {line}: the label is empty")
         rows[split].append((sequence, label, mask or ""))
@@ -124,33 +152,6 @@ def _split(rows: list[tuple[bytes, str, str]], name: str, classes: tuple[str, ..
         labels = np.array([classes.index(row[1]) for row in rows])
     ones = np.ones(len(rows), np.int64)
     return Split(sequences, labels, ones.astype(bool), ones)
-
-
-def _rows(path: str) -> Iterator[tuple[int, dict[str, str]]]:
-    try:
-        text = b"".join(Archive(Path(path))).decode("utf-8-sig")
-    except BrokenArchive as broken:
-        raise UserError(f"{path}: {broken}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text; give a CSV file") from None
-    table = csv.DictReader(io.StringIO(text))
-    try:
-        yield from _checked(path, table)
-    except csv.Error as error:
-        raise UserError(f"{path}, line {table.reader.line_num}: {error}; is it CSV?") from None
-
-
-def _checked(path: str, table: csv.DictReader) -> Iterator[tuple[int, dict[str, str]]]:
-    missing = [c for c in ("sequence", "label", "split") if c not in (table.fieldnames or ())]
-    if missing:
-        raise UserError(
-            f"{path} has no column {', '.join(missing)}; it has "
-            f"{', '.join(table.fieldnames or ()) or 'none'}"
-        )
-    for row in table:
-        if None in row.values() or None in row:
-            raise UserError(f"{path}, line {table.line_num}: not as many fields as the header")
-        yield table.line_num, row
 
 
 def _is_number(text: str) -> bool:

@@ -1,11 +1,13 @@
 """Which sequences are held out: those with the smallest keys, whole clusters together.
 
 A key is a hash of the seed and of the cluster, or of the sequence itself where there are no
-clusters; so the choice depends on the seed and the input alone, and the same sequence under two
-names does not come to lie on both sides.
+clusters. So the choice depends on the seed and the input alone, and one sequence under two ids does
+not end up in two splits.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
@@ -14,6 +16,24 @@ from esm1nv_jax.common.hashing import fold, fold_all, purpose
 
 TRAIN, VALIDATION, TEST, DROPPED = range(4)
 NAMES = ("train", "validation", "test")
+DEFAULT_SIZES = (5_000, 1_000_000)  # of validation and test: those of the model card
+DEFAULT_SHARE = 0.05  # where the corpus is too small for these
+
+Size = int | float | None  # sequences, a share of them, or the default
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitAssignment:
+    """The split of every sequence that was read. Arrays are [n], in the order of the input.
+
+    split: TRAIN, VALIDATION, TEST or DROPPED (a duplicate), int8. candidate: whether it was a
+    holdout candidate in the first pass, bool. keys: uint64. lengths: residues, uint32.
+    """
+
+    split: np.ndarray
+    candidate: np.ndarray
+    keys: np.ndarray
+    lengths: np.ndarray
 
 
 def keys(digests: np.ndarray, seed: int) -> np.ndarray:
@@ -26,26 +46,33 @@ def keys(digests: np.ndarray, seed: int) -> np.ndarray:
     return words[0] << np.uint64(32) | words[1]
 
 
-def check_sizes(kept: int, validation: int, test: int) -> None:
-    """Raises UserError, with sizes that fit, where nothing would be left to train on."""
-    if kept == 0:
-        raise UserError("no sequence was kept; see --min_length, --max_length and the input")
-    if validation + test >= kept:
-        held_out = max(kept // 10, min(kept - 1, (validation > 0) + (test > 0)))
-        smaller = held_out * validation // (validation + test)
-        if validation and held_out:
-            smaller = max(1, smaller)
-        raise UserError(
-            f"--validation {validation} --test {test} leave nothing of {kept:,} sequences to train"
-            f" on; for instance --validation {smaller} --test {held_out - smaller} fit"
-        )
+def resolve_sizes(sequences: int, validation: Size, test: Size) -> tuple[int, int]:
+    """The numbers of sequences to hold out for validation and test, of so many in all.
+
+    The default is the card's size, at most 5 % of the sequences and, from three on, at least one.
+    Raises UserError, with sizes that fit, where nothing would be left to train on.
+    """
+    least = int(sequences > 2)
+    default = [min(n, max(int(DEFAULT_SHARE * sequences), least)) for n in DEFAULT_SIZES]
+    sizes = [
+        default[i] if size is None else round(size * sequences) if 0 < size < 1 else int(size)
+        for i, size in enumerate((validation, test))
+    ]
+    if sum(sizes) < sequences:
+        return sizes[0], sizes[1]
+    if not sequences:
+        raise UserError("no sequence was kept; see --min-length, --max-length and the input")
+    raise UserError(
+        f"--validation {sizes[0]} --test {sizes[1]} leave nothing of {sequences:,} sequences to "
+        f"train on; for instance --validation {default[0]} --test {default[1]} fit"
+    )
 
 
-def choose(key: np.ndarray, validation: int, test: int, whole: bool) -> np.ndarray:
+def assign(key: np.ndarray, validation: int, test: int, whole: bool) -> np.ndarray:
     """The split of each of the sequences with these keys: int8 [n].
 
-    Sequences of one key stay together. If `whole`, without exception, so that a split may be a
-    little off its size; else a last cluster is divided where that alone makes the size exact.
+    Sequences of one key stay together: without exception if `whole`, so that a split may differ a
+    little from its size; else a last cluster is divided where that alone makes the size exact.
     """
     order = np.argsort(key, kind="stable")
     ordered = key[order]
@@ -53,13 +80,12 @@ def choose(key: np.ndarray, validation: int, test: int, whole: bool) -> np.ndarr
     sizes = np.diff(np.append(starts, len(key)))
     split = np.full(len(key), TRAIN, np.int8)
     free = np.ones(len(sizes), bool)
-    for name, wanted in ((VALIDATION, validation), (TEST, test)):
-        taken, left = _fill(sizes, free, wanted, whole)
+    for name, size in ((VALIDATION, validation), (TEST, test)):
+        taken, left = _fill(sizes, free, size, whole)
         free[taken] = False
         # Positions, in the order of keys, of all members of the clusters taken.
-        total = int(sizes[taken].sum())
         ends = np.cumsum(sizes[taken])
-        offsets = np.arange(total) - np.repeat(ends - sizes[taken], sizes[taken])
+        offsets = np.arange(sizes[taken].sum()) - np.repeat(ends - sizes[taken], sizes[taken])
         split[order[np.repeat(starts[taken], sizes[taken]) + offsets]] = name
         if left and not whole:
             split[order[split[order] == TRAIN][:left]] = name
@@ -67,13 +93,13 @@ def choose(key: np.ndarray, validation: int, test: int, whole: bool) -> np.ndarr
 
 
 def _fill(sizes: np.ndarray, free: np.ndarray, wanted: int, whole: bool) -> tuple[np.ndarray, int]:
-    """(clusters that together come nearest to `wanted`, how many sequences are still wanted)."""
+    """(clusters that together come nearest to `wanted`, how many sequences are still missing)."""
     candidates = np.flatnonzero(free)
     total = np.cumsum(sizes[candidates])
     n = int(np.searchsorted(total, wanted, side="right"))  # the first n fit as a whole
     taken = candidates[:n].tolist()
     left = wanted - (int(total[n - 1]) if n else 0)
-    passed = []
+    too_large = []
     for cluster in candidates[n:].tolist():
         if not left:
             break
@@ -81,9 +107,9 @@ def _fill(sizes: np.ndarray, free: np.ndarray, wanted: int, whole: bool) -> tupl
             taken.append(cluster)
             left -= int(sizes[cluster])
         else:
-            passed.append(cluster)
-    if whole and left and passed:
-        smallest = min(passed, key=lambda cluster: sizes[cluster])
+            too_large.append(cluster)
+    if whole and left and too_large:
+        smallest = min(too_large, key=lambda cluster: sizes[cluster])
         if sizes[smallest] - left < left:  # a little too many is nearer than too few
             taken.append(smallest)
             left = 0

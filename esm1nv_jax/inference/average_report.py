@@ -1,8 +1,9 @@
-"""`esm1nv average`: the mean of checkpoints as a model folder, and whether it was worth it."""
+"""`esm1nv average`: the mean of checkpoints as a model folder, and whether it is any better."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,24 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
-from esm1nv_jax.checkpoints import average, manager, model_folder
+from esm1nv_jax.checkpoints import average, model_folder, step_folder
 from esm1nv_jax.checkpoints.average import Member
 from esm1nv_jax.common import arguments, files
-from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.console import bar, console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import BLUE, ORANGE, HtmlReport, new_figure, plus_minus
 from esm1nv_jax.data.source import MemorySource
 from esm1nv_jax.inference.evaluate import evaluate_model, open_source
 from esm1nv_jax.inference.model import Model
+from esm1nv_jax.inference.perplexity import GroupedMean
+
+COLUMNS = ("", "all selected", "<mask> only", "nats, average minus member")
 
 
 def main(argv: list[str]) -> None:
     parser = arguments.Parser(
         "average",
-        "The mean of checkpoints, leaf by leaf in fp64, as a model folder.",
+        "The mean of checkpoints, array by array in fp64, as a model folder.",
         "esm1nv average --workdir runs/first --last 47 --out models/first",
     )
     add = parser.add_argument
@@ -33,7 +37,7 @@ def main(argv: list[str]) -> None:
     add("--out", required=True, metavar="DIR", help="the model folder to write")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--last", type=int, metavar="N", help="the newest N of each run (or all)")
-    which.add_argument("--steps", default="", metavar="A,B", help="these updates of each run")
+    which.add_argument("--steps", default="", metavar="A,B", help="these steps of each run")
     add("--every", type=int, default=1, metavar="K", help="each Kth only, counted from the newest")
     add("--report", metavar="FILE.html", help="evaluate the average beside its members")
     add("--data", metavar="DIR[:SPLIT]", help="for the report (default: the run's validation)")
@@ -47,134 +51,124 @@ def main(argv: list[str]) -> None:
         raise UserError("--last 0 names no checkpoint; give 1 or more, or leave it out for all")
     if options.steps and options.every != 1:
         raise UserError("--every chooses among --last or all; leave it out beside --steps")
-    steps = _steps(options.steps)
+    try:
+        steps = tuple(int(step) for step in options.steps.split(",")) if options.steps else ()
+    except ValueError:
+        raise UserError(
+            f"--steps {options.steps} is not a list of steps such as 1000,2000"
+        ) from None
     members = average.select(options.workdir, options.last or 0, steps, options.every)
-    source = _source(options, members) if options.report else None
+    source = _open_proteins(options, members[-1]) if options.report else None
 
     with bar("averaging", len(members), "checkpoints") as task:
         weights = average.average(members, lambda member: task.advance(note=str(member.step)))
     with files.writing(options.out):
         model_folder.write(options.out, weights)
-    steps = [member.step for member in members]
+    averaged = [member.step for member in members]
     console.print(
-        f"averaged {len(members)} checkpoints, updates {min(steps)} to {max(steps)}, "
-        f"into {options.out}",
-        markup=False,
+        f"averaged {len(members)} checkpoints, steps {min(averaged)} to {max(averaged)}, "
+        f"into {options.out}"
     )
     if source is not None:
         proteins, name = source
-        rows = beside_members(weights, members, proteins)
-        provenance = weights.provenance | {"figures": {"data": name, **rows[-1]["figures"]}}
+        rows = evaluate_models(weights, members, proteins)
+        provenance = weights.provenance | {"figures": {"data": name, **rows[-1]["metrics"]}}
         with files.writing(options.out):
             model_folder.write(options.out, dataclasses.replace(weights, provenance=provenance))
-        show(rows, name)
-        files.write(options.report, page(rows, name).to_html())
-        console.print(f"report   {options.report}", markup=False)
+        table = Table(*COLUMNS, title=f"Perplexity on {name}, the same masks", title_justify="left")
+        for row in rows:
+            table.add_row(*_cells(row, rows[-1]), style="bold" if row is rows[-1] else "")
+        stdout.print(table)
+        stdout.print(verdict(rows))
+        files.write(options.report, report(rows, name).to_html())
+        console.print(f"report   {options.report}")
 
 
-def beside_members(
+def evaluate_models(
     weights: model_folder.Weights, members: list[Member], source: MemorySource
 ) -> list[dict[str, Any]]:
-    """{'name', 'run', 'step', 'figures'} of every member and, last, of the average, on the same
-    masks."""
+    """Metrics of every member and, last, of the average, on the same masks: over all proteins
+    (`metrics`), and of each (`by_protein`)."""
+    ids = source.ids(range(len(source.lengths)))
     rows = []
     with bar("evaluating", len(members) + 1, "models") as task:
         for member in [*members, None]:
-            params = weights.params
-            if member is not None:
-                params = manager.read_params(member.run, member.step)
-            model = Model(weights.model, jax.device_put(params), weights.provenance)
-            found = evaluate_model(model, source)["overall"]
-            rows.append(
-                {
-                    "name": str(member) if member else f"average of {len(members)}",
-                    "run": member.run if member else "",
-                    "step": member.step if member else members[-1].step,
-                    "figures": found,
-                }
-            )
+            params = step_folder.read_params(member.run, member.step) if member else weights.params
+            provenance = {} if member else weights.provenance  # read the training data once
+            model = Model(weights.model, jax.device_put(params), provenance)
+            results = evaluate_model(model, source, groups=dict(zip(ids, ids, strict=True)))
+            row = {"metrics": results["overall"], "by_protein": results["by_group"]}
+            row |= {"name": str(member or f"average of {len(members)}"), "run": "", "step": 0}
+            rows.append(row | (dataclasses.asdict(member) if member else {}))
             task.advance()
     return rows
 
 
-def show(rows: list[dict[str, Any]], data: str) -> None:
-    table = Table(title=f"Perplexity on {data}, the same masks", title_justify="left")
-    for name, side in (("", "left"), ("all selected", "right"), ("<mask> only", "right")):
-        table.add_column(name, justify=side)
-    for row in rows:
-        cells = (
-            plus_minus(row["figures"][n], row["figures"][f"{n}_se"], 3)
-            for n in ("perplexity", "perplexity_mask")
-        )
-        table.add_row(row["name"], *cells, style="bold" if row is rows[-1] else "")
-    console.print(table)
-    console.print(verdict(rows), markup=False)
+def paired_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
+    """How much higher the loss of `a` is than that of `b`, nats at `<mask>`, and its standard error
+    by protein: both were asked the same, so what is hard for both cancels."""
+    counts = np.array([row["positions_mask"] for row in a["by_protein"].values()])
+    losses = [np.log([row["perplexity_mask"] for row in x["by_protein"].values()]) for x in (a, b)]
+    mean = GroupedMean.zeros(1)
+    mean.add(np.zeros(len(counts), np.int64), counts, counts * (losses[0] - losses[1]))
+    return mean.mean()
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Averaging does not always help: says whether it did here."""
-    best = min(rows[:-1], key=lambda row: row["figures"]["perplexity_mask"])
-    mine, theirs = (r["figures"]["perplexity_mask"] for r in (rows[-1], best))
-    if mine < theirs:
-        return f"The average is better than every member ({mine:.3f}; the best, {theirs:.3f})."
+    """Whether the average is better than its best member, by a paired test at 5 %."""
+    best = min(rows[:-1], key=lambda row: row["metrics"]["perplexity_mask"])
+    difference, error = paired_difference(rows[-1], best)
+    ours, theirs = (row["metrics"]["perplexity_mask"] for row in (rows[-1], best))
+    evidence = f"{difference:+.4f} ± {error:.4f} nats a residue, paired by protein"
+    pair = f"the best member, {best['name']} ({ours:.3f}, {theirs:.3f}: {evidence})"
+    if abs(difference) <= 1.96 * error:
+        return f"The average cannot be told apart from {pair}; more proteins may tell."
+    if difference < 0:
+        return f"The average is better than {pair}."
     why = "old members hold it back while the loss falls fast; average fewer, or train longer"
     if len({row["run"] for row in rows[:-1]}) > 1:
         why = "runs that began from other weights have no common mean; average within each run"
-    return f"The average ({mine:.3f}) is not better than {best['name']} ({theirs:.3f}): {why}."
+    return f"The average is worse than {pair}: {why}."
 
 
-def page(rows: list[dict[str, Any]], data: str) -> HtmlReport:
-    made = HtmlReport(f"{rows[-1]['name']} beside its members")
-    made.paragraph(f"Perplexity at <mask> on {data}, the same masks for all. {verdict(rows)}")
+def report(rows: list[dict[str, Any]], data: str) -> HtmlReport:
+    """A page with the perplexity of the average beside its members, as a plot and a table."""
+    page = HtmlReport(f"{rows[-1]['name']} beside its members")
+    page.paragraph(f"Perplexity at <mask> on {data}, the same masks for all. {verdict(rows)}")
     plot, axis = new_figure()
-    runs = sorted({row["run"] for row in rows[:-1]})
-    for run, colour in zip(runs, [BLUE, "#5a9e4b", "#8a5fb0", "#777777"] * len(runs), strict=False):
-        mine = [row for row in rows[:-1] if row["run"] == run]
-        axis.plot(
-            [r["step"] for r in mine],
-            [r["figures"]["perplexity_mask"] for r in mine],
-            "o-",
-            color=colour,
-            label=f"members of {Path(run).name}",
-            ms=4,
-            lw=1.2,
-        )
-    axis.axhline(rows[-1]["figures"]["perplexity_mask"], color=ORANGE, label=rows[-1]["name"])
-    axis.set(xlabel="update", ylabel="perplexity, <mask> only")
+    colours = itertools.cycle([BLUE, "#5a9e4b", "#8a5fb0", "#777777"])
+    for run, colour in zip(sorted({row["run"] for row in rows[:-1]}), colours, strict=False):
+        points = [(r["step"], r["metrics"]["perplexity_mask"]) for r in rows if r["run"] == run]
+        label = f"members of {Path(run).name}"
+        axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label, ms=4, lw=1.2)
+    axis.axhline(rows[-1]["metrics"]["perplexity_mask"], color=ORANGE, label=rows[-1]["name"])
+    axis.set(xlabel="step", ylabel="perplexity, <mask> only")
     axis.legend(frameon=False)
-    made.plot(plot, "perplexity of members against updates, and of their average")
-    made.table(
-        ["", "all selected", "<mask> only"],
-        [
-            [
-                row["name"],
-                *(
-                    plus_minus(row["figures"][n], row["figures"][f"{n}_se"], 3)
-                    for n in ("perplexity", "perplexity_mask")
-                ),
-            ]
-            for row in rows
-        ],
-    )
-    made.note(
-        "± is one standard error by protein. It is of each figure alone: two models on the same "
-        "masks differ by much less than it says."
-    )
-    return made
+    page.plot(plot, "perplexity of members against steps, and of their average")
+    page.table(COLUMNS, [_cells(row, rows[-1]) for row in rows])
+    page.note("± is one standard error by protein; that of a difference is paired.")
+    return page
 
 
-def _source(options, members: list[Member]) -> tuple[MemorySource, str]:
-    """The first proteins of the split asked for, held in memory."""
-    config = manager.read_config(members[-1].run, members[-1].step)["config"]
-    source, name = open_source(options.data or f"{config['data']['path']}:validation", None)
+def _cells(row: dict[str, Any], mean: dict[str, Any]) -> list[str]:
+    metrics = row["metrics"]
+    names = ("perplexity", "perplexity_mask")
+    cells = [plus_minus(metrics[name], metrics[f"{name}_se"], 3) for name in names]
+    paired = "" if row is mean else plus_minus(*paired_difference(mean, row), 4)
+    return [row["name"], *cells, paired]
+
+
+def _open_proteins(options, newest: Member) -> tuple[MemorySource, str]:
+    """The first proteins of the split asked for, held in memory, and its name."""
     if options.proteins < 1:
         raise UserError(f"--proteins {options.proteins} must be 1 or more")
-    some = np.arange(min(options.proteins, len(source.lengths)))
-    return MemorySource(list(zip(source.ids(some), source.sequences(some), strict=True))), name
-
-
-def _steps(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(step) for step in text.split(",")) if text else ()
-    except ValueError:
-        raise UserError(f"--steps {text} is not a list of updates such as 1000,2000") from None
+    data = options.data
+    if not data:
+        try:
+            config = step_folder.read_metadata(newest.run, newest.step)["config"]
+            data = f"{config['data']['path']}:validation"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{newest} has no readable config ({error}); give --data") from None
+    source, name = open_source(data, None)
+    chosen = np.arange(min(options.proteins, len(source.lengths)))
+    return MemorySource(list(zip(source.ids(chosen), source.sequences(chosen), strict=True))), name

@@ -19,11 +19,11 @@ from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.proteins import Proteins, scan
 from esm1nv_jax.inference.embedding_files import writer_for
 from esm1nv_jax.inference.engine import KINDS, OutputSpec, embed_sequences
 from esm1nv_jax.inference.model import PRECISIONS, check_layers, load
 from esm1nv_jax.inference.partial_results import PartialResults, PartReader, disk_errors
-from esm1nv_jax.inference.proteins import Proteins, scan
 
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows

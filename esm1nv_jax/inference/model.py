@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import fasta, tokenizer
+from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.stream_config import SPECIALS
 from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
 from esm1nv_jax.inference.row_shapes import RowShapes
@@ -40,7 +39,6 @@ TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
 # Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
 SCORES_BYTES = 1 << 30
 # Letters, and what is removed from a sequence: gaps, stops, white space.
-_NO_RESIDUE = re.compile(r"[^A-Za-z*.\-\s]", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,12 +325,11 @@ def _letters(sequence: object, name: str) -> bytes:
             f"{name} is {str(sequence)[:20]}, a {type(sequence).__name__}; give residue letters as "
             "str or bytes"
         )
-    if wrong := _NO_RESIDUE.search(sequence.replace("<mask>", " " * len("<mask>"))):
-        raise UserError(
-            f"{name} has {wrong[0]!r} as its character {wrong.start() + 1}, which is no residue "
-            "letter; give A to Z, and <mask> for an unknown residue"
-        )
-    letters, _ = fasta.tidy(sequence.encode("ascii").replace(b"<mask>", b"?"))
+    try:
+        tokenizer.normalize(sequence.replace("<mask>", " " * len("<mask>")))
+    except tokenizer.InvalidResidueError as error:
+        raise UserError(f"{name}: {error}; <mask> stands for an unknown residue") from None
+    letters, _ = tokenizer.normalize(sequence.replace("<mask>", "?"), keep=b"?")
     if not letters:
         raise UserError(f"{name} is empty; give at least one residue")
     return letters

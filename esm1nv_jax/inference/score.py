@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 from collections import Counter
@@ -16,11 +15,11 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.compression import Archive, BrokenArchive
+from esm1nv_jax.data.labeled_data import read_csv
+from esm1nv_jax.data.proteins import scan
 from esm1nv_jax.inference import variant_scores
 from esm1nv_jax.inference.model import PRECISIONS, load
 from esm1nv_jax.inference.partial_results import disk_errors
-from esm1nv_jax.inference.proteins import scan
 
 COLUMN, SCORE = "mutant", "score"
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
@@ -142,23 +141,15 @@ def read_wild_type(path: str) -> tuple[str, str]:
 
 def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
     """(names of columns, rows) of a CSV file with a column `mutant`, plain or compressed."""
-    try:
-        text = b"".join(Archive(Path(path))).decode("utf-8-sig")
-        table = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
-    except (BrokenArchive, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read as CSV: {error}") from None
-    columns, rows = [name.strip() for name in table[0]] if table else [], table[1:]
+    columns, table = read_csv(path)
     if COLUMN not in columns:
         raise UserError(
             f"{path} has no column {COLUMN!r}; its first line must name one, with A4G or A4G:L10P "
             "below it"
         )
-    for number, row in enumerate(rows, 2):
-        if len(row) != len(columns):
-            raise UserError(f"{path}, row {number}: {len(row)} fields, {len(columns)} are named")
-    if not rows:
+    if not table:
         raise UserError(f"{path} names no mutants")
-    return columns, rows
+    return columns, [fields for _, fields in table]
 
 
 def read_measurements(

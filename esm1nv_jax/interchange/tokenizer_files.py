@@ -42,7 +42,7 @@ def write(folder: epath.Path, config: EncoderConfig) -> None:
         "added_tokens": [
             {"id": ids[token], "content": token, "special": True} | flags for token in whole
         ],
-        "normalizer": {"type": "Sequence", "normalizers": _normalizers()},
+        "normalizer": {"type": "Sequence", "normalizers": _normalizers(known.tokens)},
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"Regex": "."},
@@ -128,9 +128,14 @@ def _from_json(text: str) -> list[str]:
     return tokens
 
 
-def _normalizers() -> list[dict]:
-    """As `data.tokenizer.clean`: white space and one final stop go, small letters are raised."""
-    patterns = [({"Regex": "[ \\t\\n\\r\\x0b\\x0c]"}, ""), ({"Regex": "\\*\\z"}, "")]
+def _normalizers(tokens: tuple[str, ...]) -> list[dict]:
+    """As `data.tokenizer.normalize`: without white space, gaps and final stops, in upper case.
+
+    A gap stays where it is a token, as in ESM-2.
+    """
+    patterns = [({"Regex": "[ \\t\\n\\r\\x0b\\x0c]"}, "")]
+    patterns += [({"String": gap}, "") for gap in "-." if gap not in tokens]
+    patterns += [({"Regex": "\\*+\\z"}, "")]
     patterns += [({"String": letter.lower()}, letter) for letter in RESIDUES]
     return [{"type": "Replace", "pattern": of, "content": to} for of, to in patterns]
 

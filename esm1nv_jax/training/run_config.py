@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from esm1nv_jax.checkpoints.manager import CheckpointConfig
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.stream_config import rows_for, stream_config
@@ -25,7 +26,6 @@ from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training import profiling
-from esm1nv_jax.training.checkpoint_policy import CheckpointConfig
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
@@ -40,10 +40,6 @@ MINIMUM = {  # that a field may be
     "batch.microbatches": 1,
     "evaluation.every": 1,
     "evaluation.batches": 0,
-    "checkpoint.every": 1,
-    "checkpoint.minutes": 0,
-    "checkpoint.keep": 1,
-    "checkpoint.keep_every": 0,
     "skip_nonfinite": 0,
     "cluster.start_timeout": 1,
     "cluster.stall_timeout": 1,

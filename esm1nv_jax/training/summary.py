@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
+from esm1nv_jax.checkpoints.step_folder import FOLDER, steps
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.console import console
 from esm1nv_jax.data import tokenizer
@@ -142,7 +143,7 @@ def baseline_perplexities(
     return totals.perplexities()
 
 
-def dump_nonfinite_batch(run_dir: epath.Path, error: NonfiniteStep, last_checkpoint: str) -> None:
+def dump_nonfinite_batch(run_dir: epath.Path, error: NonfiniteStep) -> None:
     """Write what is needed to replay a nonfinite step, and print where it is."""
     process, batch = jax.process_index(), error.batch
     folder = run_dir / "nonfinite" / str(error.step)
@@ -151,11 +152,13 @@ def dump_nonfinite_batch(run_dir: epath.Path, error: NonfiniteStep, last_checkpo
         np.savez_compressed(file, **batch)
     examples: list[Any] = np.unique(batch["example_ids"][batch["segment_ids"] > 0]).tolist()
     (folder / f"examples_{process}.json").write_text(json.dumps(examples))
+    saved = steps(run_dir)
+    newest = f"checkpoint {saved[-1]} in {run_dir / FOLDER}" if saved else "none saved yet"
     listed = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")
     console.print(
         f"step {error.step} is not finite: loss {error.metrics['loss']}, gradient norm "
         f"{error.metrics['gradient_norm']}; parameters are as they were before it\n"
         f"examples  {listed}\n"
         f"batch     {folder} (replay it with JAX_DEBUG_NANS=True and the same command)\n"
-        f"last good {last_checkpoint}"
+        f"last good {newest}"
     )

@@ -9,14 +9,15 @@ import grain
 import jax
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints import manager, model_folder
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.checkpoints.manager import RunCheckpoints
+from esm1nv_jax.checkpoints.step_folder import read_metadata
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.source import Source, open_split
 from esm1nv_jax.data.stream_config import StreamConfig, stream_config
 from esm1nv_jax.training import process_group, sharding, summary
-from esm1nv_jax.training.checkpoint_policy import Saving
 from esm1nv_jax.training.host_metrics import open_host_log
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
@@ -70,13 +71,13 @@ def run(
     with lock_workdir(workdir, group) as run_dir, open_host_log(run_dir, group, watchdog) as log:
         if group.is_primary:
             write_or_check_config(run_dir, config)
-        checkpoints = Saving(run_dir, config.checkpoint, strict)
+        checkpoints = RunCheckpoints(run_dir, config.checkpoint, strict)
         layout = {"devices": mesh.size, "processes": group.size, "rows": stream.rows}
         metadata = {"config": config.to_dict(), "code": __version__, "layout": layout}
 
         watchdog.heartbeat("restoring the checkpoint")
         state, data_state, saved_layout = restore_or_initialize(
-            step_config, mesh, checkpoints.checkpoints, train_source, pretrained, group, strict
+            step_config, mesh, checkpoints, train_source, pretrained, group
         )
         step = int(state.step)  # steps done
         watchdog.heartbeat("compiling")
@@ -118,7 +119,7 @@ def run(
                     checkpoints.check()
                     stop = monitor.should_stop(step) or step == config.steps
                     evaluate_now = step % config.evaluation.every == 0 or (step == config.steps)
-                    save_now = stop or checkpoints.due(step)
+                    save_now = stop or checkpoints.should_save(step)
                     if not (evaluate_now or save_now):
                         continue
                     monitor.process_metrics(*pending)
@@ -132,10 +133,11 @@ def run(
                             monitor.heartbeat(f"saving step {step}")
                             checkpoints.save(step, *items)
         except NonfiniteStep as error:
-            summary.dump_nonfinite_batch(run_dir, error, checkpoints.describe_newest())
+            checkpoints.wait()
+            summary.dump_nonfinite_batch(run_dir, error)
             return 1
         watchdog.heartbeat("waiting until the last checkpoint is on disk")
-        checkpoints.close()
+        checkpoints.wait()
         group.barrier("saved", config.cluster.stall_timeout)
         watchdog.disable()
         if monitor.stop_status is not None and step < config.steps:
@@ -172,11 +174,10 @@ def load_pretrained(config: RunConfig) -> dict | None:
 def restore_or_initialize(
     step_config: StepConfig,
     mesh: jax.sharding.Mesh,
-    checkpoints: manager.Checkpoints,
+    checkpoints: RunCheckpoints,
     source: Source,
     pretrained: dict | None,
     group: process_group.ProcessGroup,
-    strict: bool,
 ) -> tuple[TrainState, pipeline.State | None, dict | None]:
     """Return the state to start from, the state of the data stream, and the layout it was saved on.
 
@@ -184,14 +185,10 @@ def restore_or_initialize(
     parameters. The last two start the data stream anew: its state is None.
     """
     replicated = sharding.sharding(mesh, "state")
-    run_dir = checkpoints.folder.parent
 
     def choose() -> str:
-        found = manager.newest_good(run_dir, strict, console.print)
-        if found is None:
-            return ""
-        checkpoints.set_aside(after=found)
-        return str(found)
+        latest = checkpoints.latest_valid_step()
+        return "" if latest is None else str(latest)
 
     chosen = group.broadcast("checkpoint", choose)
     if chosen:
@@ -202,7 +199,7 @@ def restore_or_initialize(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
-        saved_layout = manager.read_config(run_dir, int(chosen)).get("layout")
+        saved_layout = read_metadata(checkpoints.workdir, int(chosen)).get("layout")
         return TrainState(params=params, **rest), data.get("stream", {}), saved_layout
     if pretrained is not None:
         params = sharding.place_state(pretrained, mesh)

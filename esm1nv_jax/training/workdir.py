@@ -14,8 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from esm1nv_jax.checkpoints import checksums
-from esm1nv_jax.common import config_file
+from esm1nv_jax.common import config_file, files
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.process_group import ProcessGroup
@@ -34,7 +33,7 @@ def lock_workdir(workdir: str, group: ProcessGroup) -> Iterator[epath.Path]:
     once they have read there what process 0 has just written.
     """
     run_dir = epath.Path(workdir)
-    if "://" not in str(run_dir):
+    if not files.is_remote(run_dir):
         run_dir = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
     with contextlib.ExitStack() as stack:
         if group.is_primary:
@@ -132,7 +131,7 @@ def write_or_check_config(run_dir: epath.Path, config: RunConfig) -> None:
                 f"workdir {run_dir} holds another run, which differs in {listed}; "
                 "choose another with --workdir=DIR"
             )
-    checksums.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
+    files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from esm1nv_jax import cli
-from esm1nv_jax.checkpoints import manager, model_folder
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.average import Member, average, select
+from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder
 from esm1nv_jax.training import sharding
+from tests.checkpoints.policies import checkpoint_config
 
 CONFIG = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
 
@@ -24,17 +26,17 @@ CONFIG = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64
 def save(run, steps, config=CONFIG, devices=1, params=None):
     """Checkpoints of fresh parameters, one seed a step, laid over so many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    made_by = {
+    metadata = {
         "config": {"model": dataclasses.asdict(config), "data": {"path": "sample"}},
         "code": "test",
     }
-    place = {"epoch": 0, "window": 0, "row": 0, "data": "fingerprint"}
-    checkpoints = manager.Checkpoints(run, keep=100)
+    data_state = {"epoch": 0, "window": 0, "row": 0, "data": "fingerprint"}
+    checkpoints = RunCheckpoints(run, checkpoint_config())
     for step in steps:
         value = params or encoder.init(config, step)
         value = jax.device_put(value, sharding.sharding(mesh, "state"))
-        checkpoints.save(step, value, {"step": np.int32(step)}, place, made_by)
-    checkpoints.close()
+        checkpoints.save(step, value, {"step": np.int32(step)}, data_state, metadata)
+    checkpoints.wait()
     return str(run)
 
 
@@ -55,7 +57,7 @@ def same(one, other):
 def test_it_is_the_mean_that_numpy_takes(runs):
     members = select(runs)
     found = average(members).params
-    read = [model_folder.flatten(manager.read_params(m.run, m.step)) for m in members]
+    read = [model_folder.flatten(step_folder.read_params(m.run, m.step)) for m in members]
     assert len(members) == 7
     for name, value in model_folder.flatten(found).items():
         expected = np.mean([r[name].astype(np.float64) for r in read], axis=0).astype(np.float32)
@@ -128,9 +130,9 @@ def test_a_flipped_byte_is_found_and_named(tmp_path):
             use()
 
 
-def test_a_member_without_its_place_is_named(tmp_path):
+def test_a_member_without_its_data_state_is_named(tmp_path):
     save(tmp_path, (1, 2))
-    (tmp_path / "checkpoints/2/place/metadata").unlink()
+    (tmp_path / "checkpoints/2/data_state/data_state.json").unlink()
     with pytest.raises(UserError, match=r"checkpoint 2 of .* cannot be read .*leave it out"):
         average(select([str(tmp_path)]))
 
@@ -139,7 +141,7 @@ def test_a_member_without_its_place_is_named(tmp_path):
     ("options", "said"),
     [
         (["--last", "0"], "--last 0 names no checkpoint"),
-        (["--steps", ","], "not a list of updates"),
+        (["--steps", ","], "not a list of steps"),
         (["--report", "."], "it is a folder"),
         (["--out", "/proc/none/model"], "cannot be written"),
     ],
@@ -154,7 +156,7 @@ def test_a_mistake_of_the_command_is_one_line(runs, tmp_path, capsys, options, s
 
 def test_a_checkpoint_without_checksums_is_no_member(tmp_path):
     save(tmp_path, (1, 2))
-    (tmp_path / "checkpoints/2" / manager.CHECKSUMS).unlink()
+    (tmp_path / "checkpoints/2" / step_folder.CHECKSUMS).unlink()
     assert [m.step for m in select([str(tmp_path)])] == [1]
 
 
@@ -163,8 +165,10 @@ def test_a_checkpoint_is_found_by_its_run_its_step_and_as_the_best(tmp_path):
     shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "best/1")
     paths = {"": 2, "checkpoints": 2, "checkpoints/1": 1, "best": 1, "best/1": 1}
     for path, step in paths.items():
-        assert same(model_folder.read(f"{run}/{path}").params, manager.read_params(run, step)), path
-    (tmp_path / "checkpoints/1" / manager.CHECKSUMS).unlink()
+        assert same(
+            model_folder.read(f"{run}/{path}").params, step_folder.read_params(run, step)
+        ), path
+    (tmp_path / "checkpoints/1" / step_folder.CHECKSUMS).unlink()
     with pytest.raises(UserError, match=r"checkpoint 1 of .* was never finished"):
         model_folder.read(f"{run}/checkpoints/1")
     (tmp_path / "best/1/params/_METADATA").unlink()
@@ -210,7 +214,8 @@ def test_the_command_writes_a_model_that_knows_where_it_came_from(runs, tmp_path
     assert weights.provenance["data"] == ["fingerprint"]
     assert len({m["sha256"] for m in weights.provenance["members"]}) == 2
     assert weights.provenance["figures"]["perplexity_mask"] > 1
-    assert "<svg" in report.read_text() and "checkpoint 10 of" in capsys.readouterr().err
+    assert "<svg" in report.read_text() and "checkpoint 10 of" in report.read_text()
+    assert "paired by protein" in capsys.readouterr().out
     json.loads((out / "model.json").read_text())
     assert arguments.run(cli.dispatch, argv) == 2
     assert "is there already" in capsys.readouterr().err

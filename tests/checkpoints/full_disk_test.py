@@ -6,7 +6,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import manager, step_folder
+from esm1nv_jax.checkpoints.manager import RunCheckpoints
+from tests.checkpoints.policies import checkpoint_config
 
 
 @pytest.fixture
@@ -20,35 +22,35 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def save(saver, step):
+def save(checkpoints, step):
     noise = np.random.default_rng(step).normal(size=40_000).astype(np.float32)  # 160 kB
-    saver.save(step, {"x": noise}, {"n": np.int32(step)}, {}, {})
-    saver.wait()
+    checkpoints.save(step, {"x": noise}, {"n": np.int32(step)}, {}, {})
+    checkpoints.wait()
 
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_a_full_disk(small_disk, monkeypatch, seen):
     """Seen before a byte is written; and, as under a quota, only in the midst of it."""
     if not seen:
-        monkeypatch.setattr(manager.Checkpoints, "_look_for_room", lambda *_: None)
-    saver = manager.Checkpoints(small_disk, keep=100)
+        monkeypatch.setattr(manager, "_check_free_space", lambda *_: None)
+    checkpoints = RunCheckpoints(small_disk, checkpoint_config())
     with pytest.raises(manager.SaveError, match="No space left on device") as told:
         for step in range(1, 9):
-            save(saver, step)
+            save(checkpoints, step)
     assert ("needed" in str(told.value)) == seen
     assert "\n" not in str(told.value) and f"checkpoint {step} could not" in str(told.value)
-    assert manager.steps(small_disk) == list(range(1, step))
+    assert step_folder.steps(small_disk) == list(range(1, step))
     for whole in range(1, step):
-        assert manager.verify(small_disk, whole) == []
-    (small_disk / "checkpoints" / "1" / manager.CHECKSUMS).unlink()  # room, once it is cleaned
-    save(saver, 9)
-    assert manager.steps(small_disk)[-1] == 9 and manager.verify(small_disk, 9) == []
+        assert step_folder.verify(small_disk, whole) == []
+    (small_disk / "checkpoints" / "1" / step_folder.CHECKSUMS).unlink()  # room, once it is cleaned
+    save(checkpoints, 9)
+    assert step_folder.steps(small_disk)[-1] == 9 and step_folder.verify(small_disk, 9) == []
 
 
 def test_a_read_only_disk(small_disk):
-    saver = manager.Checkpoints(small_disk, keep=100)
-    save(saver, 1)
+    checkpoints = RunCheckpoints(small_disk, checkpoint_config())
+    save(checkpoints, 1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(manager.SaveError, match="Read-only file system"):
-        save(saver, 2)
-    assert manager.steps(small_disk) == [1] and manager.verify(small_disk, 1) == []
+        save(checkpoints, 2)
+    assert step_folder.steps(small_disk) == [1] and step_folder.verify(small_disk, 1) == []

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import step_folder
 from tests.cluster.runs import Run, losses, parameters, same_bits
 from tests.training import processes
 
@@ -60,8 +60,8 @@ def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
         run.signal(n - 1, signal.SIGTERM)
         assert run.wait(60) == 75, run.text
     (said,) = re.findall(r"saved step (\d+) in", run.text)
-    assert manager.steps(tmp_path / "run")[-1] == int(said)
-    assert manager.verify(tmp_path / "run", int(said)) == []
+    assert step_folder.steps(tmp_path / "run")[-1] == int(said)
+    assert step_folder.verify(tmp_path / "run", int(said)) == []
     assert "left with status" not in run.text  # every process left with 75, which is no fault
 
 
@@ -73,7 +73,7 @@ def test_ctrl_c_saves_and_leaves_with_130(tmp_path, n):
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.wait(60) == 130, run.text
     (said,) = re.findall(r"saved step (\d+) in", run.text)
-    assert manager.verify(tmp_path / "run", int(said)) == []
+    assert step_folder.verify(tmp_path / "run", int(said)) == []
     assert "was killed" not in run.text
 
 
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_falls_back(tmp_path):
         assert run.wait() == 0, run.text
     assert f"{file.name} has other bytes" in run.text and "resuming   from step 4" in run.text
     assert same_bits(parameters(tmp_path / "run", 8), right)
-    assert manager.verify(tmp_path / "run", 8) == []
+    assert step_folder.verify(tmp_path / "run", 8) == []
 
 
 def test_an_infinite_loss_stops_all_at_one_update_with_evidence(tmp_path):
@@ -151,8 +151,8 @@ def test_a_full_disk_while_saving(tmp_path, policy, where):
         with Run(tmp_path / "run", 2, *options) as run:
             assert run.wait() == 1, run.text  # the last checkpoint is not on disk either
         assert "No space left on device" in run.text and "Traceback" not in run.text
-        steps = manager.steps(tmp_path / "run")
-        assert steps and all(manager.verify(tmp_path / "run", step) == [] for step in steps)
+        steps = step_folder.steps(tmp_path / "run")
+        assert steps and all(step_folder.verify(tmp_path / "run", step) == [] for step in steps)
         reached = max(losses(tmp_path / "run"))
         if policy == "continue":
             assert "training goes on" in run.text

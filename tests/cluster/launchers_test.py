@@ -1,6 +1,5 @@
 """The launchers, with the real Open MPI and the real Slurm, and a cluster's faults played on it."""
 
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ import time
 
 import pytest
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training import launcher
 from tests.cluster import slurm as real_slurm
@@ -200,7 +199,7 @@ def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
     slurm.call("scancel", "--signal=TERM", job)
     slurm.until(job, lambda state: state == "PENDING")
     (saved,) = map(int, re.findall(r"saved step (\d+) in", log.read_text()))
-    assert manager.steps(workdir)[-1] == saved
+    assert step_folder.steps(workdir)[-1] == saved
     assert "status 75, requeueing (restart 1)" in log.read_text()
 
     begin_now(slurm, job, log, 1)
@@ -213,13 +212,13 @@ def test_slurm_preemption_requeue_and_fewer_tasks(slurm, tmp_path):
     slurm.until(job, lambda state: state not in ("RUNNING", "COMPLETING"))
     slurm.call("scancel", job, check=False)
 
-    newest = manager.steps(workdir)[-1]
+    newest = step_folder.steps(workdir)[-1]
     job, log = submit(slurm, workdir, 1, *options, f"--config.steps={newest + 2}")
     slurm.until(job, lambda state: state == "COMPLETED")
     text = log.read_text()
     assert re.search(r"changed +from \d+ rows on 2 device.* to \d+ rows on 1 device", text)
-    place = json.loads((workdir / f"checkpoints/{newest + 2}/place/metadata").read_text())
-    assert place["stream"]["parent"]["next_index"] < 5  # windows of the first epoch
+    data_state = step_folder.read_data_state(workdir, newest + 2)
+    assert data_state["stream"]["parent"]["next_index"] < 5  # windows of the first epoch
 
 
 @pytest.mark.integration
@@ -231,6 +230,6 @@ def test_slurm_time_limit(slurm, tmp_path):
     )
     slurm.until(job, lambda state: log.exists() and "requeueing" in log.read_text(), 400)
     (saved,) = map(int, re.findall(r"saved step (\d+) in", log.read_text()))
-    assert manager.steps(workdir)[-1] == saved
+    assert step_folder.steps(workdir)[-1] == saved
     slurm.until(job, lambda state: state == "PENDING")
     slurm.call("scancel", job)

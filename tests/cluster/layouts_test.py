@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.data.source import open_split
 from esm1nv_jax.data.stream_config import StreamConfig
@@ -122,7 +122,7 @@ def test_a_batch_given_per_device_shrinks_with_the_devices_and_skips_nothing(tmp
     for steps, devices in ((5, 4), (9, 3)):
         with Run(tmp_path / "run", 1, *sizes, *options(steps), devices=devices) as run:
             assert run.wait() == 0, run.text
-    layouts = [manager.read_config(tmp_path / "run", s)["layout"] for s in (5, 9)]
+    layouts = [step_folder.read_metadata(tmp_path / "run", s)["layout"] for s in (5, 9)]
     rows = [layout["rows"] for layout in layouts]
     assert rows[0] * 3 == rows[1] * 4
     assert f"from {rows[0]} rows on 4 device(s)" in run.text
@@ -138,6 +138,6 @@ def test_a_batch_given_per_device_shrinks_with_the_devices_and_skips_nothing(tmp
     walk = iter(train_dataset(open_split("sample", "train"), single))
     for _ in range(5 * rows[0] + 4 * rows[1]):
         next(walk)
-    saved = json.loads((tmp_path / "run/checkpoints/9/place/metadata").read_text())
+    saved = step_folder.read_data_state(tmp_path / "run", 9)
     assert saved["stream"] == walk.get_state()
     assert sorted(losses(tmp_path / "run")) == list(range(1, 10))

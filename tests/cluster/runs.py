@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax.checkpoints import manager
+from esm1nv_jax.checkpoints import step_folder
 from tests.training import processes
 
 LOCAL = processes.ROOT / "launch" / "local.sh"
@@ -105,7 +105,7 @@ def losses(workdir: Path) -> dict[int, float]:
 def parameters(workdir: Path, step: int) -> dict[str, np.ndarray]:
     from esm1nv_jax.checkpoints.model_folder import flatten
 
-    return flatten(manager.read_params(workdir, step))
+    return flatten(step_folder.read_params(workdir, step))
 
 
 def same_bits(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:

@@ -18,8 +18,8 @@ from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.proteins import scan
 from esm1nv_jax.inference.embed import EmbedRequest, embed
-from esm1nv_jax.inference.proteins import scan
 from tests.inference.embed_jobs import EVERYTHING, PROTEINS, by_protein, read_npz, request
 from tests.inference.models import make_proteins, write_fasta
 
@@ -146,7 +146,7 @@ def test_records_are_mended_counted_or_refused_as_in_preparation(model_path, tmp
 def test_an_id_with_two_sequences_is_told_with_both_lines(model_path, tmp_path):
     path = tmp_path / "twice.fasta"
     path.write_text(">a\nMKV\n>b\nMK\n>a\nMKV\n>a\nMV\n")
-    with pytest.raises(UserError, match=r"fasta, line 7: id 'a' stood before.*fasta, line 1"):
+    with pytest.raises(UserError, match=r"fasta, line 7: id 'a' occurred before.*fasta, line 1"):
         embed(EmbedRequest(model_path, str(path), str(tmp_path / "out.parquet")))
 
 

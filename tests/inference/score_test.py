@@ -174,7 +174,7 @@ def test_mistakes_of_the_command_are_one_line(model_path, tmp_path, capsys):
     (tmp_path / "good.csv").write_text("mutant,x\nM1A,2\n")
     for options, expected in [
         (["--mutants", str(tmp_path / "m.csv")], "no column 'mutant'"),
-        (["--mutants", str(tmp_path / "ragged.csv")], "row 2: 3 fields"),
+        (["--mutants", str(tmp_path / "ragged.csv")], "line 2: 3 fields"),
         (["--mutants", str(tmp_path / "none.csv")], "No such file"),
         (["--mutants", str(tmp_path / "good.csv"), "--mode", "best"], "invalid choice"),
         (["--mutants", str(tmp_path / "good.csv"), "--all-singles"], "--mutants or --all-singles"),

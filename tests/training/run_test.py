@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from esm1nv_jax.checkpoints import manager, model_folder
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from tests.training import processes
 
 
@@ -17,7 +17,7 @@ def lines(run, kind=None):
 
 
 def params(run, step):
-    return model_folder.flatten(manager.read_params(run, step))
+    return model_folder.flatten(step_folder.read_params(run, step))
 
 
 def assert_same(a, b):
@@ -37,7 +37,7 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(straight):
     run, process = straight
-    assert manager.steps(run) == [4, 8, 12]
+    assert step_folder.steps(run) == [4, 8, 12]
     assert json.loads((run / "config.json").read_text())["model"]["width"] == 16
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     assert [line["step"] for line in lines(run, "train")] == [2, 4, 6, 8, 10, 12]
@@ -82,11 +82,11 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
     run = tmp_path / "run"
     slow = processes.slow_data(tmp_path / "slow", seconds=0.5)  # the signal comes before the end
     process = processes.start(f"--workdir={run}", PYTHONPATH=slow)
-    processes.wait_until(lambda: manager.steps(run), process)
+    processes.wait_until(lambda: step_folder.steps(run), process)
     process.send_signal(number)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == status, output
-    reached = manager.steps(run)[-1]
+    reached = step_folder.steps(run)[-1]
     assert 4 <= reached < 12, f"too late to prove anything: {reached}"
     if number != signal.SIGKILL:
         assert f"saved step {reached}" in output
@@ -113,7 +113,7 @@ def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
     assert other.returncode == 2
     assert "model.heads: 2 there, 4 here" in other.stderr
     assert "optimizer.peak_lr: 0.004 there, 0.01 here" in other.stderr
-    assert manager.steps(run)[-1] == 12
+    assert step_folder.steps(run)[-1] == 12
 
 
 @pytest.mark.integration
@@ -136,7 +136,7 @@ def test_starting_from_another_model(tmp_path, straight):
 def test_a_live_run_is_not_disturbed(tmp_path):
     run = tmp_path / "run"
     first = processes.start(f"--workdir={run}", "--config.steps=100000")
-    processes.wait_until(lambda: manager.steps(run), first)
+    processes.wait_until(lambda: step_folder.steps(run), first)
     second = processes.run(f"--workdir={run}", "--config.steps=100000")
     first.kill()
     first.communicate()

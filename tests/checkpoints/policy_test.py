@@ -1,0 +1,113 @@
+"""When a run saves, and which checkpoint it keeps apart."""
+
+import concurrent.futures
+import os
+import time
+
+import numpy as np
+import pytest
+
+from esm1nv_jax.checkpoints import manager, step_folder
+from esm1nv_jax.checkpoints.manager import RunCheckpoints
+from esm1nv_jax.common.errors import UserError
+from tests.checkpoints.policies import checkpoint_config
+
+STATE = ({"x": np.ones(3, np.float32)}, {"step": np.int32(1)}, {"row": 1}, {"config": {}})
+
+
+def checkpoints_of(run, strict=False, **changes):
+    return RunCheckpoints(run, checkpoint_config(**{"every": 100, "keep": 2} | changes), strict)
+
+
+def test_every_so_many_updates_or_minutes(tmp_path, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    by_steps, by_clock = checkpoints_of(tmp_path), checkpoints_of(tmp_path, minutes=10)
+    assert [n for n in range(1, 301) if by_steps.should_save(n)] == [100, 200, 300]
+    now += 599
+    assert not by_clock.should_save(7)
+    now += 2
+    assert by_clock.should_save(7) and not by_steps.should_save(7)
+    by_clock.save(7, *STATE)
+    assert not by_clock.should_save(8)  # the clock starts anew
+    by_clock.wait()
+
+
+def test_a_step_that_was_cut_short_is_saved_again(tmp_path):
+    """Orbax asks for no step that is not later than all it knows."""
+    first = checkpoints_of(tmp_path)
+    first.save(100, *STATE)
+    first.save(200, *STATE)
+    first.wait()
+    (tmp_path / "checkpoints" / "200" / step_folder.CHECKSUMS).unlink()
+    second = checkpoints_of(tmp_path)
+    assert second.latest_valid_step() == 100
+    assert second.should_save(200)
+
+
+def test_the_best_is_kept_apart_and_known_after_a_restart(tmp_path):
+    first = checkpoints_of(tmp_path)
+    for step, loss in ((1, 3.0), (2, 2.5), (3, 2.7)):
+        first.save_if_best(loss, step, *STATE)
+        first.save(step, *STATE)
+    first.wait()
+    assert step_folder.steps(tmp_path, step_folder.BEST) == [2]
+    assert step_folder.steps(tmp_path) == [2, 3]
+    second = checkpoints_of(tmp_path)
+    second.save_if_best(2.6, 4, *STATE)
+    second.save_if_best(float("nan"), 5, *STATE)
+    second.wait()
+    assert step_folder.steps(tmp_path, step_folder.BEST) == [2]
+    second.save_if_best(2.4, 6, *STATE)
+    second.wait()
+    assert step_folder.steps(tmp_path, step_folder.BEST) == [6]
+    found = step_folder.read_metadata(tmp_path, 6, step_folder.BEST)
+    assert found == {"config": {}, "loss_mask": 2.4}
+
+
+def test_a_damaged_best_is_told_and_set_aside(tmp_path, capsys):
+    first = checkpoints_of(tmp_path)
+    first.save_if_best(2.5, 3, *STATE)
+    first.wait()
+    os.truncate(tmp_path / "best" / "3" / "metadata" / "metadata.json", 3)
+    with pytest.raises(UserError, match=r"best/3 .*metadata/metadata.json has 3 bytes"):
+        checkpoints_of(tmp_path, strict=True)
+    second = checkpoints_of(tmp_path)
+    assert "best/3" in capsys.readouterr().err
+    assert step_folder.steps(tmp_path, step_folder.BEST) == []
+    second.save_if_best(2.7, 4, *STATE)
+    second.wait()
+    assert step_folder.steps(tmp_path, step_folder.BEST) == [4]
+
+
+@pytest.mark.parametrize("policy", ["continue", "stop"])
+def test_a_save_that_failed_is_told_and_ends_the_run_only_if_asked(tmp_path, capsys, policy):
+    saves = checkpoints_of(tmp_path, on_error=policy)
+    saves.save(1, *STATE)
+    saves.wait()
+    (tmp_path / "checkpoints" / "2").write_text("in the way")
+    saves.save(2, *STATE)
+    concurrent.futures.wait(saves._writes.values())
+    if policy == "stop":
+        with pytest.raises(manager.SaveError, match="the newest whole one is 1; make room"):
+            saves.check()
+    else:
+        saves.check()
+        assert "training goes on" in capsys.readouterr().err
+    saves.save(3, *STATE)  # the next one is tried as if nothing had been
+    saves.wait()
+    assert step_folder.steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("on_error", "pray", "there are continue, stop"),
+        ("every", 0, "checkpoint.every=0 must be at least 1"),
+        ("keep", 0, "checkpoint.keep=0 must be at least 1"),
+        ("minutes", -1, "checkpoint.minutes=-1 must be at least 0"),
+    ],
+)
+def test_an_unknown_policy(field, value, message):
+    with pytest.raises(UserError, match=message):
+        checkpoint_config(**{field: value})
