@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -13,32 +15,44 @@ from typing import Any
 from rich.table import Table
 
 from esm1nv_jax.common import arguments, config_file, files, metrics_log
-from esm1nv_jax.common.console import console
+from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure
 from esm1nv_jax.training.run_config import changes_learning
-from esm1nv_jax.training.workdir import CONFIG
+from esm1nv_jax.training.workdir import CONFIG, DATA
 
 METRIC = "perplexity_mask"  # the one metric in which recipes can be compared
+# Fields that say which residues validation asks for: under different ones, perplexities are answers
+# to different questions.
+QUESTION = ("masking.", "evaluation.", "data.max_residues", "data.fingerprint.validation")
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
+HEADER = ("runs", "seeds", "step", "mean", "spread")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as it is on disk: `config` by dotted field, `validation` lines by ascending step."""
+    """A run as it is on disk: `fields` of its config and data, `validation` lines by step."""
 
     name: str
-    config: dict[str, Any]
+    fields: dict[str, Any]
     validation: list[dict[str, float]]
-    train: list[dict[str, float]]
 
     @property
     def recipe(self) -> tuple:
         """Every field that changes what is learned or asked, but the seed."""
         return tuple(
             (name, value)
-            for name, value in sorted(self.config.items())
+            for name, value in sorted(self.fields.items())
             if name != "seed" and changes_learning(name)
+        )
+
+    @property
+    def question(self) -> tuple:
+        """Every field that changes which residues validation asks for."""
+        return tuple(
+            (name, value)
+            for name, value in self.recipe
+            if name.startswith(QUESTION) and changes_learning(name)
         )
 
     def at(self, step: int) -> float:
@@ -46,148 +60,187 @@ class Run:
         return next((x[METRIC] for x in self.validation if x["step"] == step), math.nan)
 
 
+@dataclasses.dataclass(frozen=True)
+class RecipeRow:
+    """The runs of one recipe at the last step at which all of them validated.
+
+    `spread` is the sample standard deviation over seeds, NaN for one.
+    """
+
+    runs: list[str]
+    seeds: list[int]
+    step: int
+    mean: float
+    spread: float
+
+    def cells(self) -> list[str]:
+        spread = "-" if math.isnan(self.spread) else f"{self.spread:.3f}"
+        seeds = ", ".join(map(str, self.seeds))
+        return [", ".join(self.runs), seeds, f"{self.step:,}", f"{self.mean:.3f}", spread]
+
+
 def main(argv: list[str]) -> None:
     parser = arguments.Parser(
         "compare",
         "Set runs side by side: what differs in their configs, validation perplexity at <mask>\n"
         "against steps, and mean and spread over seeds.",
-        "esm1nv compare runs/card-0 runs/card-1 runs/shipped-0 --out compare.html",
+        "esm1nv compare runs/card-0 runs/card-1 runs/card-2 --out compare.html",
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
-    parser.add_argument("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
+    add("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
+    add("--json", metavar="FILE", help="write the table over seeds as JSON")
+    add("--csv", metavar="FILE", help="write the table over seeds as CSV")
     options = parser.parse_args(argv)
-    files.check(options.out)
+    files.check(options.out, options.json, options.csv)
     if options.out and Path(options.out).suffix not in (".html", ".png"):
         raise UserError(f"--out {options.out} must end in .html or .png")
     runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
-    differences, table = differing_fields(runs), over_seeds(runs)
+    differences, groups = differing_fields(runs), over_seeds(runs)
+
     if differences:
-        shown = Table("field", *(run.name for run in runs), title="What differs")
+        table = Table("field", *(run.name for run in runs), title="What differs")
         for name, values in differences.items():
-            shown.add_row(name, *map(str, values))
-        console.print(shown)
+            table.add_row(name, *map(str, values))
+        stdout.print(table)
     else:
-        console.print("The configs do not differ.")
-    shown = Table(*HEADER, title="Validation perplexity at <mask>, by recipe")
-    for row in table:
-        shown.add_row(*cells(row))
-    console.print(shown)
-    if options.out:
-        if options.out.endswith(".png"):
-            with files.writing(options.out):
-                plot_curves(runs).savefig(options.out, dpi=110)
-        else:
-            files.write(options.out, page(runs, differences, table).to_html())
-        console.print(f"wrote  {options.out}", markup=False)
+        stdout.print("The configs do not differ.")
+    for rows in groups:
+        table = Table(*HEADER, title="Validation perplexity at <mask>, by recipe")
+        for row in rows:
+            table.add_row(*row.cells())
+        stdout.print(table)
+    if len(groups) > 1:
+        stdout.print(not_comparable(runs))
+    rows = [dataclasses.asdict(row) for group in groups for row in group]
+    if options.json:
+        text = json.dumps(rows).replace("NaN", "null")
+        files.write(options.json, text)
+    if options.csv:
+        text_file = io.StringIO()
+        writer = csv.writer(text_file, lineterminator="\n")
+        writer.writerow(HEADER)
+        writer.writerows([" ".join(row["runs"]), " ".join(map(str, row["seeds"])), row["step"],
+                          row["mean"], row["spread"]] for row in rows)  # fmt: skip
+        files.write(options.csv, text_file.getvalue())
+    if options.out and options.out.endswith(".png"):
+        with files.writing(options.out):
+            plot_curves(runs).savefig(options.out, dpi=110)
+    elif options.out:
+        files.write(options.out, report(runs, differences, groups).to_html())
+    for path in filter(None, (options.out, options.json, options.csv)):
+        console.print(f"wrote  {path}")
 
 
 def read(paths: list[str]) -> list[Run]:
     """Read runs. Raises UserError for a folder that is no run, or has not validated yet."""
     runs = []
-    for path, name in zip(paths, _names(paths), strict=True):
+    for path, name in zip(paths, _short_names(paths), strict=True):
         folder = Path(path)
         try:
-            config = config_file.flat(json.loads((folder / CONFIG).read_text()))
+            fields = config_file.flat(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+            if (folder / DATA).exists():
+                fingerprints = json.loads((folder / DATA).read_text(encoding="utf-8"))
+                fields |= {f"data.fingerprint.{split}": x for split, x in fingerprints.items()}
             lines = metrics_log.read(folder)
         except OSError as error:
             raise UserError(
-                f"{path} is not a run: {Path(error.filename).name} is not there; give the "
-                "--workdir of a training run"
+                f"{path} is not a run: {Path(error.filename).name} cannot be read "
+                f"({error.strerror}); give the --workdir of a training run"
             ) from None
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: {CONFIG} cannot be read ({error})") from None
-        kinds = {k: [x for x in lines if x["kind"] == k] for k in ("validation", "train")}
-        if not kinds["validation"]:
+        validation = [line for line in lines if line["kind"] == "validation"]
+        if not validation:
             raise UserError(f"{path} has no validation metrics yet; let it run on, or leave it out")
-        runs.append(Run(name, config, kinds["validation"], kinds["train"]))
+        runs.append(Run(name, fields, validation))
     return runs
 
 
 def differing_fields(runs: list[Run]) -> dict[str, list[Any]]:
     """Return, for every field that is not the same in all runs, its value in each."""
-    names = sorted(set().union(*(run.config for run in runs)))
-    rows = {name: [run.config.get(name, "-") for run in runs] for name in names}
+    names = sorted(set().union(*(run.fields for run in runs)))
+    rows = {name: [run.fields.get(name, "-") for run in runs] for name in names}
     return {name: values for name, values in rows.items() if len(set(map(str, values))) > 1}
 
 
-def over_seeds(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return one row a recipe, best first: its runs, mean and spread of the metric they share.
+def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
+    """Return one row a recipe, best first, in a list for each question that validation asks.
 
-    Runs of one recipe are compared at the last step at which all of them validated. The spread
-    is the sample standard deviation over runs, NaN for one run.
+    Raises UserError for two runs of one recipe and seed: they are no independent measurements.
     """
     recipes: dict[tuple, list[Run]] = {}
     for run in runs:
         recipes.setdefault(run.recipe, []).append(run)
-    rows = []
+    groups: dict[tuple, list[RecipeRow]] = {}
     for same in recipes.values():
+        seeds = [run.fields.get("seed") for run in same]
+        for i, seed in enumerate(seeds):
+            if seed in seeds[:i]:
+                first = same[seeds.index(seed)].name
+                raise UserError(
+                    f"{first} and {same[i].name} are one recipe with one seed, {seed}; name one"
+                )
         shared = set.intersection(*({x["step"] for x in run.validation} for run in same))
-        step = max(shared) if shared else 0
+        step = int(max(shared)) if shared else 0
         values = [run.at(step) for run in same]
-        rows.append(
-            {
-                "runs": [run.name for run in same],
-                "seeds": [run.config.get("seed") for run in same],
-                "step": step,
-                "mean": statistics.fmean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else math.nan,
-            }
-        )
-    return sorted(rows, key=lambda row: row["mean"])
+        spread = statistics.stdev(values) if len(values) > 1 else math.nan
+        row = RecipeRow([run.name for run in same], seeds, step, statistics.fmean(values), spread)
+        groups.setdefault(same[0].question, []).append(row)
+    return [sorted(rows, key=lambda row: row.mean) for rows in groups.values()]
 
 
-HEADER = ("runs", "seeds", "step", "mean", "spread")
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    spread = "-" if math.isnan(row["spread"]) else f"{row['spread']:.3f}"
-    seeds = ", ".join(map(str, row["seeds"]))
-    return [", ".join(row["runs"]), seeds, f"{row['step']:,}", f"{row['mean']:.3f}", spread]
+def not_comparable(runs: list[Run]) -> str:
+    """Return one sentence on why runs stand in different tables."""
+    names = sorted({name for run in runs for name, _ in run.question})
+    differing = [n for n in names if len({str(run.fields.get(n)) for run in runs}) > 1]
+    return (
+        f"Perplexities of different tables cannot be compared: {', '.join(differing)} differ, so "
+        "their validations ask for different residues. Ask all the same: esm1nv evaluate "
+        "--checkpoint RUN, with the same --masks for each."
+    )
 
 
 def plot_curves(runs: list[Run]):
     """Plot the validation perplexity of every run against steps."""
-    plot, axis = new_figure(height=4.2)
+    figure, axis = new_figure(height=4.2)
     colour_of: dict[tuple, str] = {}
     for run in runs:
-        known = run.recipe in colour_of
+        style = "o--" if run.recipe in colour_of else "o-"
         colour = colour_of.setdefault(run.recipe, COLOURS[len(colour_of) % len(COLOURS)])
         points = [(x["step"], x[METRIC]) for x in run.validation]
-        axis.plot(
-            *zip(*points, strict=True),
-            "o-" if not known else "o--",
-            color=colour,
-            label=run.name,
-            ms=3,
-            lw=1.2,
-        )
-    axis.set(xlabel="step", ylabel="validation perplexity, <mask> only")
+        axis.plot(*zip(*points, strict=True), style, color=colour, label=run.name, ms=3, lw=1.2)
+    axis.set(xlabel="step", ylabel="validation perplexity, <mask> only", title="Validation")
     axis.legend(frameon=False, fontsize=8)
-    learned = [x[METRIC] for run in runs for x in run.validation if x["step"] > 0]
-    if learned:  # the untrained model, at about 30, would flatten all that follows
-        axis.set_ylim(min(learned) - 0.2, max(learned) + 0.2)
-    return plot
+    trained = [x[METRIC] for run in runs for x in run.validation if x["step"] > 0]
+    if trained:  # the untrained model, at about 30, would flatten all that follows
+        axis.set_ylim(min(trained) - 0.2, max(trained) + 0.2)
+    return figure
 
 
-def page(runs: list[Run], differences: dict[str, list], table: list[dict]) -> HtmlReport:
-    made = HtmlReport("Runs side by side")
-    made.plot(plot_curves(runs), "validation perplexity of every run against steps")
-    made.note("One colour a recipe; dashed lines are further seeds of it.")
-    made.heading("Over seeds")
-    made.table(HEADER, [cells(row) for row in table])
-    made.note("Spread is the sample standard deviation over runs of one recipe.")
-    made.heading("What differs")
+def report(
+    runs: list[Run], differences: dict[str, list], groups: list[list[RecipeRow]]
+) -> HtmlReport:
+    """Return the page: curves, the tables over seeds, and what differs."""
+    page = HtmlReport("Runs side by side")
+    page.plot(plot_curves(runs), "validation perplexity of every run against steps")
+    page.note("One colour a recipe; dashed lines are further seeds of it.")
+    page.heading("Over seeds")
+    for rows in groups:
+        page.table(HEADER, [row.cells() for row in rows])
+    page.note("Spread is the sample standard deviation over runs of one recipe.")
+    if len(groups) > 1:
+        page.paragraph(not_comparable(runs))
+    page.heading("What differs")
     if differences:
-        made.table(
-            ["field", *(run.name for run in runs)],
-            [[name, *map(str, values)] for name, values in differences.items()],
-        )
+        header = ["field", *(run.name for run in runs)]
+        page.table(header, [[name, *map(str, values)] for name, values in differences.items()])
     else:
-        made.paragraph("The configs do not differ.")
-    return made
+        page.paragraph("The configs do not differ.")
+    return page
 
 
-def _names(paths: list[str]) -> list[str]:
+def _short_names(paths: list[str]) -> list[str]:
     """Return the last parts of the paths, as many as tell them apart."""
     parts = [Path(path).absolute().parts for path in paths]
     for n in range(1, max(map(len, parts)) + 1):

@@ -63,14 +63,14 @@ def run(
     train_source, validation_source = open_data(config)
     stream = stream_config(config, config.global_rows(train_source.lengths, mesh.size))
     pretrained = load_pretrained(config)
-    fingerprints = f"{train_source.fingerprint} {validation_source.fingerprint}"
+    fingerprints = {"train": train_source.fingerprint, "validation": validation_source.fingerprint}
     watchdog.hosts = process_group.assert_equal_across_processes(
-        group, mesh.size, config.flat(), fingerprints
+        group, mesh.size, config.flat(), " ".join(fingerprints.values())
     )
 
     with lock_workdir(workdir, group) as run_dir, open_host_log(run_dir, group, watchdog) as log:
         if group.is_primary:
-            write_or_check_config(run_dir, config)
+            write_or_check_config(run_dir, config, fingerprints)
         checkpoints = RunCheckpoints(run_dir, config.checkpoint, strict)
         layout = {"devices": mesh.size, "processes": group.size, "rows": stream.rows}
         metadata = {"config": config.to_dict(), "code": __version__, "layout": layout}

@@ -20,7 +20,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning
 
-CONFIG, LOCK, NONCE = "config.json", "run.lock", ".nonce"
+CONFIG, DATA, LOCK, NONCE = "config.json", "data.json", "run.lock", ".nonce"
 NONCE_TIMEOUT = 30.0  # seconds; a network file system may show a new file so much later
 
 
@@ -106,8 +106,12 @@ def _locked(run_dir: epath.Path) -> Iterator[None]:
         yield
 
 
-def write_or_check_config(run_dir: epath.Path, config: RunConfig) -> None:
+def write_or_check_config(
+    run_dir: epath.Path, config: RunConfig, fingerprints: dict[str, str]
+) -> None:
     """Write the config into a new run's folder, or check it against the run that is there.
+
+    `fingerprints` of the data, by split, are written beside it, for `esm1nv compare`.
 
     Raises UserError that names every field whose change would change what the run learns.
     """
@@ -132,6 +136,7 @@ def write_or_check_config(run_dir: epath.Path, config: RunConfig) -> None:
                 "choose another with --workdir=DIR"
             )
     files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
+    files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -1,5 +1,6 @@
 """Runs side by side, from folders as a run leaves them."""
 
+import csv
 import json
 import math
 import statistics
@@ -13,10 +14,12 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.compare import differing_fields, over_seeds, read
 
 
-def write(folder, arg, figures):
+def write(folder, arg, figures, lr=2e-4):
     """`figures`: step to validation perplexity."""
     folder.mkdir(parents=True)
     config = config_file.load("configs/pretrain_small.py", arg)
+    with config.unlocked():
+        config.optimizer.peak_lr = lr
     (folder / "config.json").write_text(config_file.to_json(config))
     lines = [{"step": 1, "kind": "train", "perplexity_mask": 30.0}]
     lines += [{"step": s, "kind": "validation", "perplexity_mask": p} for s, p in figures.items()]
@@ -35,11 +38,46 @@ def runs(tmp_path):
 
 
 def test_seeds_of_a_recipe_are_one_row_at_the_last_step_they_share(runs):
-    first, second = over_seeds(read(runs))
-    assert first["runs"] == ["shipped/0"] and math.isnan(first["spread"])
-    assert second["seeds"] == [0, 1, 2] and second["step"] == 100
-    assert second["mean"] == pytest.approx(statistics.fmean([17.0, 17.4, 17.1]))
-    assert second["spread"] == pytest.approx(statistics.stdev([17.0, 17.4, 17.1]))
+    ((row,), (other,)) = over_seeds(read(runs))
+    assert other.runs == ["shipped/0"] and math.isnan(other.spread)
+    assert row.seeds == [0, 1, 2] and row.step == 100
+    assert row.mean == pytest.approx(statistics.fmean([17.0, 17.4, 17.1]))
+    assert row.spread == pytest.approx(statistics.stdev([17.0, 17.4, 17.1]))
+
+
+def test_recipes_are_ranked_only_if_validation_asks_them_the_same(runs, tmp_path, capsys):
+    rate = write(tmp_path / "higher", "seed=0", {0: 30, 100: 16.0, 200: 15.0}, lr=1e-3)
+    ((best, second),) = over_seeds(read([*runs[:2], rate]))
+    assert best.runs == ["higher"] and second.seeds == [0, 1]
+    assert arguments.run(cli.dispatch, ["compare", *runs]) == 0
+    assert "cannot be compared: data.max_residues, masking.rate" in capsys.readouterr().out
+    for run, fingerprint in ((runs[0], "a"), (runs[1], "b")):
+        (Path(run) / "data.json").write_text(json.dumps({"train": "t", "validation": fingerprint}))
+    assert len(over_seeds(read(runs[:2]))) == 2
+
+
+def test_runs_on_other_training_data_are_no_seeds_of_one_recipe(runs):
+    for run, fingerprint in ((runs[0], "a"), (runs[1], "b")):
+        (Path(run) / "data.json").write_text(json.dumps({"train": fingerprint, "validation": "v"}))
+    (rows,) = over_seeds(read(runs[:2]))
+    assert sorted(row.seeds for row in rows) == [[0], [1]]
+
+
+def test_copies_of_a_seed_are_refused(runs, tmp_path):
+    again = write(tmp_path / "copy", "seed=1", {0: 30, 100: 17.4})
+    with pytest.raises(UserError, match=r"card/1 and .*copy are one recipe with one seed, 1"):
+        over_seeds(read([*runs, again]))
+
+
+def test_the_table_as_json_and_csv(runs, tmp_path):
+    out = [str(tmp_path / name) for name in ("table.json", "table.csv")]
+    call = ["compare", *runs[:2], "--json", out[0], "--csv", out[1]]
+    assert arguments.run(cli.dispatch, call) == 0
+    (row,) = json.loads(Path(out[0]).read_text())
+    assert row["seeds"] == [0, 1] and row["mean"] == pytest.approx(16.25)
+    with open(out[1], newline="") as file:
+        (line,) = csv.DictReader(file)
+    assert line["seeds"] == "0 1" and float(line["mean"]) == pytest.approx(16.25)
 
 
 def test_only_what_differs_is_shown(runs):
@@ -55,12 +93,15 @@ def test_the_command_draws_every_run(runs, tmp_path, capsys):
     assert arguments.run(cli.dispatch, ["compare", *runs, "--out", str(out)]) == 0
     page = out.read_text()
     assert "<svg" in page and "masking.recipe" in page and "0.208" in page
-    assert "card/1" in capsys.readouterr().err
+    assert "card/1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("config.json", "config.json is not there"), ("metrics.jsonl", "metrics.jsonl is not there")],
+    [
+        ("config.json", "config.json cannot be read"),
+        ("metrics.jsonl", "metrics.jsonl cannot be read"),
+    ],
 )
 def test_a_partial_run_is_one_line(runs, tmp_path, name, said):
     (tmp_path / "card/1" / name).unlink()
@@ -89,6 +130,8 @@ def test_fields_that_do_not_change_what_is_learned_do_not_split_a_recipe(runs):
         for name, value in change.items():
             config[name] = config[name] | value if isinstance(value, dict) else value
         (Path(run) / "config.json").write_text(json.dumps(config))
-    assert sorted(row["seeds"] for row in over_seeds(read(runs[:3]))) == [[0], [1], [2]]
+    (rows,) = over_seeds(read(runs[:3]))
+    assert sorted(row.seeds for row in rows) == [[0], [1], [2]]
     again = write(Path(runs[0]).parent / "3", "seed=3", {0: 30, 100: 17.2})
-    assert sorted(row["seeds"] for row in over_seeds(read([runs[0], again]))) == [[0, 3]]
+    ((row,),) = over_seeds(read([runs[0], again]))
+    assert row.seeds == [0, 3]
