@@ -22,7 +22,7 @@ time esm1nv train \
   --config.model.dropout=0.0 --config.model.attention_dropout=0.0 \
   --config.optimizer.peak_lr=2e-3 --config.optimizer.min_lr=1e-4 --config.optimizer.warmup=300 \
   --config.optimizer.constant=$((updates / 20)) --config.optimizer.horizon="$updates" \
-  --config.evaluation.every=$((updates / 30)) --config.evaluation.batches=0 \
+  --config.evaluation.every=$((updates / 30)) --config.evaluation.sequences=0 \
   --config.checkpoint.every=$((updates / 300))
 
 [ -d "$out/model" ] || time esm1nv average --workdir "$out/run" --last 47 --out "$out/model" \

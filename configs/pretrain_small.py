@@ -7,7 +7,7 @@ DIR is a data set made by `esm1nv prepare`. To try the real shape on a laptop:
 
     python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=4,steps=20 \\
         --config.data.path=sample --config.compute.dtype=float32 \\
-        --config.evaluation.batches=2 --workdir=runs/try
+        --config.evaluation.sequences=20 --workdir=runs/try
 
 Readings, at most one of each line:
   card, shipped   what the model card says (the default), or the configuration published from 2022
@@ -138,7 +138,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     }
     config.evaluation = {
         "every": 1500,  # steps between validations
-        "batches": 50,  # of a validation; 0: the whole validation split
+        "sequences": 0,  # of the validation split, the same every time; 0: all
     }
     config.checkpoint = {
         "every": 1500,  # steps between checkpoints

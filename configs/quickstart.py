@@ -28,7 +28,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         horizon=args["steps"],
         beta2=0.99,
     )
-    config.evaluation.update(every=100, batches=0)
+    config.evaluation.every = 100
     config.checkpoint.update(every=100, keep=3)
     config.log.every = 10
     return config.lock()

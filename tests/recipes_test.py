@@ -20,7 +20,7 @@ QUICK = (
     "--config.data.path=sample",
     "--config.compute.dtype=float32",
     "--config.log.every=1",
-    "--config.evaluation.batches=1",
+    "--config.evaluation.sequences=20",
     "--config.data.row_length=64",
 )
 
@@ -55,7 +55,6 @@ PUBLISHED = {
     "data.crop": "prefix",
     "checkpoint.keep": 47,
     "evaluation.every": 1500,
-    "evaluation.batches": 50,
 }
 CARD = {
     "masking.recipe": "card",

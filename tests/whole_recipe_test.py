@@ -42,7 +42,7 @@ def test_the_whole_recipe(tmp_path):
         f"--config.data.path={data}",
         "--config.checkpoint.every=1",
         "--config.optimizer.warmup=5",
-        "--config.evaluation.batches=2",
+        "--config.evaluation.sequences=200",
     ]
     for phase, devices, steps in (("phase1", 4, 30), ("phase2", 3, 60)):
         config = RECIPE.format(phase=phase, steps=steps)

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data import fasta, manifest, writer
 from esm1nv_jax.data.clusters import Groups
 from esm1nv_jax.data.records import decode, open_shard, sequence_of
@@ -144,6 +145,19 @@ def _load(path: Path) -> np.ndarray:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError) as failure:
         raise UserError(f"cannot read {path}: {failure}; prepare the data set again") from failure
+
+
+def subset(source: Source, size: int) -> Source:
+    """`size` examples of a split, drawn by a fixed key and held in memory; all where it is 0.
+
+    So many sequences, not batches: the same ones for every batch size and number of devices.
+    """
+    n = len(source.lengths)
+    if not size or size >= n:
+        return source
+    key = fold_all(0, purpose("evaluation subset"))
+    chosen = np.sort(permute(np.arange(size), n, key))
+    return MemorySource(list(zip(source.ids(chosen), source.sequences(chosen), strict=True)))
 
 
 def open_split(data: str, split: str) -> Source:

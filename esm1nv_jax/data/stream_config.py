@@ -63,6 +63,14 @@ def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
     )
 
 
+def evaluation_stream(config: StreamConfig) -> StreamConfig:
+    """The stream that a run validates on: of a fixed seed, and prefixes of long sequences.
+
+    So runs of any seed and crop, and `esm1nv evaluate`, are asked for the same residues.
+    """
+    return dataclasses.replace(config, seed=0, crop="prefix")
+
+
 def rows_for(lengths: np.ndarray, sequences: int, config: StreamConfig) -> int:
     """The number of rows that hold about `sequences` sequences.
 

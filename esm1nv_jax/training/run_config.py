@@ -39,7 +39,7 @@ MINIMUM = {  # that a field may be
     "batch.sequences_per_device": 1,
     "batch.microbatches": 1,
     "evaluation.every": 1,
-    "evaluation.batches": 0,
+    "evaluation.sequences": 0,
     "skip_nonfinite": 0,
     "cluster.start_timeout": 1,
     "cluster.stall_timeout": 1,
@@ -113,7 +113,7 @@ class PrecisionConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     every: int
-    batches: int
+    sequences: int
 
 
 @dataclasses.dataclass(frozen=True)

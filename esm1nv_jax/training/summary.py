@@ -16,7 +16,7 @@ from esm1nv_jax.common.console import console
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import StreamConfig, rows_for
+from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training.monitor import NonfiniteStep
@@ -128,9 +128,7 @@ def baseline_perplexities(
     totals = baselines.Baselines(baselines.unigram(counts))
     recipe = masking.recipe(config.masking.recipe, config.masking.rate)
     jitted_mask = jax.jit(masking.mask, static_argnums=0)
-    for i, batch in enumerate(evaluation_batches(validation_source, stream)):
-        if config.evaluation.batches and i == config.evaluation.batches:
-            break
+    for batch in evaluation_batches(validation_source, evaluation_stream(stream)):
         arrays = (batch[name] for name in ("tokens", "segment_ids", "mask_bits"))
         masked = jax.device_get(jitted_mask(recipe, *arrays))
         totals.add(

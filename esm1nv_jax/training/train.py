@@ -15,8 +15,8 @@ from esm1nv_jax.checkpoints.step_folder import read_metadata
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
-from esm1nv_jax.data.source import Source, open_split
-from esm1nv_jax.data.stream_config import StreamConfig, stream_config
+from esm1nv_jax.data.source import Source, open_split, subset
+from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream, stream_config
 from esm1nv_jax.training import process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log
 from esm1nv_jax.training.metrics import add_sums
@@ -98,7 +98,7 @@ def run(
             train_source, stream, step_config.objective, mesh, config.data.workers, data_state
         )
         validate = functools.partial(
-            evaluate, config, step_config.objective, validation_source, stream, mesh, monitor
+            evaluate, step_config.objective, validation_source, stream, mesh, monitor
         )
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
@@ -152,14 +152,18 @@ def run(
 
 
 def open_data(config: RunConfig) -> tuple[Source, Source]:
-    """Return the training and the validation split."""
+    """Return the training split, and the sequences of the validation split that are evaluated."""
     if not config.data.path:
         raise UserError(
             "config.data.path is empty: make a data set with `esm1nv prepare --fasta "
             "uniref50.fasta.gz --out DIR` and add --config.data.path=DIR, or try "
             "--config.data.path=sample"
         )
-    return open_split(config.data.path, "train"), open_split(config.data.path, "validation")
+    validation_source = open_split(config.data.path, "validation")
+    return (
+        open_split(config.data.path, "train"),
+        subset(validation_source, config.evaluation.sequences),
+    )
 
 
 def load_pretrained(config: RunConfig) -> dict | None:
@@ -243,7 +247,6 @@ def training_batches(
 
 
 def evaluate(
-    config: RunConfig,
     objective: MaskedLM,
     source: Source,
     stream: StreamConfig,
@@ -256,9 +259,7 @@ def evaluate(
     """Return and log metrics on held-out sequences: the same ones, masked alike, every time."""
     sums: dict[str, float] = {}
     rows = sharding.local_rows(mesh, stream.rows)
-    for i, batch in enumerate(pipeline.evaluation_batches(source, stream, rows)):
-        if config.evaluation.batches and i == config.evaluation.batches:
-            break
+    for batch in pipeline.evaluation_batches(source, evaluation_stream(stream), rows):
         monitor.heartbeat("evaluating")
         arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
         sums = add_sums(sums, eval_step(params, arrays).fetch())

@@ -32,7 +32,7 @@ SMALL_RUN = (
     "--config.data.max_residues=62",
     "--config.data.row_length=64",
     "--config.log.every=5",
-    "--config.evaluation.batches=1",
+    "--config.evaluation.sequences=20",
     "--config.evaluation.every=100",
     "--config.batch.rows=8",
 )
