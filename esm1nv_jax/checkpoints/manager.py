@@ -157,6 +157,7 @@ class RunCheckpoints:
         """(params, optimizer, data_state) of a step, for every process.
 
         `params` and `optimizer` are trees of `jax.ShapeDtypeStruct` with the shardings to make.
+        Raises UserError where the checkpoint holds other arrays.
         """
         manager = self._managers[FOLDER]
         manager.reload()  # process 0 may have renamed steps since this process listed them
@@ -165,7 +166,13 @@ class RunCheckpoints:
             optimizer=ocp.args.StandardRestore(optimizer),
             data_state=ocp.args.JsonRestore(),
         )
-        restored = manager.restore(step, args=items)
+        try:
+            restored = manager.restore(step, args=items)
+        except (KeyError, ValueError) as error:  # of items, names or shapes: bytes were verified
+            raise UserError(
+                f"checkpoint {step} of {self.workdir} was saved by another version or model: "
+                f"{' '.join(str(error).split())[:200]}; choose another --workdir=DIR"
+            ) from None
         return restored["params"], restored["optimizer"], restored["data_state"]
 
     def _start(self, folder: str, step: int, params, optimizer, data_state, metadata) -> None:

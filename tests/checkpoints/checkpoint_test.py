@@ -28,10 +28,10 @@ def save(run, *steps, keep=100, keep_every=0):
     return checkpoints
 
 
-def restore(checkpoints, step):
+def restore(checkpoints, step, params=PARAMS):
     layout = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), (PARAMS, OPTIMIZER)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout), (params, OPTIMIZER)
     )
     return checkpoints.restore(step, *shapes)
 
@@ -54,6 +54,20 @@ def test_what_is_saved_comes_back_bit_for_bit_where_it_is_wanted(tmp_path):
     np.testing.assert_array_equal(read["blocks"]["0"]["kernel"], PARAMS["blocks"]["0"]["kernel"])
     assert step_folder.read_metadata(tmp_path, 3) == {"config": {"seed": 1}}
     assert step_folder.read_data_state(tmp_path, 3) == {"row": 3}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"blocks": {"0": {"weight": np.zeros((20, 30), np.float32)}}}, "blocks.0.kernel"),
+        ({"blocks": {"0": {"kernel": np.zeros((20, 31), np.float32)}}}, r"\(20, 31\)"),
+    ],
+)
+def test_a_checkpoint_of_other_arrays_is_refused_in_one_line(tmp_path, params, message):
+    checkpoints = save(tmp_path, 3)
+    with pytest.raises(UserError, match=rf"checkpoint 3 of .* another version.*{message}") as error:
+        restore(checkpoints, 3, params)
+    assert "\n" not in str(error.value)
 
 
 def test_orbax_alone_reads_a_checkpoint(tmp_path):
