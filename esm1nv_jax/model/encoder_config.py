@@ -58,7 +58,7 @@ class EncoderConfig:
                 f"model.positions={self.positions} must be at least 3: <s>, one residue, </s>"
             )
         if self.width % self.heads:
-            divisors = [h for h in range(1, self.width + 1) if self.width % h == 0 and h <= 64]
+            divisors = [h for h in range(1, min(self.width, 64) + 1) if self.width % h == 0]
             raise UserError(
                 f"model.heads={self.heads} does not divide model.width={self.width}; "
                 f"heads may be {', '.join(map(str, divisors))}"

@@ -49,6 +49,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.planning import roofline
     from esm1nv_jax.planning.hlo import Program
     from esm1nv_jax.training import sharding
+    from esm1nv_jax.training.memory import check_memory
     from esm1nv_jax.training.metrics import training_flops
     from esm1nv_jax.training.run_config import RunConfig
 
@@ -58,6 +59,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     settings = run.step_config(devices[0])
     source = open_split(run.data.path or SAMPLE, "train")
     rows = run.global_rows(source.lengths, len(devices))
+    check_memory(settings, rows // len(devices), run.data.row_length, chip.memory)
     load = stream_load(run, source, rows // len(devices), len(devices))
 
     mesh = sharding.make_mesh(devices)

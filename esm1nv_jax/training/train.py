@@ -19,6 +19,7 @@ from esm1nv_jax.data.source import Source, open_split, subset
 from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream, stream_config
 from esm1nv_jax.training import process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log
+from esm1nv_jax.training.memory import check_memory, device_memory
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
@@ -62,6 +63,8 @@ def run(
     step_config = config.step_config(mesh.devices.flat[0])
     train_source, validation_source = open_data(config)
     stream = stream_config(config, config.global_rows(train_source.lengths, mesh.size))
+    available = device_memory(mesh.local_devices[0])
+    check_memory(step_config, stream.rows // mesh.size, stream.row_length, available)
     pretrained = load_pretrained(config)
     fingerprints = {"train": train_source.fingerprint, "validation": validation_source.fingerprint}
     watchdog.hosts = process_group.assert_equal_across_processes(

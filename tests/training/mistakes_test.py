@@ -35,6 +35,7 @@ def get_config(arg=""):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--config.model.width=1000000000001"], "heads may be 1"),
         (["--config.model.heads=3"], "model.heads=3 does not divide model.width=16"),
         (["--config.modle.heads=4"], "config has no field config.modle.heads; config has batch"),
         (["--config.model.head=4"], "config.model has attention_dropout, dropout"),
@@ -65,6 +66,23 @@ def get_config(arg=""):
 )
 def test_of_options(tmp_path, train_here, options, words):
     assert_refused(train_here(f"--workdir={tmp_path / 'run'}", *options), words)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config.model.width=1000000000001", "--config.model.heads=1"],
+        ["--config.model.layers=1000000000"],
+        ["--config.model.ffn=1000000000000"],
+        ["--config.model.positions=1000000000000"],
+        ["--config.batch.rows=1000000000"],
+        ["--config.data.row_length=1000000000000"],
+        ["--config.batch.rows=0", "--config.batch.sequences_per_device=1000000000"],
+    ],
+)
+def test_of_sizes_that_no_device_holds(tmp_path, train_here, options):
+    assert_refused(train_here(f"--workdir={tmp_path / 'run'}", *options), "GiB a device (")
     assert not (tmp_path / "run" / "config.json").exists()
 
 

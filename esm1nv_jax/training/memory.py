@@ -1,0 +1,48 @@
+"""A lower bound of the memory of a step, to refuse what cannot fit before it is allocated."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training.step import StepConfig
+
+GIB = 2**30
+
+
+def least_memory(config: StepConfig, rows: int, row_length: int) -> tuple[float, float]:
+    """Return bytes of (parameters, activations) that a step on `rows` rows a device cannot do
+    without: parameters, gradients and both moments of Adam in fp32; the batch, and the input of
+    each block in bf16, which even `remat='block'` keeps."""
+    model = config.model
+    block = 4 * model.width**2 + 2 * model.width * model.ffn
+    embeddings = model.positions * model.width if model.position_kind == "learned" else 0
+    parameters = 16.0 * (model.layers * block + embeddings)
+    kept = 2.0 * model.layers * model.width * rows / config.microbatches
+    return parameters, row_length * (kept + 16.0 * rows)
+
+
+def device_memory(device: jax.Device) -> float:
+    """Return the bytes a device has; of a CPU the machine's, shared by the devices made of it."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit:
+        return limit
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine / jax.local_device_count(device.platform)
+
+
+def check_memory(config: StepConfig, rows: int, row_length: int, available: float) -> None:
+    """Raise UserError where a step on `rows` rows a device cannot fit in `available` bytes."""
+    parameters, activations = least_memory(config, rows, row_length)
+    if parameters + activations > available:
+        total, one, other, has = (
+            f"{x / GIB:,.1f}"
+            for x in (parameters + activations, parameters, activations, available)
+        )
+        raise UserError(
+            f"a step needs at least {total} GiB a device ({one} for parameters, gradients and "
+            f"Adam, {other} for {rows:,} rows of {row_length:,} tokens), and a device has {has}; "
+            "make the model or the batch smaller (model.*, batch.*, data.row_length)"
+        )
