@@ -79,18 +79,15 @@ class RunCheckpoints:
         """Raises UserError, if `strict`, where the best checkpoint is damaged."""
         self.workdir, self.config, self.strict = epath.Path(workdir), config, strict
         self._clock = _EveryMinutes(config.minutes, time.monotonic())
-        every = policies.FixedIntervalPolicy(config.every)
-        keeps = [policies.LatestN(config.keep)]
+        save = policies.AnySavePolicy([policies.FixedIntervalPolicy(config.every), self._clock])
+        keep = [policies.LatestN(config.keep)]
         if config.keep_every:
-            keeps.append(policies.EveryNSteps(config.keep_every))
+            keep.append(policies.EveryNSteps(config.keep_every))
         # The best lives apart: it takes no place among the `keep` newest, and `average --last N`
         # never counts a step out of their rhythm.
         self._managers = {
-            folder: _open(self.workdir / folder, policies.AnySavePolicy([every, self._clock]), keep)
-            for folder, keep in (
-                (FOLDER, policies.AnyPreservationPolicy(keeps)),
-                (BEST, policies.LatestN(1)),
-            )
+            FOLDER: _open(self.workdir / FOLDER, save, policies.AnyPreservationPolicy(keep)),
+            BEST: _open(self.workdir / BEST, save, policies.LatestN(1)),
         }
         self._threads = ThreadPoolExecutor(len(self._managers), "checkpoint")
         self._writes: dict[str, Future] = {}

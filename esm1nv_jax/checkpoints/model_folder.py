@@ -46,7 +46,7 @@ def read(path: str) -> Weights:
         raise UserError(f"checkpoint {path} does not exist; give a run, a step or a model folder")
     if (folder / DESCRIPTION).exists():
         return _read_model(folder)
-    if folder.name.isdigit() and folder.parent.name in (FOLDER, BEST):
+    if folder.name.isdecimal() and folder.parent.name in (FOLDER, BEST):
         return _read_step(folder.parent.parent, int(folder.name), folder.parent.name)
     if folder.name in (FOLDER, BEST) and (steps := step_folder.steps(folder.parent, folder.name)):
         return _read_step(folder.parent, steps[-1], folder.name)
@@ -73,14 +73,14 @@ def write(path: str, weights: Weights) -> None:
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
-def check(params: dict, model: encoder.EncoderConfig, where: str) -> None:
-    """Raises UserError that names the first leaf which is missing, extra or of a wrong shape."""
+def check(params: dict, model: encoder.EncoderConfig, source: str) -> None:
+    """Raises UserError that names the first array which is missing, extra or of a wrong shape."""
     expected = {k: v.shape for k, v in flatten(encoder.abstract(model)).items()}
-    found = {k: v.shape for k, v in flatten(params).items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    actual = {k: v.shape for k, v in flatten(params).items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
             raise UserError(
-                f"{where}: parameter {name} has shape {found.get(name, 'none (missing)')}, "
+                f"{source}: parameter {name} has shape {actual.get(name, 'none (missing)')}, "
                 f"the model needs {expected.get(name, 'none (it has no such parameter)')}"
             )
 
@@ -96,25 +96,24 @@ def _read_model(folder: epath.Path) -> Weights:
     return Weights(params, model, description.get("provenance", {}))
 
 
-def _read_step(run: epath.Path, step: int, kept: str) -> Weights:
-    if step not in step_folder.steps(run, kept):
+def _read_step(run: epath.Path, step: int, folder: str) -> Weights:
+    if step not in step_folder.steps(run, folder):
         raise UserError(
             f"checkpoint {step} of {run} was never finished; take another, or {run} for the newest"
         )
-    errors = step_folder.verify(run, step, kept, items=("params", "metadata"))
+    errors = step_folder.verify(run, step, folder, items=("params", "metadata"))
     if errors:
         raise UserError(
             f"checkpoint {step} of {run} is damaged: {'; '.join(errors)}; give an older one, "
-            f"such as {run / kept / 'STEP'} (esm1nv doctor {run} checks all)"
+            f"such as {run / folder / 'STEP'} (esm1nv doctor {run} checks all)"
         )
     try:
-        description = step_folder.read_metadata(run, step, kept)
-        params = step_folder.read_params(run, step, kept)
-        model = encoder.EncoderConfig(**description["config"]["model"])
+        metadata = step_folder.read_metadata(run, step, folder)
+        params = step_folder.read_params(run, step, folder)
+        model = encoder.EncoderConfig(**metadata["config"]["model"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"checkpoint {step} of {run} cannot be read: {error} (esm1nv doctor {run} checks all)"
         ) from None
     check(params, model, f"checkpoint {step} of {run}")
-    provenance = {"run": str(run), "steps": [step]} | description
-    return Weights(params, model, provenance)
+    return Weights(params, model, {"run": str(run), "steps": [step]} | metadata)
