@@ -9,14 +9,13 @@ from typing import Any, TextIO
 import jax
 from etils import epath
 
-from esm1nv_jax.common.console import bar
+from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.metrics_log import MetricsWriter
 from esm1nv_jax.training.host_metrics import HostClock, log_line
 from esm1nv_jax.training.metrics import ScalarMetrics, ThroughputWindow
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.preemption import PreemptionHandler
 from esm1nv_jax.training.process_group import ProcessGroup
-from esm1nv_jax.training.profiling import StepProfiler
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.watchdog import Watchdog
 
@@ -60,7 +59,9 @@ class RunMonitor:
         self._writer = MetricsWriter(run_dir, step, primary)
         self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective.metrics)
         self._clock = HostClock(group, mesh.local_devices[0])
-        self._profiler = StepProfiler(config.profile if primary else "", run_dir / "profile")
+        self._profiler = StepProfiler(
+            *(config.profile_steps if primary else (0, 0)), run_dir / "profile"
+        )
         self._bar = bar("training", config.steps, "steps", primary, start=step)
         self._preemption = PreemptionHandler(group.size)
         self._stack = contextlib.ExitStack()
@@ -134,3 +135,35 @@ class RunMonitor:
     def stop_status(self) -> int | None:
         """The exit status that a signal asks for; None where none came."""
         return self._preemption.exit_status if self._preemption.stopping else None
+
+
+class StepProfiler:
+    """While entered, traces the steps `first` to `last` into a folder, by JAX's profiler."""
+
+    def __init__(self, first: int, last: int, folder: epath.Path):
+        self.first, self.last, self.folder, self._tracing = first, last, folder, False
+
+    def before_step(self, step: int, state) -> None:
+        """Start or stop the trace before `step`; `state` is what the step before it returned."""
+        if step == self.first:
+            jax.block_until_ready(state)  # or the end of the step before would be in the trace
+            jax.profiler.start_trace(self.folder)
+            self._tracing = True
+        elif self._tracing and step == self.last + 1:
+            jax.block_until_ready(state)
+            self._write()
+
+    def _write(self) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()
+        console.print(
+            f"profile    of steps {self.first} to {self.last} in {self.folder}: open it with "
+            "xprof, or its .json.gz at ui.perfetto.dev"
+        )
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._tracing:
+            self._write()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +26,6 @@ from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
-from esm1nv_jax.training import profiling
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
@@ -171,7 +171,7 @@ class RunConfig:
                 f"positions with <s> and </s>, model.positions={self.model.positions}; "
                 f"set data.max_residues to at most {self.model.positions - 2}"
             )
-        profiling.steps_of(self.profile)  # raises UserError
+        _ = self.profile_steps  # raises UserError
         recipe(self.masking.recipe, self.masking.rate)  # raises UserError
         ComputeConfig(dtype=self.compute.dtype, remat=self.compute.remat)  # raises UserError
 
@@ -182,6 +182,20 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """Return every field under its dotted name."""
         return config_file.flat(self.to_dict())
+
+    @property
+    def profile_steps(self) -> tuple[int, int]:
+        """The first and the last step to trace; (0, 0) for none. Raises UserError for no range."""
+        if not self.profile:
+            return 0, 0
+        match = re.fullmatch(r"(\d+)-(\d+)", self.profile)
+        first, last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= first <= last:
+            raise UserError(
+                f"profile={self.profile!r} names no steps; give the first and the last, such as "
+                "--config.profile=20-24"
+            )
+        return first, last
 
     def step_config(self, device: jax.Device) -> StepConfig:
         """Return what the training step is made of on this kind of device.
