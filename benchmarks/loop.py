@@ -22,7 +22,8 @@ import jax
 
 from esm1nv_jax.common import arguments, config_file, runtime
 from esm1nv_jax.common.arguments import Parser
-from esm1nv_jax.training import train
+from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.train import train
 
 SHORT, LONG, TRACED = 100, 300, "41-80"
 
@@ -34,7 +35,7 @@ def cpu_seconds(path: str, steps: int, workdir: Path, profile: str = "") -> floa
         config.evaluation.every = config.checkpoint.every = steps
         config.profile = profile
     began = time.thread_time()
-    train.train(config, str(workdir))
+    train(RunConfig.from_config_dict(config), str(workdir))
     return time.thread_time() - began
 
 

@@ -34,26 +34,26 @@ def start(path: str) -> dict[str, float]:
     from esm1nv_jax.common import config_file
     from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.training import sharding, step, train
-    from esm1nv_jax.training.run_config import fitted, global_rows, step_config
+    from esm1nv_jax.training.run_config import RunConfig
 
     phase("Python and imports")
-    config = config_file.load(path)
+    config = RunConfig.from_config_dict(config_file.load(path))
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
-    settings = fitted(step_config(config), config, mesh.devices.flat[0])
+    settings = config.step_config(mesh.devices.flat[0])
     source, _ = train.open_data(config)
-    stream = stream_config(config, global_rows(config, source.lengths, mesh.size))
+    stream = stream_config(config, config.global_rows(source.lengths, mesh.size))
     phase("config, devices, data")
     layout = sharding.sharding(mesh, "state")
     create = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
     state = jax.block_until_ready(create(settings))
     phase("first parameters")
-    update, _ = train.compiled(settings, mesh, state, stream)
+    train_step, _ = step.compile_steps(settings, mesh, stream.rows, stream.row_length)
     phase("compilation")
     batches = train.training_batches(source, stream, settings.objective, mesh)
     _, arrays = next(batches)
-    jax.block_until_ready(update(state, arrays))
+    jax.block_until_ready(train_step(state, arrays))
     batches.close()
-    phase("first batch and update")
+    phase("first batch and step")
     return phases
 
 

@@ -36,12 +36,15 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import stream_config
+from esm1nv_jax.data.stream_config import evaluation_stream, stream_config
 from esm1nv_jax.interchange import convert
-from esm1nv_jax.model import masking
+from esm1nv_jax.model import encoder, masking
+from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
-from esm1nv_jax.training import metrics, sharding, train
-from esm1nv_jax.training.run_config import step_config
+from esm1nv_jax.training import sharding
+from esm1nv_jax.training.metrics import add_sums
+from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.step import compile_steps
 
 HELD_OUT = 300
 Curve = list[tuple[float, float]]  # (seconds, perplexity)
@@ -90,16 +93,19 @@ def ours(args, data: str, run: Run) -> Curve:
     config = configured(args, run)
     program = Ours(config, data)
     mesh = sharding.make_mesh(jax.local_devices())
-    held_out, stream = open_split(data, "validation"), stream_config(config, args.rows)
+    held_out = open_split(data, "validation")
+    stream = evaluation_stream(stream_config(config, args.rows))
+    objective = program.settings.objective
     away = time.perf_counter()
-    _, evaluated = train.compiled(program.settings, mesh, program.state, stream)
+    _, eval_step = compile_steps(program.settings, mesh, stream.rows, stream.row_length)
     began += time.perf_counter() - away  # the rival's evaluation is not compiled
 
     def evaluate() -> float:
         sums: dict[str, float] = {}
-        for batch in train.validation(held_out, stream, mesh, 0):
-            sums = metrics.add(sums, evaluated(program.state.params, batch).fetched())
-        return metrics.figures(sums)["perplexity_mask"]
+        for batch in evaluation_batches(held_out, stream):
+            arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
+            sums = add_sums(sums, eval_step(program.state.params, arrays).fetch())
+        return objective.metrics(sums)["perplexity_mask"]
 
     curve = followed(lambda step: program.run(1), evaluate, run, began)
     program.batches.close()
@@ -107,7 +113,7 @@ def ours(args, data: str, run: Run) -> Curve:
 
 
 def theirs(args, data: str, run: Run) -> Curve:
-    settings = step_config(configured(args, run))
+    settings = RunConfig.from_config_dict(configured(args, run))
     start = initial_weights(args, run)
     trainer = rivals.Trainer(settings.model, settings.optimizer, args.dtype == "bfloat16", start)
     source = open_split(data, "train")
@@ -142,11 +148,10 @@ def initial_weights(args, run: Run) -> str:
     model, start = (f"{args.out}/{name}-{run.seed}" for name in ("model", "start"))
     if not Path(start).exists():
         config = configured(args, run)
-        settings = step_config(config)
-        params = jax.device_get(train.step.create_state(settings).params)
-        model_folder.write(
-            model, model_folder.Weights(params, settings.model, {"config": config.to_dict()})
-        )
+        params = jax.device_get(encoder.init(EncoderConfig(**config.model), config.seed))
+        provenance = {"config": config.to_dict()}
+        weights = model_folder.Weights(params, EncoderConfig(**config.model), provenance)
+        model_folder.write(model, weights)
         convert.to_hf(model, start)
     return start
 
@@ -154,9 +159,10 @@ def initial_weights(args, run: Run) -> str:
 def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Our validation as padded batches: masked inputs, where `<mask>` stands, what stood there."""
     config = configured(args, Run(1e-3, 100))
-    recipe = step_config(config).masking
+    recipe = masking.recipe(config.masking.recipe, config.masking.rate)
+    stream = evaluation_stream(stream_config(config, 8))
     rows = []
-    for batch in evaluation_batches(open_split(data, "validation"), stream_config(config, 8)):
+    for batch in evaluation_batches(open_split(data, "validation"), stream):
         masked = masking.mask(recipe, batch["tokens"], batch["segment_ids"], batch["mask_bits"])
         inputs = np.asarray(masked.inputs_BT)
         for row, segments in enumerate(batch["segment_ids"]):

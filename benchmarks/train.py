@@ -37,7 +37,7 @@ from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
 from esm1nv_jax.data.stream_config import stream_config
 from esm1nv_jax.training import sharding, step, train
-from esm1nv_jax.training.run_config import fitted, step_config
+from esm1nv_jax.training.run_config import RunConfig
 
 CUT = 510
 MODELS = {"full": dict(), "small": dict(layers=5, width=256, heads=4, ffn=1024)}
@@ -55,16 +55,16 @@ def config_of(model: str, dtype: str, rows: int):
 
 
 class Ours:
-    """The loop of `train.run` without its log: batches ahead, metrics one update late."""
+    """The loop of `train.run` without its log: batches ahead, metrics one step late."""
 
     def __init__(self, config, folder: str):
         mesh = sharding.make_mesh(jax.local_devices())
-        self.settings = fitted(step_config(config), config, mesh.devices.flat[0])
+        self.settings = RunConfig.from_config_dict(config).step_config(mesh.devices.flat[0])
         source = open_split(folder, "train")
         stream = stream_config(config, config.batch.rows)
         self.state = jax.jit(step.create_state, static_argnums=0)(self.settings)
         began = time.perf_counter()
-        self.step, _ = train.compiled(self.settings, mesh, self.state, stream)
+        self.step, _ = step.compile_steps(self.settings, mesh, stream.rows, stream.row_length)
         self.compiled_in = time.perf_counter() - began
         self.batches = train.training_batches(source, stream, self.settings.objective, mesh)
 
@@ -76,9 +76,9 @@ class Ours:
             residues += int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
             self.state, values = self.step(self.state, arrays)
             if pending is not None:
-                pending.fetched()
+                pending.fetch()
             pending = values
-        pending.fetched()
+        pending.fetch()
         jax.block_until_ready(self.state)
         return residues
 
@@ -98,7 +98,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
         seen = []
         for _ in range(updates):
             ours.state, values = ours.step(ours.state, arrays)
-            values = values.fetched()
+            values = values.fetch()
             seen.append(values["loss"] / values["num_targets"])
             _, arrays = next(ours.batches)
         losses[dtype] = np.array(seen)
@@ -117,7 +117,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
 def rival(config, folder: str, grouped: bool) -> Callable[[int], int]:
     import rivals
 
-    settings = step_config(config)
+    settings = RunConfig.from_config_dict(config)
     source = open_split(folder, "train")
     texts = [source[i]["sequence"][:CUT] for i in range(min(len(source), 4000))]
     ids = [tokenizer.residue_ids(text) for text in texts]
