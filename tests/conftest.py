@@ -1,9 +1,17 @@
-"""Every test runs on eight CPU devices, unless it starts a process of its own."""
+"""Every test runs on eight CPU devices, unless it starts a process of its own.
+
+Compiled programs are kept for the next test and the next session, apart for each kind of CPU: most
+of the time of these tests is compilation. A program from the cache computes the same bits.
+"""
 
 import os
 
+from esm1nv_jax.common import runtime
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+runtime.hide_unusable_plugins()
+runtime.keep_compiled_programs()
 
 import jax
 
