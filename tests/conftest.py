@@ -13,6 +13,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 runtime.hide_unusable_plugins()
 runtime.keep_compiled_programs()
 
-import jax
+import jax  # noqa: E402, it reads the environment
 
 jax.config.update("jax_num_cpu_devices", 8)
