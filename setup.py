@@ -13,10 +13,10 @@ EXTRAS = {
     # Reading other tools' formats, and being read by them.
     "embed": ["pyarrow>=17", "h5py>=3.11"],
     # notebooks/inference.ipynb.
-    "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "nbclient>=0.10", "ipykernel>=6.29"],
-    # Rivals that benchmarks/embed.py measures.
+    "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "jupyterlab>=4"],
+    # What benchmarks/ compares with.
     "bench": ["torch>=2.4", "transformers>=4.44"],
-    # Witnesses: independent implementations that the tests and benchmarks compare with.
+    # Biopython is an independent reader of FASTA; the last three run the notebook.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -24,6 +24,9 @@ EXTRAS = {
         "biopython>=1.83",
         "pyarrow>=17",
         "h5py>=3.11",
+        "scikit-learn>=1.5",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
     ],
     # Linter, formatter, types, import rules, and the hook that runs them before a commit.
     "dev": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17", "pre-commit>=4"],

@@ -14,7 +14,7 @@ from esm1nv_jax.data import fasta, tokenizer
 from esm1nv_jax.interchange import convert
 from esm1nv_jax.model import encoder
 
-torch = pytest.importorskip("torch", reason="pip install esm1nv_jax[interchange-test]")
+torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import load_file, save_file  # noqa: E402

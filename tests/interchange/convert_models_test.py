@@ -16,7 +16,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, tokenizer
 from esm1nv_jax.model import encoder
 
-torch = pytest.importorskip("torch", reason="pip install esm1nv_jax[interchange-test]")
+torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
 
 from tests.interchange import witness  # noqa: E402

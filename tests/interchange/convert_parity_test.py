@@ -12,7 +12,7 @@ from esm1nv_jax.interchange import convert, tensor_names
 from esm1nv_jax.model import encoder
 from tests.model.rows import pack
 
-torch = pytest.importorskip("torch", reason="pip install esm1nv_jax[interchange-test]")
+torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
 
 from tests.interchange import witness  # noqa: E402, needs both
