@@ -161,6 +161,8 @@ class _TrainIterator(grain.DatasetIterator):
         if self._filled is None:
             self._filled = self._dataset.from_state(self._state)
         batch, self._state = next(self._filled)
+        if self._dataset.workers:  # out of shared memory, which is scarce
+            batch = {name: np.array(values) for name, values in batch.items()}
         return batch
 
     def get_state(self) -> State:
