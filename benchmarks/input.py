@@ -4,7 +4,7 @@
 
 DIR is a folder made by `esm1nv prepare`. Real sequences are counted, never padding, per second of
 this thread's processor time, so that other load on the machine changes the result little. With
-`--workers` the stream's wall-clock rate is measured too, filled by so many processes; that needs as
+`--workers` the stream's wall-clock rate is measured too, read by so many processes; that needs as
 many cores that are free.
 """
 
@@ -87,7 +87,7 @@ def time_waited(source, config: StreamConfig) -> tuple[float, float]:
 
 
 def wall_clock(source, batches: int, config: StreamConfig, workers: int) -> float:
-    """Sequences a second of wall-clock time, filled by a thread (0) or by worker processes."""
+    """Sequences a second of wall-clock time, read by a thread (0) or by worker processes."""
     iterator = prefetch(train_dataset(source, config, workers=workers))
     for _ in range(4 * max(1, workers)):  # until workers have started, and what they made ahead
         next(iterator)

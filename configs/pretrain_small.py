@@ -87,7 +87,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "packed": not args["padded"],  # several sequences in a row; False: one
         "sample": "all",  # all examples, or one_per_group of a data set prepared with clusters
         "block": 1,  # consecutive records read together, for storage that is slow at random access
-        "workers": 0,  # processes that fill batches, for hosts that wait for data; 0: a thread
+        "workers": 0,  # processes that read batches, for hosts that wait for data; 0: a thread
     }
     config.batch = {
         "rows": args["batch"],  # rows of a global batch; 0: from sequences_per_device

@@ -82,7 +82,7 @@ def permute(index: np.ndarray, n: int, key: np.uint32) -> np.ndarray:
         raise ValueError(f"a permutation needs 1 to 2**31 elements, found {n}")
     bits = max(2, (n - 1).bit_length())  # the network permutes 0..2**bits - 1, less than 2n
     low, high = bits // 2, bits - bits // 2
-    rounds = [(fold(key, np.uint32(2 * r)), fold(key, np.uint32(2 * r + 1))) for r in range(4)]
+    rounds = fold(key, np.arange(8, dtype=np.uint32)).reshape(4, 2)
     shift_low, shift_high = np.uint32(32 - low), np.uint32(32 - high)
     low_mask, low_bits = np.uint32((1 << low) - 1), np.uint32(low)
 

@@ -1,7 +1,8 @@
-"""Planned rows to the arrays of a batch: reads the sequences, crops them, lays them out."""
+"""Planned rows to the arrays of a batch: first read the sequences, then lay out the arrays."""
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 
 import numpy as np
@@ -30,10 +31,27 @@ _PADDING = {
 }
 
 
-def fill(
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadRows:
+    """The sequences of planned rows, read and cropped: a byte a token, where a batch has twenty.
+
+    ids: uint8 [rows, row_length], residues alone. The rest is of pieces, which are the segments of
+    each row and the padding after them, [segments + rows]: int64 `sizes` in tokens; int32 `segment`
+    and `example`, uint32 `mask_key`, and uint32 `start`, the first residue kept.
+    """
+
+    ids: np.ndarray
+    sizes: np.ndarray
+    segment: np.ndarray
+    example: np.ndarray
+    mask_key: np.ndarray
+    start: np.ndarray
+
+
+def read_rows(
     source: Source, config: StreamConfig, window: PackedWindow, rows: int, evaluation: bool = False
-) -> Batch:
-    """A batch of `rows` rows, of which `window` describes the first; the others are padding.
+) -> ReadRows:
+    """Reads `rows` rows, of which `window` describes the first; the others are padding.
 
     In `evaluation` the keys of masks and crops come from the sequences themselves, so that a metric
     does not depend on the order of the data set, nor on what else is in it.
@@ -51,39 +69,49 @@ def fill(
     for i in np.flatnonzero(window.residues > kept).tolist():
         sequences[i] = sequences[i][start[i] : start[i] + kept[i]]
 
-    # Padding counts as one more piece of each row, so that all rows are one run of tokens and every
-    # array is a `repeat` over pieces: several times as fast as scattering tokens.
+    # Padding counts as one more piece of each row, so that all rows are one run of pieces.
     tokens = kept + SPECIALS
     used = np.bincount(window.row, weights=tokens, minlength=rows).astype(np.int64)
+    padding = config.row_length - used
     order = np.argsort(np.concatenate((window.row, np.arange(rows))), kind="stable")
-    sizes = np.concatenate((tokens, config.row_length - used))[order]
     texts = [b" %b " % sequence for sequence in sequences]
-    texts += [b" " * n for n in (config.row_length - used).tolist()]
+    texts += [b" " * n for n in padding.tolist()]
     ids = tokenizer.residue_ids(b"".join([texts[i] for i in order.tolist()]))
     if len(ids) != rows * config.row_length:
         raise UserError("sequences are not as long as the lengths say; run esm1nv prepare --verify")
 
-    def spread(values: np.ndarray, padding: int, dtype: type) -> np.ndarray:
-        """One value a segment to one value a token, [rows * row_length]."""
-        values = np.concatenate((values.astype(dtype), np.full(rows, padding, dtype)))
-        return np.repeat(values[order], sizes)
+    def pieces(values: np.ndarray, of_padding: int, dtype: type) -> np.ndarray:
+        return np.concatenate((values, np.full(rows, of_padding))).astype(dtype)[order]
 
-    first = np.cumsum(sizes) - sizes
-    positions = np.arange(len(ids), dtype=np.int32) - np.repeat(first.astype(np.int32), sizes)
+    return ReadRows(
+        ids.reshape(rows, config.row_length),
+        np.concatenate((tokens, padding))[order],
+        pieces(window.segment, 0, np.int32),
+        pieces(window.example, -1, np.int32),
+        pieces(mask_key, 0, np.uint32),
+        pieces(start, 0, np.uint32),
+    )
+
+
+def batch_of(rows: ReadRows) -> Batch:
+    """The arrays of a batch. Each is a `repeat` of pieces, several times as fast as scattering."""
+    first = np.cumsum(rows.sizes) - rows.sizes
+    positions = np.arange(rows.ids.size, dtype=np.int32)
+    positions -= np.repeat(first.astype(np.int32), rows.sizes)
     residue = positions.astype(np.uint32)
-    if start.any():
-        residue += spread(start, 0, np.uint32)
+    if rows.start.any():
+        residue += np.repeat(rows.start, rows.sizes)
     batch = {
-        "tokens": ids.astype(np.int32),
-        "segment_ids": spread(window.segment, 0, np.int32),
+        "tokens": rows.ids.ravel().astype(np.int32),
+        "segment_ids": np.repeat(rows.segment, rows.sizes),
         "positions": positions,
-        "example_ids": spread(window.example, -1, np.int32),
-        "mask_bits": fold(spread(mask_key, 0, np.uint32), residue),
+        "example_ids": np.repeat(rows.example, rows.sizes),
+        "mask_bits": fold(np.repeat(rows.mask_key, rows.sizes), residue),
     }
-    real = order < len(tokens)
+    real = rows.segment > 0
     batch["tokens"][first[real]] = tokenizer.BOS
-    batch["tokens"][first[real] + sizes[real] - 1] = tokenizer.EOS
+    batch["tokens"][first[real] + rows.sizes[real] - 1] = tokenizer.EOS
     padding = np.flatnonzero(batch["segment_ids"] == 0)
     for name, value in _PADDING.items():
         batch[name][padding] = value
-    return {name: values.reshape(rows, config.row_length) for name, values in batch.items()}
+    return {name: values.reshape(rows.ids.shape) for name, values in batch.items()}

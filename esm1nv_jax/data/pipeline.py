@@ -1,6 +1,6 @@
 """The input stream, from a data set to batches, made of Grain's pieces.
 
-    range -> plan a window -> rebatch its rows -> fill this process's rows -> prefetch
+    range -> plan a window -> rebatch its rows -> read this process's rows -> arrays -> prefetch
 
 What a global batch contains follows from (data set, StreamConfig, state) and nothing else. Every
 process plans all rows, from lengths alone, and reads the sequences of its own. The state names a
@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.fill import Batch, fill
+from esm1nv_jax.data.fill import Batch, ReadRows, batch_of, read_rows
 from esm1nv_jax.data.packing import EvaluationWindows, PackedWindow, TrainingWindows, gather_rows
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.data.stream_config import StreamConfig
@@ -42,14 +42,14 @@ def train_dataset(
     that `iter` gives has the state described above; its `set_state` raises UserError for one that
     does not fit the data set.
 
-    workers: processes that fill batches; with 0 this process does. Each plans all rows and fills
-    every n-th batch: batches and states are the same. Raises UserError where the split is empty, or
-    where `config.sample` needs clusters and there are none.
+    workers: processes that read; with 0 this process does. Each plans all rows and reads every n-th
+    batch: batches and states are the same. Raises UserError where the split is empty, or where
+    `config.sample` needs clusters and there are none.
     """
     wanted = _wanted(source, config, rows)
     plan = TrainingWindows(source, config)
-    fill_batch = functools.partial(_fill_batch, source, config, wanted)
-    return _TrainDataset(_planned(plan, sys.maxsize, config.rows), plan, fill_batch, workers)
+    read = functools.partial(_read, source, config, wanted)
+    return _TrainDataset(_planned(plan, sys.maxsize, config.rows), plan, read, workers)
 
 
 def evaluation_dataset(
@@ -61,8 +61,8 @@ def evaluation_dataset(
     """
     wanted = _wanted(source, config, rows)
     plan = EvaluationWindows(source, config)
-    fill_batch = functools.partial(_fill_batch, source, config, wanted, evaluation=True)
-    return _planned(plan, len(plan), config.rows).map(fill_batch)
+    read = functools.partial(_read, source, config, wanted, evaluation=True)
+    return _planned(plan, len(plan), config.rows).map(read).map(batch_of)
 
 
 def evaluation_batches(
@@ -90,14 +90,14 @@ def prefetch(
 
 
 def _wanted(source: Source, config: StreamConfig, rows: slice) -> slice:
-    """The rows of a global batch that this process fills, with both ends given."""
+    """The rows of a global batch that this process reads, with both ends given."""
     if len(source.lengths) == 0:
         raise UserError("the split holds no sequence; prepare the data set with a larger one")
     if len(source.lengths) > 2**31 - 1:  # example ids are int32
         raise UserError(f"a split holds at most 2**31 - 1 sequences, found {len(source.lengths):,}")
     start, stop, step = rows.indices(config.rows)
     if step != 1:
-        raise ValueError(f"a process fills consecutive rows, found {rows}")
+        raise ValueError(f"a process reads consecutive rows, found {rows}")
     return slice(start, max(start, stop))
 
 
@@ -113,15 +113,15 @@ def _rows_of(window: PackedWindow) -> dict[str, np.ndarray]:
     return {"window": np.full(window.rows, window, object), "row": np.arange(window.rows)}
 
 
-def _fill_batch(
+def _read(
     source: Source, config: StreamConfig, wanted: slice, planned: dict, evaluation: bool = False
-) -> Batch:
+) -> ReadRows:
     window = gather_rows(planned["window"], planned["row"], wanted)
-    return fill(source, config, window, wanted.stop - wanted.start, evaluation)
+    return read_rows(source, config, window, wanted.stop - wanted.start, evaluation)
 
 
 class _TrainDataset(grain.IterDataset):
-    """Planned batches, filled by this process or by workers; the state is that of the plan.
+    """Planned batches, read by this process or by workers; the state is that of the plan.
 
     Grain's own state behind `mp_prefetch` is one of each worker: it fits no other number of them.
     """
@@ -130,24 +130,24 @@ class _TrainDataset(grain.IterDataset):
         self,
         planned: grain.IterDataset,
         plan: TrainingWindows,
-        fill_batch: Callable[[dict], Batch],
+        read: Callable[[dict], ReadRows],
         workers: int,
     ):
         super().__init__(planned)
-        self.planned, self.plan, self.fill_batch, self.workers = planned, plan, fill_batch, workers
+        self.planned, self.plan, self.read, self.workers = planned, plan, read, workers
 
     def __iter__(self) -> grain.DatasetIterator:
         return _TrainIterator(self)
 
     def from_state(self, state: State) -> grain.DatasetIterator:
-        """Iterates over (batch, state after it) from `state` on."""
-        filled = _FromState(self.planned, state).map(functools.partial(_on_first, self.fill_batch))
+        """Iterates over (rows of a batch, state after it) from `state` on."""
+        read = _FromState(self.planned, state).map(functools.partial(_on_first, self.read))
         if self.workers:
             if not flags.FLAGS.is_parsed():  # Grain reads its own ones as it starts a process
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self.workers)
-            filled = filled.mp_prefetch(options, worker_init_fn=_start_worker)
-        return iter(filled)
+            read = read.mp_prefetch(options, worker_init_fn=_start_worker)
+        return iter(read)
 
 
 class _TrainIterator(grain.DatasetIterator):
@@ -155,15 +155,13 @@ class _TrainIterator(grain.DatasetIterator):
         super().__init__()
         self._dataset = dataset
         self._state: State = iter(dataset.planned).get_state()
-        self._filled: grain.DatasetIterator | None = None
+        self._rows: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
-        if self._filled is None:
-            self._filled = self._dataset.from_state(self._state)
-        batch, self._state = next(self._filled)
-        if self._dataset.workers:  # out of shared memory, which is scarce
-            batch = {name: np.array(values) for name, values in batch.items()}
-        return batch
+        if self._rows is None:
+            self._rows = self._dataset.from_state(self._state)
+        rows, self._state = next(self._rows)
+        return batch_of(rows)
 
     def get_state(self) -> State:
         return self._state
@@ -183,9 +181,9 @@ class _TrainIterator(grain.DatasetIterator):
         self._stop()
 
     def _stop(self) -> None:
-        if self._filled is not None:
-            self._filled.close()
-            self._filled = None
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
 
 
 class _FromState(grain.IterDataset):
