@@ -10,6 +10,7 @@ rows in a batch: `{"parent": {"next_index": window}, "batch_idx": row of the win
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -159,8 +161,11 @@ class _TrainIterator(grain.DatasetIterator):
 
     def __next__(self) -> Batch:
         if self._rows is None:
-            self._rows = self._dataset.from_state(self._state)
-        rows, self._state = next(self._rows)
+            with _signals_blocked() if self._dataset.workers else contextlib.nullcontext():
+                self._rows = self._dataset.from_state(self._state)
+                rows, self._state = next(self._rows)
+        else:
+            rows, self._state = next(self._rows)
         return batch_of(rows)
 
     def get_state(self) -> State:
@@ -224,14 +229,23 @@ def _on_first(function: Callable[[Any], Any], pair: tuple[Any, Any]) -> tuple[An
     return function(pair[0]), pair[1]
 
 
-def _start_worker(index: int, workers: int) -> None:
-    """Leaves signals to the trainer, which stops its workers, and ends where the trainer is gone.
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Blocks the signals that end a run, for this thread and what it starts: the workers.
 
     Ctrl-C and the signals of a scheduler reach the workers too, while the trainer still needs
-    batches; and a worker whose trainer was killed would wait for ever.
+    batches. It stops them itself.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # started later, it would unblock them
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(index: int, workers: int) -> None:
+    """Makes a worker end where its trainer was killed; it would wait for ever."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

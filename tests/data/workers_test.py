@@ -75,8 +75,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: None)  # as a trainer that saves first
     signal.signal(signal.SIGTERM, lambda *_: None)
     batches = prefetch(train_dataset(open_split(sys.argv[1], "train"), CONFIG, workers=2))
-    next(batches)
-    print("started", flush=True)
+    batches.start_prefetch()
+    print("starting", flush=True)
     for line in sys.stdin:
         for _ in range(10):  # more than the workers had made ahead
             next(batches)
@@ -87,6 +87,13 @@ if __name__ == "__main__":
 def children(pid):
     task = Path(f"/proc/{pid}/task")
     return {int(c) for t in task.iterdir() for c in (t / "children").read_text().split()}
+
+
+def command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def alive(pid):
@@ -105,14 +112,17 @@ def test_workers_outlive_signals_but_not_their_trainer(folder, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        stderr=(tmp_path / "stderr").open("w"),
         text=True,
         start_new_session=True,
     )
     try:
-        assert process.stdout.readline() == "started\n"
-        workers = children(process.pid)
-        assert len(workers) >= 2
-        for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and a scheduler reach all of them
+        assert process.stdout.readline() == "starting\n"
+        workers = set()
+        while len(workers) < 2:
+            workers = {c for c in children(process.pid) if b"spawn_main" in command(c)}
+        # Ctrl-C and a scheduler's signal reach all of them, as they start and later.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.killpg(process.pid, number)
             process.stdin.write("\n")
             process.stdin.flush()
