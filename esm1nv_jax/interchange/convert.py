@@ -62,7 +62,7 @@ def from_hf(path: str, out: str, vocabulary: str | None = None) -> Weights:
 
 
 def measured(exact: Weights, near: Weights) -> str:
-    """One sentence on how far two models are apart, on proteins of the embedded sample."""
+    """One sentence on how far two models are apart, on proteins of the bundled sample."""
     import jax
     import numpy as np
 
@@ -108,7 +108,7 @@ def measured(exact: Weights, near: Weights) -> str:
     before, after = np.exp(sums[:2] / sums[2])
     return (
         f"approximate: {near.model.ffn_activation} stands for {exact.model.ffn_activation} in the "
-        f"FFN; on {int(sums[2]):,} <mask> positions of the embedded sample logits differ by up to "
+        f"FFN; on {int(sums[2]):,} <mask> positions of the bundled sample logits differ by up to "
         f"{furthest:.2g}, perplexity is {after:.4f} against {before:.4f}"
     )
 

@@ -1,4 +1,4 @@
-"""A run of seconds for tests of whole processes: one layer, short rows of the embedded sample."""
+"""A run of seconds for tests of whole processes: one layer, short rows of the bundled sample."""
 
 from ml_collections import config_dict
 
