@@ -130,7 +130,7 @@ def accessions(name: bytes) -> list[bytes]:
     elif database == b"gi":
         found = [*(accessions(b"|".join(fields[1:])) if len(fields) > 2 else []), fields[0]]
     elif database in (b"gnl", b"bbs", b"pat"):
-        found = fields[1:] + fields[:1]
+        found = fields[1:]
     elif database == b"pdb":
         found = [b"_".join(fields[:2]), fields[0]]
     else:

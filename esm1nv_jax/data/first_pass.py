@@ -29,6 +29,7 @@ EVERY_KEY = (1 << 64) - 1  # `holdout_below` where every sequence is a holdout c
 _FIRST_FAULTS = 20  # faults of a chunk that are kept one by one
 _NO_MEMORY = 77  # exit status of a worker
 _PROGRESS_SECONDS = 0.1
+_THREADS_SECONDS = 30.0  # milliseconds on a quiet machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Chunk:
     """The outcome of one chunk of text: columns of its sequences, in pieces, and counts.
 
     ids, contents: digests, uint64. keys: see `splits`, uint64. lengths: residues, uint32.
-    sources: number of sequences by source. letters: composition, int64 [27]. sha256: of the
-    training shard.
+    sources: number of sequences by source. letters: composition, int64 [27]. candidates: number of
+    holdout candidates. sha256: of the training shard.
     """
 
     number: int
@@ -74,6 +75,7 @@ class Chunk:
     skipped: Counter = dataclasses.field(default_factory=Counter)
     normalized: Counter = dataclasses.field(default_factory=Counter)
     faults: list[str] = dataclasses.field(default_factory=list)
+    candidates: int = 0
     without_cluster: int = 0
     sha256: str = ""
 
@@ -88,6 +90,15 @@ class Chunk:
     def candidate_file(self, folder: Path) -> Path:
         """The shard of the holdout candidates."""
         return folder / f"candidates-{self.number:06d}"
+
+    def check_files(self, folder: Path) -> None:
+        """Raises UserError where the shards do not hold what was written."""
+        for path, count in (
+            (self.train_file(folder), self.sequences - self.candidates),
+            (self.candidate_file(folder), self.candidates),
+        ):
+            if count:
+                records.check_shard(path, count)
 
 
 @dataclasses.dataclass
@@ -143,6 +154,8 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
             theirs.close()  # the end of a worker is the end of its pipe
             processes.append(process)
             connections.append(ours)
+        if fork:
+            _check_threads(context, task.folder)
         running: dict[Any, int] = {connection: i for i, connection in enumerate(connections)}
         with bar("read", size / 1e6, "MB") as shown:
             while running:
@@ -158,6 +171,7 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
                             at[worker] = number, done
                             shown.update(sum(done for _, done in at) / task.workers / 1e6)
                         case "chunk", chunk:
+                            chunk.check_files(task.folder)
                             chunks.append(chunk)
                         case "error", number, position, text:
                             errors.append((number, position, text))
@@ -175,6 +189,34 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
     if errors:
         raise UserError(min(errors)[2])
     return FirstPass(sorted(chunks, key=lambda chunk: chunk.number), whole_files, md5)
+
+
+def _check_threads(context: Any, folder: Path) -> None:
+    """Raises UserError where no shard can be read: a reader that gets no threads waits for ever."""
+    process = context.Process(target=_read_a_shard, args=(folder / "trial",), daemon=True)
+    try:
+        process.start()
+        process.join(_THREADS_SECONDS)
+    except OSError as error:
+        raise UserError(f"cannot start a process: {error.strerror}") from error
+    if process.exitcode != 0:
+        process.kill()
+        process.join()
+        raise UserError(
+            "cannot start the 64 threads that reading a shard takes, of 1.6 GB of virtual memory; "
+            "raise the limits on memory and processes (ulimit -v, ulimit -u)"
+        )
+
+
+def _read_a_shard(path: Path) -> None:
+    try:
+        writer = records.ShardWriter(path)
+        writer.write_all([b"trial"])
+        writer.close()
+        records.check_shard(path, 1)
+        path.unlink()
+    except UserError:
+        os._exit(1)
 
 
 def _death(process) -> Exception:
@@ -309,6 +351,7 @@ class _Worker:
             writer.close()
             if writer.count == 0:
                 writer.path.unlink()
+        self.chunk.candidates = self.candidates.count
         if self.train.count:
             try:
                 self.chunk.sha256 = records.file_checksum(self.train.path)

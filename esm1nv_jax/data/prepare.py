@@ -176,6 +176,11 @@ def _assign(
     if available.size:
         whole = options.groups is not None
         split[available] = splits.assign(keys[available], validation, test, whole)
+    if kept and not (split == splits.TRAIN).any():
+        raise UserError(
+            f"the clusters of {options.groups} are too large: whole ones for validation and test "
+            "leave nothing to train on; hold out 0 for one of them"
+        )
     return skipped, SplitAssignment(split, candidate, keys, lengths)
 
 
@@ -259,6 +264,8 @@ def _unfinished_folder(out: Path) -> Iterator[tuple[Path, int]]:
         folder.rename(out)
     except OSError as error:
         raise disk_error(out, error) from error
+    except MemoryError:
+        raise UserError("memory ran out; free some, or try fewer --workers") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

@@ -110,7 +110,8 @@ def _fill(sizes: np.ndarray, free: np.ndarray, wanted: int, whole: bool) -> tupl
             too_large.append(cluster)
     if whole and left and too_large:
         smallest = min(too_large, key=lambda cluster: sizes[cluster])
-        if sizes[smallest] - left < left:  # a little too many is nearer than too few
+        # A little too many is nearer than too few, and one cluster than an empty split.
+        if sizes[smallest] - left < left or not taken:
             taken.append(smallest)
             left = 0
     return np.array(taken, np.int64), left

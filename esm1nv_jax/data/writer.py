@@ -67,9 +67,9 @@ class SplitWriter:
         """Closes the shard being written, if it holds `at_least` so many bytes."""
         if self._open is not None and self._bytes >= at_least:
             self._open.close()
-            path = self._open.path
-            self.add_shard(path, self._open.count, records.file_checksum(path))
-            self._open = None
+            path, count, self._open = self._open.path, self._open.count, None
+            records.check_shard(path, count)
+            self.add_shard(path, count, records.file_checksum(path))
 
 
 def write_splits(

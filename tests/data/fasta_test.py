@@ -1,22 +1,17 @@
 """The reader against Biopython's, on whatever hypothesis can think of."""
 
 import contextlib
-import gzip
 import io
 import itertools
-import lzma
 import re
 from collections import Counter
 
 import pytest
-import zstandard
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, tokenizer
-from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile
 
 
 def read(blocks, size=fasta.TEXT_SIZE):
@@ -118,62 +113,6 @@ def test_stored_sequences_are_clean(body):
     with contextlib.suppress(tokenizer.InvalidResidueError):
         plain = tokenizer.normalize(body).sequence
         assert tokenizer.normalize(plain).sequence == plain
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    data=st.binary(max_size=400),
-    kind=st.sampled_from(["plain", "gz", "xz", "zst"]),
-    cut=st.integers(0, 30),
-    flip=st.integers(0, 400),
-)
-def test_a_damaged_archive_is_an_error_of_one_kind(tmp_path_factory, data, kind, cut, flip):
-    pack = {"plain": bytes, "gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
-    blob = bytearray(pack[kind](b">a\n" + data))
-    if flip < len(blob):
-        blob[flip] ^= 0x55
-    path = tmp_path_factory.mktemp("f") / "x"
-    path.write_bytes(bytes(blob[: len(blob) - cut]))
-    with contextlib.suppress(DamagedFileError, UserError):
-        b"".join(DecompressedFile(path))
-
-
-@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
-@pytest.mark.parametrize("members", [1, 2])
-def test_archives(tmp_path, kind, members):
-    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind]
-    text = b"".join(b">p%d\nMKV\n" % i for i in range(5000))
-    path = tmp_path / "x"
-    path.write_bytes(pack(text) * members)
-    assert b"".join(DecompressedFile(path)) == text * members
-    for cut in (1, 4, 9, 100):
-        path.write_bytes((pack(text) * members)[:-cut])
-        with pytest.raises(DamagedFileError, match="too early"):
-            b"".join(DecompressedFile(path))
-
-
-@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
-def test_what_follows_a_member_is_read_or_an_error(tmp_path, kind):
-    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}[kind]
-    first, second = b">a\nMK\n" * 1000, b">b\nMV\n" * 1000
-    damaged = bytes([pack(second)[0] ^ 0x55]) + pack(second)[1:]
-    path = tmp_path / "x"
-    path.write_bytes(pack(first) + bytes(8) + pack(second) + bytes(8))  # padded, as tapes are
-    assert b"".join(DecompressedFile(path)) == first + second
-    for wrong in (damaged, second):
-        path.write_bytes(pack(first) + wrong)
-        blocks = iter(DecompressedFile(path))
-        assert next(blocks) == first
-        with pytest.raises(DamagedFileError, match="damaged"):
-            next(blocks)
-
-
-def test_frames_without_content(tmp_path):
-    """`pzstd` puts one before each other frame."""
-    empty = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"size"
-    path = tmp_path / "x"
-    path.write_bytes((empty + zstandard.compress(b">a\nMK\n")) * 2)
-    assert b"".join(DecompressedFile(path)) == b">a\nMK\n" * 2
 
 
 @pytest.mark.parametrize(

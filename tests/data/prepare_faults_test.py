@@ -1,6 +1,7 @@
 """Preparation on machines that fail: killed, out of space, out of memory, without locks."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,4 +168,98 @@ def test_two_at_once(tmp_path, fasta_file):
     assert first.wait() == 0
     assert status == EXIT_USER
     assert "another preparation" in output or "exists already" in output
+    manifest.verify(tmp_path / "set")
+
+
+def prepare_patched(tmp_path, patch, limit=""):
+    """`prepare` in a process whose code `patch` has changed; its forked workers inherit that."""
+    path = tmp_path / "a"
+    path.write_bytes(fasta(made_up(4000)))
+    imports = "from esm1nv_jax import cli\nfrom esm1nv_jax.data import first_pass"
+    program = f"{imports}\n{patch}\ncli.main()"
+    words = ["prepare", "--fasta", path, "--out", tmp_path / "set", "--workers", 2]
+    command = [sys.executable, "-c", program, *map(str, words)]
+    if limit:
+        command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def one_line(done, words):
+    output = done.stdout + done.stderr
+    assert done.returncode == EXIT_USER, output
+    assert one_error(output) and words in output, output
+
+
+def test_a_worker_without_memory_ends_the_command_with_one_line(tmp_path):
+    patch = "def fail(*_): raise MemoryError\nfirst_pass._Worker._add = fail"
+    one_line(prepare_patched(tmp_path, patch), "a worker ran out of memory; try fewer --workers")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_killed_worker_ends_the_command_with_one_line(tmp_path):
+    patch = (
+        "import os\nadd = first_pass._Worker._add\n"
+        "def fail(self, *a): os.kill(os.getpid(), 9) if self.worker else add(self, *a)\n"
+        "first_pass._Worker._add = fail\n"
+        "from esm1nv_jax.data import prepare\nprepare._SMALLEST_CHUNK = 1 << 19"
+    )
+    one_line(prepare_patched(tmp_path, patch), "a worker was killed by signal 9; if memory ran out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_parent_without_memory_ends_the_command_with_one_line(tmp_path):
+    patch = "def fail(*_): raise MemoryError\nfirst_pass.FirstPass.take = fail"
+    one_line(prepare_patched(tmp_path, patch), "memory ran out; free some")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_limit_on_virtual_memory_is_one_line_and_no_hang(tmp_path):
+    """array_record's reader waits for ever for threads that it does not get."""
+    patch = "first_pass._THREADS_SECONDS = 5"
+    one_line(prepare_patched(tmp_path, patch, "ulimit -v 1000000"), "raise the limits on memory")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs another user")
+@pytest.mark.parametrize(
+    ("processes", "words"), [(2, "cannot start 2 workers"), (40, "raise the limits on memory")]
+)
+def test_a_limit_on_processes_is_one_line_and_no_hang(tmp_path, processes, words):
+    """As another user: root has no such limit. It may still read the program, by a capability."""
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o777)
+    allowed = "--inh-caps +dac_override --ambient-caps +dac_override"
+    limit = f"export OPENBLAS_NUM_THREADS=1; exec setpriv --reuid=54321 --clear-groups {allowed} bash -c 'ulimit -u {processes}"
+    limit += '; exec "$@"\' bash "$@"'
+    done = prepare_patched(tmp_path, "first_pass._THREADS_SECONDS = 5", limit)
+    if "setpriv" in done.stderr:
+        pytest.skip(done.stderr)
+    one_line(done, words)
+
+
+def test_a_file_system_without_locks_is_reported_and_prepared_on(tmp_path):
+    left = tmp_path / ".set.unfinished-other"
+    left.mkdir()
+    patch = (
+        "import fcntl\ndef fail(*_): raise OSError(37, 'No locks available')\nfcntl.flock = fail"
+    )
+    done = prepare_patched(tmp_path, patch)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be locked (No locks available): nothing stops another process" in done.stderr
+    assert f"{left} is left from another preparation; remove it if none is running" in done.stderr
+    assert left.exists()
+    manifest.verify(tmp_path / "set")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_no_shared_memory_is_needed(tmp_path):
+    """A container may have no /dev/shm, or none that can be written."""
+    done = subprocess.run(["unshare", "-m", "true"], capture_output=True)
+    if done.returncode:
+        pytest.skip("a name space of mounts is not allowed here")
+    (tmp_path / "a").write_bytes(fasta(made_up(100)))
+    command = f"mount -t tmpfs -o ro,size=4k none /dev/shm && exec {sys.executable} -m esm1nv_jax"
+    command += f" prepare --fasta {tmp_path / 'a'} --out {tmp_path / 'set'} --workers 2"
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     manifest.verify(tmp_path / "set")
