@@ -55,7 +55,7 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:<28} {value:.3g}" if isinstance(value, float) else f"{name:<28} {value}")
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1))
+        Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 def make(folder: str, members: int) -> None:

@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
             f"{near['least cosine']:13.6f} {near['largest difference']:15.2e}"
         )
     if args.json:
-        with open(args.json, "w") as file:
+        with open(args.json, "w", encoding="utf-8") as file:
             json.dump({"proteins": len(sequences), "tokens": tokens, "programs": rows}, file)
 
 

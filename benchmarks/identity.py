@@ -71,7 +71,9 @@ def main() -> None:
             name = names[int(number)]
             best[name] = max(best.get(name, 0.0), float(identity))
     classes = {name: group(best.get(name, 0.0)) for name in names}
-    Path(options.out).write_text("".join(f"{name}\t{c}\n" for name, c in classes.items()))
+    Path(options.out).write_text(
+        "".join(f"{name}\t{c}\n" for name, c in classes.items()), encoding="utf-8"
+    )
     for name, count in sorted(Counter(classes.values()).items()):
         print(f"{name:<22} {count:,}")
 

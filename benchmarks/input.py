@@ -129,7 +129,7 @@ def main() -> None:
             rate = wall_clock(source, 4 * options.batches, config_of(512), workers)
             print(f"{workers} worker processes: {rate:,.0f} sequences/s of wall-clock time")
     if options.json:
-        Path(options.json).write_text(json.dumps(table, indent=1))
+        Path(options.json).write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         f"{1e3 * found['longest']:.2f} ms)"
     )
     if args.json:
-        Path(args.json).write_text(json.dumps(found))
+        Path(args.json).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main() -> int:
             flush=True,
         )
     if options.json:
-        Path(options.json).write_text(json.dumps(results))
+        Path(options.json).write_text(json.dumps(results), encoding="utf-8")
     ratios = [result["measured"] / result["predicted"] for result in results.values()]
     return int(max(*ratios, *(1 / ratio for ratio in ratios)) > FACTOR)
 

@@ -72,7 +72,7 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:<36} {value:.3g}")
     if options.json:
-        Path(options.json).write_text(json.dumps(results))
+        Path(options.json).write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

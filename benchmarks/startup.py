@@ -81,7 +81,7 @@ def main() -> None:
         print(f"{phase:<24}" + "".join(f"{found[name][phase]:8.1f} s" for name in found))
     print(f"{'in all':<24}" + "".join(f"{sum(found[name].values()):8.1f} s" for name in found))
     if options.json:
-        Path(options.json).write_text(json.dumps(found))
+        Path(options.json).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -270,7 +270,9 @@ def main(argv: list[str]) -> None:
                 + ("" if name == OURS else f"   ours to it: {ours / middle:.2f}")
             )
     if args.json:
-        Path(args.json).write_text(json.dumps({"model": args.model, "rates": rates}, indent=1))
+        Path(args.json).write_text(
+            json.dumps({"model": args.model, "rates": rates}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

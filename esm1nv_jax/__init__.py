@@ -1,7 +1,7 @@
 """ESM-1nv in JAX: pretrain, average, evaluate and serve a protein language model."""
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+__all__ = ["load"]  # noqa: F822  `load` is imported when it is first used
 
 
 def __getattr__(name: str):

@@ -48,7 +48,7 @@ def test_the_whole_recipe(tmp_path):
         config = RECIPE.format(phase=phase, steps=steps)
         said = esm1nv("train", f"--config={config}", *options, devices=devices)
         assert f"{devices} x cpu" in said
-    metrics = Path(run, "metrics.jsonl").read_text().splitlines()
+    metrics = Path(run, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.loads(line) for line in metrics]
     assert [x["step"] for x in lines if x["kind"] == "validation"][-1] == 60
 

@@ -41,7 +41,7 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 def write(path: str, text: str) -> None:
     with writing(path):
-        Path(path).write_text(text)
+        Path(path).write_text(text, encoding="utf-8")
 
 
 def open_append(path: epath.Path) -> IO[bytes]:

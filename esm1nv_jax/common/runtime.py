@@ -63,7 +63,7 @@ def keep_compiled_programs() -> None:
 def _processor() -> str:
     """Names the kind of CPU that programs are compiled for: hosts that share a home may differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return "any"
     kind = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

@@ -132,7 +132,7 @@ def test_a_reader_that_left_is_no_failure(stream):
 
 
 def test_results_that_find_no_room_are_one_line():
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         job = show(stdout=full, stderr=subprocess.PIPE, text=True)
         err = job.communicate()[1]
     assert job.returncode == 2

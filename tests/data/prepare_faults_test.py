@@ -229,7 +229,8 @@ def test_a_limit_on_processes_is_one_line_and_no_hang(tmp_path, processes, words
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o777)
     allowed = "--inh-caps +dac_override --ambient-caps +dac_override"
-    limit = f"export OPENBLAS_NUM_THREADS=1; exec setpriv --reuid=54321 --clear-groups {allowed} bash -c 'ulimit -u {processes}"
+    limit = "export OPENBLAS_NUM_THREADS=1; exec setpriv --reuid=54321 --clear-groups "
+    limit += f"{allowed} bash -c 'ulimit -u {processes}"
     limit += '; exec "$@"\' bash "$@"'
     done = prepare_patched(tmp_path, "first_pass._THREADS_SECONDS = 5", limit)
     if "setpriv" in done.stderr:

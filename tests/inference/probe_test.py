@@ -279,6 +279,6 @@ def test_labels_that_teach_nothing_are_one_line(tmp_path, task, labels, mask, sa
 def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path):
     rows = [("MK", str(i), split) for i in (1, 2) for split in ("train", "valid", "test")]
     path = write(tmp_path / "x.csv", rows, PLAIN)
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     Path(path).write_text(text, encoding="utf-8-sig")
     assert len(labeled_data.read(path, "regression").train.sequences) == 2

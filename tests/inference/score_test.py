@@ -143,7 +143,7 @@ def test_the_command_keeps_the_table_and_compares_by_rank(model, model_path, tmp
     (tmp_path / "m.csv").write_text("\n".join(["mutant,DMS_score,other", *rows]) + "\n")
     options = ["--mutants", str(tmp_path / "m.csv"), "--offset", "23"]
     assert score(model_path, tmp_path, *options) == 0
-    with open(tmp_path / "s.csv") as file:
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [row["mutant"] for row in table] == shifted and table[0]["other"] == "note"
     expected = model.score_variants(WILD, MUTANTS)
@@ -159,7 +159,7 @@ def test_the_command_keeps_the_table_and_compares_by_rank(model, model_path, tmp
 
 def test_all_singles_and_their_heat_map(model, model_path, tmp_path):
     assert score(model_path, tmp_path, "--all-singles") == 0
-    with open(tmp_path / "s.csv") as file:
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
         table = {row["mutant"]: float(row["score"]) for row in csv.DictReader(file)}
     assert len(table) == 19 * len(WILD)
     for mutant in ("M1A", "G17D"):

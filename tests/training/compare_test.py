@@ -73,9 +73,9 @@ def test_the_table_as_json_and_csv(runs, tmp_path):
     out = [str(tmp_path / name) for name in ("table.json", "table.csv")]
     call = ["compare", *runs[:2], "--json", out[0], "--csv", out[1]]
     assert arguments.run(cli.dispatch, call) == 0
-    (row,) = json.loads(Path(out[0]).read_text())
+    (row,) = json.loads(Path(out[0]).read_text(encoding="utf-8"))
     assert row["seeds"] == [0, 1] and row["mean"] == pytest.approx(16.25)
-    with open(out[1], newline="") as file:
+    with open(out[1], encoding="utf-8", newline="") as file:
         (line,) = csv.DictReader(file)
     assert line["seeds"] == "0 1" and float(line["mean"]) == pytest.approx(16.25)
 
@@ -116,7 +116,7 @@ def test_a_run_without_validation_is_one_line(tmp_path):
 
 
 def test_a_run_that_was_cut_short_while_it_wrote_is_compared_by_its_whole_lines(runs):
-    with open(f"{runs[0]}/metrics.jsonl", "a") as file:
+    with open(f"{runs[0]}/metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"step": 300, "kind": "valid')
     assert max(x["step"] for x in read(runs[:1])[0].validation) == 200
 

@@ -30,7 +30,7 @@ def multiplies_bf16(platform: str) -> bool:
     if platform != "cpu":
         return True
     try:
-        words = Path("/proc/cpuinfo").read_text().split()
+        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
     except OSError:  # not Linux
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
