@@ -112,7 +112,7 @@ def print_results(
     steps = max(config.steps, validated[-1]["step"])
     console.print(
         f"\ncheckpoints  {run_dir / 'checkpoints'}\n"
-        f"metrics      {run_dir / metrics_log.FILE}, and for TensorBoard {run_dir / 'tensorboard'}\n"
+        f"metrics      {run_dir / metrics_log.FILE}, TensorBoard: {run_dir / 'tensorboard'}\n"
         f"continue     the same command with --config.steps={2 * steps}"
     )
 
