@@ -1,11 +1,14 @@
-"""Goes on with a model from elsewhere, such as ESM-2, in its own architecture and vocabulary.
+"""Continues the pretraining of another model, such as ESM-2, in its architecture and vocabulary.
 
     esm1nv convert --from hf esm2_t6_8M_UR50D --out models/esm2_8m
     python -m esm1nv_jax.main --config=configs/continue_from.py:model=models/esm2_8m \\
         --config.data.path=DIR --workdir=runs/esm2_on_my_proteins
 
+Hardware, time and metric depend on the model; not measured. The first validation, at step 0, is that
+of the model before this run.
+
 Arguments: model= (a run, a step, a model folder or a folder of transformers), batch=, steps=,
-seed=. The schedule is a short one with a tenth of the peak learning rate of a fresh start.
+seed=. The schedule is short, with a tenth of the peak learning rate of a fresh start.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from esm1nv_jax.common.errors import UserError
 def get_config(arg: str = "") -> config_dict.ConfigDict:
     args = arguments(arg, model="", batch=0, steps=10_000, seed=0)
     if not args["model"]:
-        raise UserError("name the model to go on with: --config=configs/continue_from.py:model=DIR")
+        raise UserError("name the model to continue: --config=configs/continue_from.py:model=DIR")
     config = parent(__file__, "pretrain_small.py", f"batch={args['batch']},steps={args['steps']}")
     model = model_folder.read(args["model"]).model
     config.seed = args["seed"]

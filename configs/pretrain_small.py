@@ -1,46 +1,51 @@
-"""ESM-1nv at full size: 6 layers, 768 wide, 44M parameters, in the readings that exist of it.
+"""ESM-1nv at full size: 6 layers, width 768, 44M parameters, as the sources describe it.
 
     python -m esm1nv_jax.main --config=configs/pretrain_small.py --config.data.path=DIR
     python -m esm1nv_jax.main --config=configs/pretrain_small.py:shipped --config.data.path=DIR
 
-DIR is a data set made by `esm1nv prepare`. To try the real shape on a laptop:
+DIR is a data set made by `esm1nv prepare`.
 
-    python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=4,steps=20 \\
+Hardware and time: the original took 176, later 144, A100 GPUs; for 176 A100-80GB `esm1nv plan`
+estimates 0.23 to 0.30 s a step, 3 days for a million steps. Not measured here. Expected metric: no
+perplexity of ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split) has
+11.8. To try the real shape on a CPU, in 10 GB of memory:
+
+    python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=1,steps=20 \\
         --config.data.path=sample --config.compute.dtype=float32 \\
         --config.evaluation.sequences=20 --workdir=runs/try
 
-Readings, at most one of each line:
-  card, shipped   what the model card says (the default), or the configuration published from 2022
-                  to May 2024: 10 % of residues predicted, half of them `<mask>`, half another
-                  letter, and 512 tokens. Which of the two the released weights saw is not known.
-  phase1, phase2  stop where the original stopped on 176 A100s (update 349,500), and on the 144
-                  that went on (957,610). One workdir: the second continues the first.
+Variants, at most one of each line:
+  card, shipped   the model card (the default), or the configuration published from 2022 to May
+                  2024: 10 % of residues predicted, half of them shown as `<mask>`, half as another
+                  letter, and 512 tokens. It is not known which of the two the released weights saw.
+  phase1, phase2  end where the original ended on 176 A100s (step 349,500), and on the 144 that
+                  continued it (957,610). In one workdir the second continues the first.
   padded          one sequence a row, as the original; otherwise rows are packed.
-  hf              the erf form of GELU in the FFN too, the only one that EsmForMaskedLM has, so that
+  hf              GELU in its erf form in the FFN too, the only one that EsmForMaskedLM has, so that
                   `esm1nv convert --to hf` is exact.
-Arguments: max_length= residues before a sequence is cropped, batch= rows in an update over all
-devices (0: as many as hold 370 sequences a device), steps=, width= (heads of 64, FFN of four
-widths), layers=, seed=. Every field below can be set by --config.field=value.
+Arguments: max_length= residues before a sequence is cropped, batch= rows of a global batch (0: as
+many as hold 370 sequences a device), steps=, width= (heads of 64, an FFN of four widths), layers=,
+seed=. Every field below can be set by --config.field=value.
 
-Traps of this recipe:
-  - The constant steps come last. The cosine falls from update 500 to 950,000, and the last 50,000
-    stand at the minimum, of which the release used 7,610. "Warm-up, 50,000 at the peak, cosine" is
-    another schedule: configs/ablations/constant_at_peak.py.
-  - More or fewer devices are another batch, for batch=0. It was so in the original, too.
-  - The figure that the original logged as perplexity is 2 to the power of a loss in nats. Here it
-    is exp of the token-weighted mean.
-  - Under `shipped` no residue that is predicted is left as it was, so the model learns that a
-    visible residue at such a place is wrong: its logits at visible positions mean nothing.
-  - With 80/10/10 masking a tenth of the answers stand in the input. Compare recipes and baselines
-    on `<mask>` positions only.
+Pitfalls of this recipe:
+  - The constant phase comes last. The cosine falls from step 500 to step 950,000, and the last
+    50,000 steps have the minimal rate; the release used 7,610 of them. "Warm-up, 50,000 at the
+    peak, cosine" is another schedule: configs/ablations/constant_at_peak.py.
+  - With batch=0 another number of devices means another batch size. It did in the original, too.
+  - The original logged as perplexity 2 to the power of a loss in nats. Here it is exp of the
+    token-weighted mean.
+  - With `shipped` no predicted residue is left unchanged, so the model learns that a visible
+    residue at a predicted position is wrong: its logits at visible positions are not usable.
+  - With 80/10/10 masking a tenth of the answers are visible in the input. Compare recipes and
+    baselines at `<mask>` positions only.
 
-Known departures from the original, in both readings: rows are packed; specials and unknown letters
-are never masked (the original masked before cropping, with the specials in place); a cropped
-sequence keeps its </s>; in each sequence exactly round(rate x residues) are predicted; one token a
-residue (the original merged runs of unknown characters); operands of products in bf16 without loss
-scaling (the original: fp16); in `card`, random letters come from the 20 standard residues and may
-equal the original, as in BERT (the original: 25 letters, never equal). In `shipped`, letters are
-drawn as in the original.
+Known differences from the original, in both variants: rows are packed; specials and unknown letters
+are never masked (the original masked before cropping, specials included); a cropped sequence keeps
+its </s>; in each sequence exactly round(rate x residues) are predicted; one token a residue (the
+original merged runs of unknown characters); operands of products in bf16 without loss scaling (the
+original: fp16); in `card`, random letters come from the 20 standard residues and may equal the
+original letter, as in BERT (the original: 25 letters, never equal). In `shipped`, letters are drawn
+as in the original.
 """
 
 from ml_collections import config_dict

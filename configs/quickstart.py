@@ -1,6 +1,10 @@
-"""A smoke test: a small ESM on 9,000 real proteins, minutes on two cores, no data to fetch.
+"""A test of the installation: a small ESM on 9,000 bundled proteins.
 
     python -m esm1nv_jax.main --config=configs/quickstart.py
+
+Hardware and time: two CPU cores, 2 minutes (measured: AMD EPYC, Zen 4). Expected metric: validation
+perplexity QS_MASK at `<mask>` positions, below the unigram baseline and about at the composition
+baseline (README).
 
 Arguments: steps=, seed=, hf (the variant that converts to transformers exactly).
 """

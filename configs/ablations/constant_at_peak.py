@@ -1,10 +1,10 @@
-"""What would the misread schedule have given: 500 warm-up, 50,000 at the peak, then cosine?
+"""Does the other reading of the schedule help: 500 warm-up, 50,000 steps at the peak, then cosine?
 
     python -m esm1nv_jax.main --config=configs/ablations/constant_at_peak.py --config.data.path=DIR
 
-The original holds its constant steps at the minimum, at the end. Lengths of phases are the parent's
-and scale with nothing: in a short run set --config.optimizer.constant and .horizon, in both runs.
-Arguments are those of the parent.
+The original's constant steps come last, at the minimal rate. The lengths of the phases are the
+parent's and do not scale: in a short run set --config.optimizer.constant and .horizon, in both runs.
+Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 
 from esm1nv_jax.common.config_file import parent

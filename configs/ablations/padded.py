@@ -1,10 +1,10 @@
-"""Does packing change what is learned, beside the time it takes?
+"""Does packing change what is learned, apart from the time it takes?
 
     python -m esm1nv_jax.main --config=configs/ablations/padded.py --config.data.path=DIR
 
 The parent packs sequences into rows; this puts one in each, as the original. With batch=0 both see
-370 sequences a device and update, so curves against updates should lie on each other, and curves
-against hours should not. Arguments are those of the parent.
+370 sequences a device and step, so their curves over steps should coincide.
+Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 
 from esm1nv_jax.common.config_file import parent

@@ -1,9 +1,10 @@
-"""Does a model that only ever saw the first residues of long proteins do worse on the rest?
+"""Does training on the first residues of long proteins harm predictions in the rest?
 
     python -m esm1nv_jax.main --config=configs/ablations/random_crop.py --config.data.path=DIR
 
-The original crops to a prefix; this draws another window in every epoch. The difference can only
-come from sequences longer than max_length. Arguments are those of the parent.
+The original crops to a prefix; this draws another window in every epoch. A difference can only come
+from sequences longer than max_length.
+Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 
 from esm1nv_jax.common.config_file import parent
