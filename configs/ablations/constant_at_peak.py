@@ -3,7 +3,7 @@
     python -m esm1nv_jax.main --config=configs/ablations/constant_at_peak.py --config.data.path=DIR
 
 The original's constant steps come last, at the minimal rate. The lengths of the phases are the
-parent's and do not scale: in a short run set --config.optimizer.constant and .horizon, in both runs.
+parent's and do not scale: in a short run set --config.optimizer.constant and .horizon in both runs.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 

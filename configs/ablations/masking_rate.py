@@ -3,8 +3,8 @@
     python -m esm1nv_jax.main --config=configs/ablations/masking_rate.py --config.data.path=DIR
 
 A higher rate gives more predictions a step and leaves less to predict them from. Validate both runs
-at one rate, by `esm1nv evaluate --masking card`: the runs' own metrics are at their own rates. Other
-rates: --config.masking.rate=0.4.
+at one rate, by `esm1nv evaluate --masking card`: the runs' own metrics are at their own rates.
+Other rates: --config.masking.rate=0.4.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 

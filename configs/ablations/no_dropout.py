@@ -2,7 +2,8 @@
 
     python -m esm1nv_jax.main --config=configs/ablations/no_dropout.py --config.data.path=DIR
 
-The original trained for hundreds of epochs; in a short run without repetition dropout may only cost.
+The original trained for hundreds of epochs; in a short run without repetition dropout may
+only cost.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 

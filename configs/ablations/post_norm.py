@@ -2,8 +2,8 @@
 
     python -m esm1nv_jax.main --config=configs/ablations/post_norm.py --config.data.path=DIR
 
-Post-LN is known to need its warm-up and to tolerate lower peak rates only: compare the gradient norms
-of the first thousand steps before the final losses.
+Post-LN is known to need its warm-up and to tolerate lower peak rates only: compare the gradient
+norms of the first thousand steps before the final losses.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 
