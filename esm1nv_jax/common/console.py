@@ -36,7 +36,7 @@ class PlainConsole(Console):
     def __init__(self, stderr: bool):
         super().__init__(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
-    def render_str(self, text: str, **options) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options) -> Text:
         return super().render_str(printable(text), **options)
 
     def _check_buffer(self) -> None:
@@ -90,8 +90,8 @@ class Bar:
         if self.total:
             of = f"/{self.total:,.0f} ({100 * self.done / self.total:.0f} %)"
             if self.done > self.start:
-                left = spent * (self.total - self.done) / (self.done - self.start)
-                left = f", {clock(left)} left"
+                remaining = spent * (self.total - self.done) / (self.done - self.start)
+                left = f", {clock(remaining)} left"
         console.print(
             f"{self.what} {self.done:,.0f}{of} {self.unit}, {clock(spent)} gone{left}"
             + (f"  {self.note}" if self.note else "")
@@ -124,7 +124,7 @@ def bar(
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=console, refresh_per_second=4) as task.progress:
-        task.progress.add_task(printable(what), total=total, completed=start, note="")
+        task.progress.add_task(printable(what), total=total, completed=int(start), note="")
         yield task
 
 

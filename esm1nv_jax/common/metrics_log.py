@@ -49,7 +49,8 @@ class MetricsWriter:
             self.path.write_text("".join(f"{line}\n" for line in kept))
         self._file = open_append(self.path)
         self._pending, self._warned = b"", False
-        self._events, self._events_dir = None, run_dir / "tensorboard"
+        self._events: Any = None
+        self._events_dir = run_dir / "tensorboard"
         self._write_events(step + 1, {"session_log": {"status": 1}})  # hides what was dropped
 
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:

@@ -35,7 +35,8 @@ def hide_unusable_plugins() -> None:
     """
     if not sys.platform.startswith("linux") or has_accelerator() or "jax" in sys.modules:
         return
-    sys.modules.update(dict.fromkeys(_CUDA))  # None: such an import fails
+    for name in _CUDA:
+        sys.modules[name] = None  # type: ignore[assignment]  # such an import fails
 
     def other(record: logging.LogRecord) -> bool:
         return "jax_plugins.xla_cuda" not in record.getMessage()

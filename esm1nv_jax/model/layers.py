@@ -26,8 +26,8 @@ class Linear(nnx.Linear):
         super().__init__(D_in, D_out, dot_general=dot_general, promote_dtype=keep_dtypes, rngs=rngs)
         self.activation_dtype = compute.activation_dtype
 
-    def __call__(self, x):
-        y = super().__call__(x)
+    def __call__(self, inputs, out_sharding=None):
+        y = super().__call__(inputs, out_sharding)
         if self.activation_dtype == "float32":
             return y
         return cast_with_gradient(y, DTYPES[self.activation_dtype])
@@ -39,7 +39,8 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, config: EncoderConfig, dtype: str, rngs: nnx.Rngs):
         super().__init__(config.width, epsilon=config.norm_epsilon, dtype=DTYPES[dtype], rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x):  # type: ignore[override]  # Flax's has a mask
+        assert self.scale is not None and self.bias is not None
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon, self.dtype)
 
 

@@ -68,7 +68,7 @@ class RecipeRow:
     """
 
     runs: list[str]
-    seeds: list[int]
+    seeds: list[int | None]
     step: int
     mean: float
     spread: float
@@ -112,16 +112,17 @@ def main(argv: list[str]) -> None:
         stdout.print(table)
     if len(groups) > 1:
         stdout.print(not_comparable(runs))
-    rows = [dataclasses.asdict(row) for group in groups for row in group]
+    records = [dataclasses.asdict(row) for group in groups for row in group]
     if options.json:
-        text = json.dumps(rows).replace("NaN", "null")
+        text = json.dumps(records).replace("NaN", "null")
         files.write(options.json, text)
     if options.csv:
         text_file = io.StringIO()
         writer = csv.writer(text_file, lineterminator="\n")
         writer.writerow(HEADER)
-        writer.writerows([" ".join(row["runs"]), " ".join(map(str, row["seeds"])), row["step"],
-                          row["mean"], row["spread"]] for row in rows)  # fmt: skip
+        for r in records:
+            seeds = " ".join(map(str, r["seeds"]))
+            writer.writerow([" ".join(r["runs"]), seeds, r["step"], r["mean"], r["spread"]])
         files.write(options.csv, text_file.getvalue())
     if options.out and options.out.endswith(".png"):
         with files.writing(options.out):

@@ -120,7 +120,7 @@ def open_host_log(run_dir: epath.Path, group: ProcessGroup, watchdog: Watchdog) 
             yield log
         finally:
             watchdog.log_to(sys.stderr)
-            console.file = None  # sys.stderr, whatever it is by then
+            console._file = None  # sys.stderr, whatever it is by then
 
 
 def log_line(log: TextIO, text: str) -> None:

@@ -41,7 +41,7 @@ class ProcessGroup:
     def __init__(self, timeout: float = 300.0):
         self.index, self.size = jax.process_index(), jax.process_count()
         self.host, self.timeout = socket.gethostname(), timeout
-        self.client = None
+        self.client: Any = None  # of JAX's coordination service; None in a single process
         if self.size > 1:
             from jax._src import distributed  # the key-value store has no public name yet
 

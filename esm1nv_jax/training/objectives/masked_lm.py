@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from esm1nv_jax.model import encoder, esm2, masking
 from esm1nv_jax.model.dropout import DropoutKey
+from esm1nv_jax.model.masking import Masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class MaskedLM:
         "mask_bits": jnp.uint32,
     }
 
-    def targets(self, model: encoder.EncoderConfig, batch: dict) -> masking.Masked:
+    def targets(self, model: encoder.EncoderConfig, batch: dict) -> Masked:
         """Return the corrupted input and the residues to predict."""
         tokens_BT = esm2.map_missing_to_unk(model.vocabulary, batch["tokens"])
         return masking.mask(self.masking, tokens_BT, batch["segment_ids"], batch["mask_bits"])
