@@ -1,11 +1,11 @@
-"""What an update costs the host, and how long the device stands idle between two of them.
+"""What a step costs the host, and how long the device stands idle between two of them.
 
     python benchmarks/loop.py [--config configs/quickstart.py] [--json OUT.json]
 
 Real runs, `train.train` and all, without evaluations and checkpoints on the way. Host time is the
-CPU time of the main thread, of a run of 300 updates less one of 100, for an update: cores that the
+CPU time of the main thread, of a run of 300 steps less one of 100, for a step: cores that the
 device's work keeps busy do not count. Idle time is read from the trace that `--config.profile`
-writes: from the last operation of an update to the first of the next.
+writes: from the last operation of a step to the first of the next.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHORT, LONG, TRACED = 100, 300, "41-80"
 
 
 def cpu_seconds(path: str, steps: int, workdir: Path, profile: str = "") -> float:
-    """Of the main thread, in a run of so many updates."""
+    """Of the main thread, in a run of so many steps."""
     config = config_file.load(path, f"steps={steps}")
     with config.unlocked():
         config.evaluation.every = config.checkpoint.every = steps
@@ -39,8 +39,8 @@ def cpu_seconds(path: str, steps: int, workdir: Path, profile: str = "") -> floa
     return time.thread_time() - began
 
 
-def updates(folder: Path) -> list[tuple[float, float]]:
-    """(first, last) moment of each update in a trace, in seconds and in order."""
+def steps(folder: Path) -> list[tuple[float, float]]:
+    """(first, last) moment of each step in a trace, in seconds and in order."""
     (path,) = folder.rglob("*.xplane.pb")
     spans: dict[int, tuple[float, float]] = {}
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -55,7 +55,7 @@ def updates(folder: Path) -> list[tuple[float, float]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("(benchmark)", "Between updates.", "python benchmarks/loop.py")
+    parser = Parser("(benchmark)", "Between steps.", "python benchmarks/loop.py")
     parser.add_argument("--config", default="configs/quickstart.py")
     parser.add_argument("--json", help="write the figures here, too")
     args = parser.parse_args(argv)
@@ -64,12 +64,12 @@ def main(argv: list[str]) -> None:
         cpu_seconds(args.config, SHORT, folder / "traced", TRACED)  # compiles, too
         short = cpu_seconds(args.config, SHORT, folder / "short")
         host = (cpu_seconds(args.config, LONG, folder / "long") - short) / (LONG - SHORT)
-        spans = updates(folder / "traced")
+        spans = steps(folder / "traced")
     idle = [after[0] - before[1] for before, after in pairwise(spans)]
     every = statistics.median(after[0] - before[0] for before, after in pairwise(spans))
-    found = {"update": every, "host": host, "idle": statistics.median(idle), "longest": max(idle)}
+    found = {"step": every, "host": host, "idle": statistics.median(idle), "longest": max(idle)}
     print(
-        f"an update {1e3 * every:.1f} ms; the main thread's CPU time {1e3 * host:.2f} ms; the "
+        f"a step {1e3 * every:.1f} ms; the main thread's CPU time {1e3 * host:.2f} ms; the "
         f"device idle {1e3 * found['idle']:.2f} ms between two of {len(spans)} (longest "
         f"{1e3 * found['longest']:.2f} ms)"
     )

@@ -45,7 +45,7 @@ def padded(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Trainer:
-    """One update after another on padded batches, as a user of `transformers` trains on a CPU.
+    """One step after another on padded batches, as a user of `transformers` trains on a CPU.
 
     15 % of the residues are predicted, 80/10/10, anew each time, as the usual collator does; logits
     at all positions; gradients clipped; fused AdamW without decay on biases and norms.
@@ -69,8 +69,8 @@ class Trainer:
             fused=True,
         )
 
-    def update(self, sequences: list[np.ndarray], rate: float | None = None) -> float:
-        """One update, at this learning rate if one is given; returns the loss."""
+    def train_step(self, sequences: list[np.ndarray], rate: float | None = None) -> float:
+        """One step, at this learning rate if one is given; returns the loss."""
         if rate is not None:
             for group in self.adamw.param_groups:
                 group["lr"] = rate

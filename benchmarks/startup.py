@@ -1,4 +1,4 @@
-"""From typing the quickstart to its first update, and where the time goes.
+"""From typing the quickstart to its first step, and where the time goes.
 
     python benchmarks/startup.py [--config configs/quickstart.py] [--json OUT.json]
 

@@ -74,12 +74,12 @@ def configured(args, run: Run):
 
 
 def followed(
-    update: Callable[[int], None], evaluate: Callable[[], float], run: Run, began: float
+    train_step: Callable[[int], None], evaluate: Callable[[], float], run: Run, began: float
 ) -> Curve:
-    """Makes the updates and evaluates now and then; the clock began at `began`."""
+    """Makes the steps and evaluates now and then; the clock began at `began`."""
     curve, away = [], 0.0
     for step in range(run.steps):
-        update(step)
+        train_step(step)
         if (step + 1) * run.evaluations // run.steps > step * run.evaluations // run.steps:
             now = time.perf_counter()
             curve.append((now - began - away, evaluate()))
@@ -123,10 +123,10 @@ def theirs(args, data: str, run: Run) -> Curve:
     asked = list(questions(args, data))
     began = time.perf_counter()
 
-    def update(step: int) -> None:
+    def train_step(step: int) -> None:
         warm = min(1.0, step / settings.optimizer.warmup)
         done = step / run.steps
-        trainer.update(next(batches), run.peak * warm * (0.55 + 0.45 * np.cos(np.pi * done)))
+        trainer.train_step(next(batches), run.peak * warm * (0.55 + 0.45 * np.cos(np.pi * done)))
 
     @torch.inference_mode()
     def evaluate() -> float:
@@ -140,7 +140,7 @@ def theirs(args, data: str, run: Run) -> Curve:
             nats, count = nats + float(found), count + len(targets)
         return float(np.exp(nats / count))
 
-    return followed(update, evaluate, run, began)
+    return followed(train_step, evaluate, run, began)
 
 
 def initial_weights(args, run: Run) -> str:
@@ -192,7 +192,7 @@ def alone(run: Callable[..., Curve], *arguments) -> Curve:
 
 
 def best(follow: Callable[[Run], Curve], grid: list[float], seconds: float) -> tuple[float, float]:
-    """(the best peak of the grid, updates a second), by short runs."""
+    """(the best peak of the grid, steps a second), by short runs."""
 
     def rate_of(run: Run, curve: Curve) -> float:
         return run.steps * (1 - 1 / run.evaluations) / (curve[-1][0] - curve[0][0])
@@ -263,7 +263,7 @@ def main(argv: list[str]) -> None:
             peak, rate, done = found[name].values()
             if len(done) <= seed:
                 run = Run(peak, round(seconds * rate), 16, seed)
-                print(f"{name}, peak {peak}, {run.steps} updates, seed {seed}:")
+                print(f"{name}, peak {peak}, {run.steps} steps, seed {seed}:")
                 done.append(follow(run))
                 kept.write_text(json.dumps(found, indent=1))
             seconds = args.share * done[seed][-1][0]

@@ -7,7 +7,7 @@
 Real sequences cut at 510 residues, the same architecture (erf GELU), dropout, clipping and AdamW.
 Ours: packed rows of 512 tokens from a folder that `esm1nv prepare` made, the input stream and all.
 The rival: SDPA, fused AdamW, (a) batches in random order, padded to their longest, (b) batches of
-like length; as many residues an update as ours. Each computes with bf16 operands and in fp32.
+like length; as many residues a step as ours. Each computes with bf16 operands and in fp32.
 Residues are counted, never padding or specials. Each program has a process of its own, as its users
 give it, for one's freed memory would break up the other's; the first round warms up. Rounds
 alternate, so that a busy machine is busy for all: trust the ratios. Needs the extra `bench`.
@@ -68,10 +68,10 @@ class Ours:
         self.compiled_in = time.perf_counter() - began
         self.batches = train.training_batches(source, stream, self.settings.objective, mesh)
 
-    def run(self, updates: int) -> int:
-        """Residues of so many updates."""
+    def run(self, steps: int) -> int:
+        """Residues of so many steps."""
         residues, pending = 0, None
-        for _ in range(updates):
+        for _ in range(steps):
             batch, arrays = next(self.batches)
             residues += int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
             self.state, values = self.step(self.state, arrays)
@@ -83,7 +83,7 @@ class Ours:
         return residues
 
 
-def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
+def accuracy(folder: str, model: str, rows: int, steps: int) -> None:
     """Prints how far bf16 strays from fp32, on the same batches from the same start."""
     losses, gradients = {}, {}
     for dtype in ("bfloat16", "float32"):
@@ -96,7 +96,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
         found = jax.tree.leaves(jax.jit(jax.grad(loss))(ours.state.params, arrays))
         gradients[dtype] = np.concatenate([np.ravel(x) for x in found]).astype(np.float64)
         seen = []
-        for _ in range(updates):
+        for _ in range(steps):
             ours.state, values = ours.step(ours.state, arrays)
             values = values.fetch()
             seen.append(values["loss"] / values["num_targets"])
@@ -107,7 +107,7 @@ def accuracy(folder: str, model: str, rows: int, updates: int) -> None:
     a, b = gradients.values()
     apart = np.abs(bf16 - fp32) / fp32
     print(
-        f"{model} model, {updates} updates of the same batches: losses in bf16 and fp32 differ "
+        f"{model} model, {steps} steps of the same batches: losses in bf16 and fp32 differ "
         f"by {apart.mean():.1e} on average, {apart.max():.1e} at most; mean of the last 20: "
         f"{bf16[-20:].mean():.4f} and {fp32[-20:].mean():.4f}; cosine of the first gradients "
         f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):.6f}"
@@ -126,12 +126,12 @@ def rival(config, folder: str, grouped: bool) -> Callable[[int], int]:
     make = rivals.grouped_batches if grouped else rivals.random_batches
     batches = make(ids, size, seed=0)
 
-    def run(updates: int) -> int:
+    def run(steps: int) -> int:
         residues = 0
-        for _ in range(updates):
+        for _ in range(steps):
             batch = next(batches)
             residues += sum(map(len, batch))
-            trainer.update(batch)
+            trainer.train_step(batch)
         return residues
 
     return run
@@ -142,7 +142,7 @@ RIVALS = {"transformers": (RANDOM, GROUPED), "a": (RANDOM,), "b": (GROUPED,), "n
 
 
 def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, folder: str) -> None:
-    """In a process of its own: makes as many updates as it is asked for, until it hears 0."""
+    """In a process of its own: makes as many steps as it is asked for, until it hears 0."""
     config = config_of(model, dtype, rows)
     if program == OURS:
         runtime.keep_freed_memory()  # as esm1nv_jax.main does
@@ -150,24 +150,24 @@ def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, fol
         run, end = ours.run, ours.batches.close
     else:
         run, end = rival(config, folder, program == GROUPED), lambda: None
-    while updates := pipe.recv():
+    while steps := pipe.recv():
         began = time.perf_counter()
-        residues = run(updates)
+        residues = run(steps)
         pipe.send(residues / (time.perf_counter() - began))
     end()
 
 
 @contextlib.contextmanager
 def running(*arguments):
-    """A function from updates to residues a second, of a program in a process."""
+    """A function from steps to residues a second, of a program in a process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     worker = context.Process(target=serve, args=(there, *arguments), daemon=True)
     worker.start()
     there.close()
 
-    def run(updates: int) -> float:
-        here.send(updates)
+    def run(steps: int) -> float:
+        here.send(steps)
         return here.recv()
 
     yield run
@@ -186,17 +186,17 @@ def measured(args, dtype: str, folder: str) -> dict[str, list[float]]:
         rates: dict[str, list[float]] = {name: [] for name in names}
         for round_ in range(args.rounds + 1):  # the first warms up
             for name, run in programs.items():
-                rate = run(args.updates)
+                rate = run(args.steps)
                 if round_:
                     rates[name].append(rate)
     return rates
 
 
-def profile(ours: Ours, updates: int) -> list[tuple[str, float]]:
+def profile(ours: Ours, steps: int) -> list[tuple[str, float]]:
     """The ten costliest operations: (name in the program and where it comes from, share)."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            ours.run(updates)
+            ours.run(steps)
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
     spent: Counter[str] = Counter()
@@ -228,12 +228,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fasta", required=True)
     parser.add_argument("--rival", choices=RIVALS, default="transformers", help="a or b: only that")
     parser.add_argument("--model", choices=sorted(MODELS), default="full")
-    parser.add_argument("--rows", type=int, default=8, help="of 512 tokens, in an update")
+    parser.add_argument("--rows", type=int, default=8, help="of 512 tokens, in a step")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=3, help="of each program in a round")
+    parser.add_argument("--steps", type=int, default=3, help="of each program in a round")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--profile", action="store_true", help="the ten costliest operations, only")
-    parser.add_argument("--accuracy", type=int, metavar="UPDATES", help="of bf16, instead of speed")
+    parser.add_argument("--accuracy", type=int, metavar="STEPS", help="of bf16, instead of speed")
     parser.add_argument("--json", help="write the figures here, too")
     args = parser.parse_args(argv)
     dtypes = args.dtypes.split(",")
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> None:
                 ours = Ours(config_of(args.model, dtype, args.rows), folder)
                 ours.run(2)
                 print(f"{dtype}: compiled in {ours.compiled_in:.1f} s")
-                for name, share in profile(ours, args.updates):
+                for name, share in profile(ours, args.steps):
                     print(f"  {100 * share:5.1f} %  {name}")
                 ours.batches.close()
             return

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The whole recipe on real proteins, on a CPU: prepare, train, average, evaluate, probe.
 #
-#   benchmarks/whole_recipe.sh CORPUS DOWNSTREAM OUT [UPDATES]
+#   benchmarks/whole_recipe.sh CORPUS DOWNSTREAM OUT [STEPS]
 #
 # CORPUS holds sp201401_nr50-0[0-8].fasta.gz: cluster representatives at 50 % identity, of which
 # shard 08 is kept for the test. DOWNSTREAM holds the tables of secondary structure and
 # localisation; heads see 2,000 proteins of each. A model of about a million parameters sees 8,192
-# tokens an update. Killed, it goes on where it was.
+# tokens a step. Killed, it goes on where it was.
 set -euo pipefail
-corpus=$1 downstream=$2 out=$3 updates=${4:-3600}
+corpus=$1 downstream=$2 out=$3 steps=${4:-3600}
 test=$corpus/sp201401_nr50-08.fasta.gz
 here=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$out"
@@ -17,13 +17,13 @@ mkdir -p "$out"
   --out "$out/data" --validation 1000 --test 1000
 
 time esm1nv train \
-  --config="$here/configs/pretrain_small.py:width=128,layers=5,max_length=510,batch=16,steps=$updates" \
+  --config="$here/configs/pretrain_small.py:width=128,layers=5,max_length=510,batch=16,steps=$steps" \
   --workdir="$out/run" --config.data.path="$out/data" --config.data.crop=random \
   --config.model.dropout=0.0 --config.model.attention_dropout=0.0 \
   --config.optimizer.peak_lr=2e-3 --config.optimizer.min_lr=1e-4 --config.optimizer.warmup=300 \
-  --config.optimizer.constant=$((updates / 20)) --config.optimizer.horizon="$updates" \
-  --config.evaluation.every=$((updates / 30)) --config.evaluation.sequences=0 \
-  --config.checkpoint.every=$((updates / 300))
+  --config.optimizer.constant=$((steps / 20)) --config.optimizer.horizon="$steps" \
+  --config.evaluation.every=$((steps / 30)) --config.evaluation.sequences=0 \
+  --config.checkpoint.every=$((steps / 300))
 
 [ -d "$out/model" ] || time esm1nv average --workdir "$out/run" --last 47 --out "$out/model" \
   --report "$out/average.html" --data "$out/data:test" --proteins 300

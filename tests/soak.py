@@ -25,7 +25,7 @@ from esm1nv_jax.checkpoints import step_folder
 from tests.cluster.runs import Run, losses, parameters, same_bits
 
 MOMENTS = ("start-up", "restore", "save", "any")
-STEPS_A_KILL, EVERY = 200, 20  # more updates than a run makes until it is killed
+STEPS_A_KILL, EVERY = 200, 20  # more steps than a run makes until it is killed
 
 
 def soak(folder: Path, kills: int, processes: int, seed: int) -> dict[str, int]:
@@ -81,8 +81,8 @@ def _wait_for(run: Run, moment: str, draw: random.Random) -> None:
     if moment == "save":
         run.until(lambda: any(_unfinished(run.workdir / step_folder.FOLDER)))
         return
-    first = run.updates()
-    run.until(lambda: run.updates() >= first + 2)
+    first = run.steps()
+    run.until(lambda: run.steps() >= first + 2)
     time.sleep(draw.uniform(0, 1))
 
 

@@ -53,7 +53,7 @@ def test_the_whole_recipe(tmp_path):
     assert [x["step"] for x in lines if x["kind"] == "validation"][-1] == 60
 
     said = esm1nv("average", "--workdir", run, "--last", "47", "--out", model)
-    assert "47 checkpoints, updates 14 to 60" in said
+    assert "47 checkpoints, steps 14 to 60" in said
     found = tmp_path / "evaluation.json"
     page = tmp_path / "evaluation.html"
     esm1nv(

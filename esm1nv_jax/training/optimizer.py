@@ -15,7 +15,7 @@ CONSTANT_AT = ("min_lr", "peak")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Units: learning rates per update, lengths of phases in updates."""
+    """Units: learning rates per step, lengths of phases in steps."""
 
     peak_lr: float = 2e-4
     min_lr: float = 2e-5
@@ -56,7 +56,7 @@ class OptimizerConfig:
 
 
 def phases(config: OptimizerConfig) -> list[tuple[str, int, int]]:
-    """(name, first update, end) of each phase that has any length, in order."""
+    """(name, first step, end) of each phase that has any length, in order."""
     if config.constant_at == "min_lr":
         lengths = [("warm-up", config.warmup), ("cosine", None), ("constant", config.constant)]
     else:
@@ -72,10 +72,10 @@ def phases(config: OptimizerConfig) -> list[tuple[str, int, int]]:
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate of update n, counted from 0.
+    """Learning rate of step n, counted from 0.
 
     Warm-up rises linearly from 0 to the peak; the cosine falls from the peak to `min_lr`. The
-    original's constant phase (`constant_at='min_lr'`) comes last, at the minimum: updates 950,000
+    original's constant phase (`constant_at='min_lr'`) comes last, at the minimum: steps 950,000
     to 1,000,000. `'peak'` is the other reading: warm-up, constant at the peak, cosine.
     """
     cosine_start = config.warmup + (config.constant if config.constant_at == "peak" else 0)

@@ -19,7 +19,7 @@ def checkpoints_of(run, strict=False, **changes):
     return RunCheckpoints(run, checkpoint_config(**{"every": 100, "keep": 2} | changes), strict)
 
 
-def test_every_so_many_updates_or_minutes(tmp_path, monkeypatch):
+def test_every_so_many_steps_or_minutes(tmp_path, monkeypatch):
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
     by_steps, by_clock = checkpoints_of(tmp_path), checkpoints_of(tmp_path, minutes=10)

@@ -23,7 +23,7 @@ GONE_WITHIN = 30  # seconds that the others may live on
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_peer_ends_the_others_and_is_named(tmp_path, how, victim):
     with Run(tmp_path / "run", 3, *LONG) as run:
-        run.until(lambda: run.updates() >= 3)
+        run.until(lambda: run.steps() >= 3)
         pids = run.pids()
         os.kill(pids[victim], how)
         began = time.monotonic()
@@ -44,7 +44,7 @@ def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
         assert run.wait() == 0, run.text
     slow = processes.slow_data(tmp_path / "slow", seconds=0.1)  # the kill comes before the end
     with Run(tmp_path / "killed", 2, *options, restarts=2, PYTHONPATH=slow) as run:
-        run.until(lambda: run.updates() >= 8)
+        run.until(lambda: run.steps() >= 8)
         run.signal(1, signal.SIGKILL)
         assert run.wait() == 0, run.text
         assert "starting again (1 of 2)" in run.text and "resuming" in run.text
@@ -56,7 +56,7 @@ def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
 def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
     """With one process the plain handler, with several the preemption service."""
     with Run(tmp_path / "run", n, *LONG) as run:
-        run.until(lambda: run.updates() >= 3)
+        run.until(lambda: run.steps() >= 3)
         run.signal(n - 1, signal.SIGTERM)
         assert run.wait(60) == 75, run.text
     (said,) = re.findall(r"saved step (\d+) in", run.text)
@@ -69,7 +69,7 @@ def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
 def test_ctrl_c_saves_and_leaves_with_130(tmp_path, n):
     """As a terminal does it: to the launcher and to all of its processes at once."""
     with Run(tmp_path / "run", n, *LONG) as run:
-        run.until(lambda: run.updates() >= 3)
+        run.until(lambda: run.steps() >= 3)
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.wait(60) == 130, run.text
     (said,) = re.findall(r"saved step (\d+) in", run.text)
@@ -81,7 +81,7 @@ def test_a_process_that_stands_still_makes_all_dump_their_stacks_and_leave(tmp_p
     """A data set on a disk that hangs, for one process: its reads never come back."""
     path = processes.slow_data(tmp_path / "stuck", seconds=1e6, process=1, after=20)
     with Run(tmp_path / "run", 2, *LONG, "--config.cluster.stall_timeout=20", PYTHONPATH=path) as r:
-        r.until(lambda: r.updates() >= 15)
+        r.until(lambda: r.steps() >= 15)
         began = time.monotonic()
         assert r.wait(90) == 1, r.text
         assert time.monotonic() - began < 60
@@ -94,10 +94,10 @@ def test_a_process_that_stands_still_makes_all_dump_their_stacks_and_leave(tmp_p
 
 def test_sigusr1_prints_stacks_and_the_run_goes_on(tmp_path):
     with Run(tmp_path / "run", 1, *LONG) as run:
-        run.until(lambda: run.updates() >= 2)
-        before = run.updates()
+        run.until(lambda: run.steps() >= 2)
+        before = run.steps()
         run.signal(0, signal.SIGUSR1)
-        run.until(lambda: run.updates() > before + 5)
+        run.until(lambda: run.steps() > before + 5)
         (log,) = (tmp_path / "run" / "logs").iterdir()
         assert "in run" in log.read_text() and "most recent call first" in log.read_text()
 
@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_falls_back(tmp_path):
     assert step_folder.verify(tmp_path / "run", 8) == []
 
 
-def test_an_infinite_loss_stops_all_at_one_update_with_evidence(tmp_path):
+def test_an_infinite_loss_stops_all_at_one_step_with_evidence(tmp_path):
     wild = ("--config.optimizer.peak_lr=1e30", "--config.optimizer.warmup=0", "--config.steps=30")
     with Run(tmp_path / "run", 2, *wild) as run:
         assert run.wait() == 1, run.text

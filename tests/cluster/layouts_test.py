@@ -55,7 +55,7 @@ def relative(a: dict, b: dict) -> float:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """50 updates on one device in one process, with a hash of every row of every batch."""
+    """50 steps on one device in one process, with a hash of every row of every batch."""
     return spied_run(tmp_path_factory.mktemp("straight"), 1, 1)
 
 
@@ -71,7 +71,7 @@ def spied_run(folder, processes, devices, steps=STEPS, dtype="float32"):
     return folder
 
 
-def rows_seen(folder, updates):
+def rows_seen(folder, steps):
     """Hashes of the rows of the first batches, in order, whoever made them."""
     files = sorted(
         (path for path in (folder / "spy").iterdir() if path.name.isdigit()),
@@ -79,7 +79,7 @@ def rows_seen(folder, updates):
     )
     each = 8 // len(files)
     made = [path.read_text().split() for path in files]
-    return [row for n in range(updates) for part in made for row in part[n * each : (n + 1) * each]]
+    return [row for n in range(steps) for part in made for row in part[n * each : (n + 1) * each]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

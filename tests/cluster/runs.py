@@ -57,8 +57,8 @@ class Run:
                 found[int(number[1])] = int(entry.name)
         return found
 
-    def updates(self) -> int:
-        """The newest update in the metrics."""
+    def steps(self) -> int:
+        """The newest step in the metrics."""
         path = self.workdir / "metrics.jsonl"
         if not path.exists():
             return 0
@@ -97,7 +97,7 @@ class Run:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """Training loss by update."""
+    """Training loss by step."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 

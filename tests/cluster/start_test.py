@@ -109,12 +109,12 @@ def test_what_slurm_promises():
 @pytest.mark.integration
 def test_a_live_run_is_named_and_unharmed(tmp_path):
     with Run(tmp_path / "run", 1, "--config.steps=100000") as first:
-        first.until(lambda: first.updates() >= 2)
+        first.until(lambda: first.steps() >= 2)
         pid = first.pids()[0]
         assert Run(tmp_path / "run", 1, "--config.steps=100000").wait() == 2
         assert f"in use by a live run (process {pid} on " in first.text  # both write there
-        before = first.updates()
-        first.until(lambda: first.updates() > before)
+        before = first.steps()
+        first.until(lambda: first.steps() > before)
 
 
 @pytest.mark.integration

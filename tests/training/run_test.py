@@ -28,7 +28,7 @@ def assert_same(a, b):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Twelve updates without interruption."""
+    """Twelve steps without interruption."""
     run = tmp_path_factory.mktemp("straight") / "run"
     process = processes.run(f"--workdir={run}")
     assert process.returncode == 0, process.stderr
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
 
 
 @pytest.mark.integration
-def test_a_profile_of_some_updates(tmp_path, straight):
+def test_a_profile_of_some_steps(tmp_path, straight):
     run = tmp_path / "run"
     done = processes.run(f"--workdir={run}", "--config.profile=3-4")
     assert done.returncode == 0 and "profile    of steps 3 to 4" in done.stderr

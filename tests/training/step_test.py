@@ -1,4 +1,4 @@
-"""One update is the same update on any number of devices and in any number of parts."""
+"""One step is the same step on any number of devices and in any number of parts."""
 
 import dataclasses
 import re
@@ -34,15 +34,15 @@ def batch(number: int, rows: int = 16) -> dict[str, np.ndarray]:
     return pack([*made, []], 64)
 
 
-def train(config, devices: int, updates: int):
+def train(config, devices: int, steps: int):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    update, _ = step.jit_steps(config, mesh)
+    train_step, _ = step.jit_steps(config, mesh)
     layout = sharding.sharding(mesh, "state")
     state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(config)
     losses = []
-    for n in range(updates):
+    for n in range(steps):
         arrays = jax.device_put(batch(n), sharding.sharding(mesh, "batch"))
-        state, values = update(state, arrays)
+        state, values = train_step(state, arrays)
         values = values.fetch()
         losses.append(values["loss"] / values["num_targets"])
     return state, np.array(losses)
@@ -55,10 +55,10 @@ def alone():
 
 def compiled_text(config, devices: int) -> str:
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    update, _ = step.jit_steps(config, mesh)
+    train_step, _ = step.jit_steps(config, mesh)
     state = jax.eval_shape(lambda: step.create_state(config))
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(0).items()}
-    return update.lower(state, shapes).compile().as_text()
+    return train_step.lower(state, shapes).compile().as_text()
 
 
 def test_the_loss_falls(alone):
@@ -106,13 +106,13 @@ def test_gradients_travel_in_the_dtype_asked_for():
     assert kernels and all("bf16" in o for o in kernels)
 
 
-def test_dropout_changes_with_the_update_and_not_with_the_layout():
+def test_dropout_changes_with_the_step_and_not_with_the_layout():
     params = encoder.init(CONFIG.model, 0)
     whole = batch(0)
 
-    def loss(rows, update):
+    def loss(rows, number):
         part = {k: jnp.asarray(v[rows]) for k, v in whole.items()}
-        key = step.DropoutKey.at(1, update, jnp.arange(16, dtype=jnp.uint32)[rows])
+        key = step.DropoutKey.at(1, number, jnp.arange(16, dtype=jnp.uint32)[rows])
         return step.batch_sums(CONFIG, params, part, key)["loss"]
 
     together = loss(slice(0, 16), 3)
@@ -129,29 +129,29 @@ def poisoned(state, leaf_value):
 
 
 @pytest.mark.parametrize("allowed", [0, 1])
-def test_an_update_that_is_not_finite_moves_nothing(allowed):
+def test_a_step_that_is_not_finite_moves_nothing(allowed):
     config = dataclasses.replace(CONFIG, nonfinite_allowed=allowed)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    update, _ = step.jit_steps(config, mesh)
+    train_step, _ = step.jit_steps(config, mesh)
     state = poisoned(step.create_state(config), jnp.nan)
     before = jax.device_get(state)
-    after, values = update(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
+    after, values = train_step(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
     after = jax.device_get(after)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
     values = values.fetch()
     assert not values["finite"] and int(after.nonfinite) == 1
     assert bool(values["halted"]) == (allowed == 0)
-    assert int(after.step) == allowed  # a skipped update counts, one that halts does not
+    assert int(after.step) == allowed  # a skipped step counts, one that halts does not
 
 
 def test_after_a_halt_nothing_moves_even_where_it_could():
     config = CONFIG
     mesh = sharding.make_mesh(jax.devices()[:1])
-    update, _ = step.jit_steps(config, mesh)
+    train_step, _ = step.jit_steps(config, mesh)
     state = dataclasses.replace(step.create_state(config), nonfinite=jnp.int32(1))
     before = jax.device_get(state)
-    after, values = update(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
+    after, values = train_step(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
     jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(after.params))
     values = values.fetch()
     assert values["finite"] and values["halted"] and int(after.nonfinite) == 1
@@ -171,7 +171,7 @@ def test_the_gradient_is_the_mean_over_all_predictions():
     expected = jax.jit(jax.grad(mean_loss))(params)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(expected)))
     mesh = sharding.make_mesh(jax.devices()[:4])
-    update, _ = step.jit_steps(config, mesh)
+    train_step, _ = step.jit_steps(config, mesh)
     state = jax.device_put(step.state_from_params(config, params), sharding.sharding(mesh, "state"))
-    _, values = update(state, jax.device_put(whole, sharding.sharding(mesh, "batch")))
+    _, values = train_step(state, jax.device_put(whole, sharding.sharding(mesh, "batch")))
     assert values.fetch()["gradient_norm"] == pytest.approx(norm, rel=1e-5)
