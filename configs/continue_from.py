@@ -15,9 +15,9 @@ import dataclasses
 
 from ml_collections import config_dict
 
-from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.config_file import arguments, parent
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.interchange.loader import load_weights
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     if not args["model"]:
         raise UserError("name the model to continue: --config=configs/continue_from.py:model=DIR")
     config = parent(__file__, "pretrain_small.py", f"batch={args['batch']},steps={args['steps']}")
-    model = model_folder.read(args["model"]).model
+    model = load_weights(args["model"]).model
     config.seed = args["seed"]
     config.init_from = args["model"]
     config.model.update(dataclasses.asdict(model))

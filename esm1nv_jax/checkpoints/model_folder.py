@@ -32,14 +32,15 @@ class Weights:
 
     params: dict  # nested, NumPy float32
     model: encoder.EncoderConfig
-    provenance: dict[str, Any]  # where they came from: run, steps, data, config, figures
+    provenance: dict[str, Any]  # where they came from: run, steps, data, config, metrics
 
 
 def read(path: str) -> Weights:
-    """Weights of a run (its newest checkpoint), one of its checkpoints, its `best`, a model folder,
-    or a folder of `transformers`.
+    """Weights of a run (its newest checkpoint), one of its steps, its `best` or a model folder.
 
-    Raises UserError where there is none, saying what was looked for.
+    `interchange.loader.load_weights` also opens a folder of `transformers`.
+
+    Raises UserError where there is none, with what was looked for.
     """
     folder = epath.Path(path)
     if not folder.exists():
@@ -53,10 +54,6 @@ def read(path: str) -> Weights:
     if steps := step_folder.steps(folder):
         return _read_step(folder, steps[-1], FOLDER)
 
-    from esm1nv_jax.interchange import huggingface  # it builds on this file
-
-    if huggingface.is_one(folder):
-        return Weights(*huggingface.read(path))
     raise UserError(
         f"{path} holds no model: neither {DESCRIPTION}, {FOLDER}/STEP nor a config.json "
         "of transformers was found there"

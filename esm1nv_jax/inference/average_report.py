@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     if source is not None:
         proteins, name = source
         rows = evaluate_models(weights, members, proteins)
-        provenance = weights.provenance | {"figures": {"data": name, **rows[-1]["metrics"]}}
+        provenance = weights.provenance | {"metrics": {"data": name, **rows[-1]["metrics"]}}
         with files.writing(options.out):
             model_folder.write(options.out, dataclasses.replace(weights, provenance=provenance))
         table = Table(*COLUMNS, title=f"Perplexity on {name}, the same masks", title_justify="left")

@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.stream_config import SPECIALS
 from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.inference.variant_scores import MODES, parse_mutants, score_mutants
+from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
@@ -277,7 +277,7 @@ def load(path: str, precision: str = "fp32", max_residues: int | None = None) ->
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
-    weights = model_folder.read(path)
+    weights = load_weights(path)
     room = weights.model.positions - SPECIALS
     if max_residues is not None and not 1 <= max_residues <= room:
         raise UserError(

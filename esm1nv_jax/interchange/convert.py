@@ -12,10 +12,11 @@ from esm1nv_jax.common import arguments
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
+# Imports inside functions: `--help` and mistakes do without JAX.
 if TYPE_CHECKING:
     from esm1nv_jax.checkpoints.model_folder import Weights
 
-MEASURED_ON = 32  # proteins of the sample's test split, over which a difference is taken
+MEASURED_PROTEINS = 32  # of the bundled sample's test split, over which a difference is measured
 
 
 def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
@@ -24,44 +25,44 @@ def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
     Raises UserError where the model is no architecture of `transformers`, unless `approximate`
     allows the erf form of GELU in place of the tanh form: then the difference is measured.
     """
-    from esm1nv_jax.checkpoints import model_folder
     from esm1nv_jax.interchange import huggingface, model_card
+    from esm1nv_jax.interchange.loader import load_weights
 
-    _empty(out)
-    weights = model_folder.read(checkpoint)
+    _check_empty(out)
+    weights = load_weights(checkpoint)
     difference = ""
-    reason = huggingface.unexpressible(weights.model)
-    if reason and approximate:
-        near = dataclasses.replace(weights, model=huggingface.nearest(weights.model))
-        difference = measured(weights, near)
-        weights = near
-    elif reason:
-        raise UserError(reason)
-    made = weights.provenance
-    if "figures" not in made and made.get("run") and len(made.get("steps", [])) == 1:
-        figures = model_card.figures_of(made["run"], made["steps"][0])
-        made = made | ({"figures": figures} if figures else {})
-    weights = dataclasses.replace(weights, provenance=made)
-    with _writing(out):
-        huggingface.write(out, weights, difference)
+    if reason := huggingface.inexact_reason(weights.model):
+        if not approximate:
+            raise UserError(reason)
+        config = huggingface.approximate_config(weights.model)
+        approximated = dataclasses.replace(weights, model=config)
+        difference = measure_difference(weights, approximated)
+        weights = approximated
+    provenance = weights.provenance
+    run, steps = provenance.get("run"), provenance.get("steps", [])
+    if "metrics" not in provenance and run and len(steps) == 1:
+        metrics = model_card.validation_metrics(run, steps[0])
+        provenance = provenance | ({"metrics": metrics} if metrics else {})
+    with _disk_errors(out):
+        huggingface.write(out, dataclasses.replace(weights, provenance=provenance), difference)
     return difference
 
 
 def from_hf(path: str, out: str, vocabulary: str | None = None) -> Weights:
-    """Makes the model folder `out` of a folder of `transformers`, and returns what it holds."""
+    """Makes the model folder `out` of a folder of `transformers`, and returns its weights."""
     from esm1nv_jax.checkpoints import model_folder
     from esm1nv_jax.interchange import huggingface
 
-    _empty(out)
+    _check_empty(out)
     if not epath.Path(path).exists():
         raise UserError(f"folder {path} does not exist; give a folder of save_pretrained")
-    weights = model_folder.Weights(*huggingface.read(path, vocabulary))
-    with _writing(out):
+    weights = huggingface.read(path, vocabulary)
+    with _disk_errors(out):
         model_folder.write(out, weights)
     return weights
 
 
-def measured(exact: Weights, near: Weights) -> str:
+def measure_difference(exact: Weights, approximated: Weights) -> str:
     """One sentence on how far two models are apart, on proteins of the bundled sample."""
     import jax
     import numpy as np
@@ -72,7 +73,7 @@ def measured(exact: Weights, near: Weights) -> str:
 
     residues = min(256, exact.model.positions - 2)
     stream = pipeline.StreamConfig(seed=0, rows=4, row_length=residues + 2, max_residues=residues)
-    furthest, sums, proteins = 0.0, np.zeros(3), 0
+    max_difference, sums, proteins = 0.0, np.zeros(3), 0
 
     @jax.jit
     def compare(params, batch):
@@ -89,39 +90,41 @@ def measured(exact: Weights, near: Weights) -> str:
                 batch["positions"],
                 prediction_positions_BM=masked.prediction_positions_BM,
             ).logits
-            for model in (exact.model, near.model)
+            for model in (exact.model, approximated.model)
         ]
-        apart = abs(logits[0] - logits[1]).max(axis=-1)
-        losses = [masking.cross_entropy_sums(part, masked) for part in logits]
+        difference_BM = abs(logits[0] - logits[1]).max(axis=-1)
+        before, after = (masking.cross_entropy_sums(part, masked) for part in logits)
         return (
-            (apart * masked.is_target_BM).max(),
-            (*(part["loss_mask"] for part in losses), losses[0]["num_masked"]),
+            (difference_BM * masked.is_target_BM).max(),
+            (before["loss_mask"], after["loss_mask"], before["num_masked"]),
         )
 
     for batch in pipeline.evaluation_batches(open_split("sample", "test"), stream):
         names = ("tokens", "segment_ids", "positions", "mask_bits")
-        apart, part = compare(exact.params, {name: batch[name] for name in names})
-        furthest, sums = max(furthest, float(apart)), sums + np.array(part, np.float64)
+        difference, part = compare(exact.params, {name: batch[name] for name in names})
+        max_difference = max(max_difference, float(difference))
+        sums = sums + np.array(part, np.float64)
         proteins += int(((batch["segment_ids"] > 0) & (batch["positions"] == 0)).sum())
-        if proteins >= MEASURED_ON:
+        if proteins >= MEASURED_PROTEINS:
             break
     before, after = np.exp(sums[:2] / sums[2])
     return (
-        f"approximate: {near.model.ffn_activation} stands for {exact.model.ffn_activation} in the "
-        f"FFN; on {int(sums[2]):,} <mask> positions of the bundled sample logits differ by up to "
-        f"{furthest:.2g}, perplexity is {after:.4f} against {before:.4f}"
+        f"approximate: {approximated.model.ffn_activation} stands for "
+        f"{exact.model.ffn_activation} in the FFN; on {int(sums[2]):,} <mask> positions of the "
+        f"bundled sample logits differ by up to {max_difference:.2g}, perplexity is {after:.4f} "
+        f"instead of {before:.4f}"
     )
 
 
-def _empty(out: str) -> None:
-    model_folder = epath.Path(out)
-    if model_folder.exists() and (not model_folder.is_dir() or any(model_folder.iterdir())):
-        raise UserError(f"--out {out} is there already and not empty; choose another")
+def _check_empty(out: str) -> None:
+    folder = epath.Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {out} exists and is not empty; choose another")
 
 
 @contextlib.contextmanager
-def _writing(out: str):
-    """Turns what a disk has to say into one line."""
+def _disk_errors(out: str):
+    """Turns an error of the disk into one line."""
     try:
         yield
     except OSError as error:
@@ -136,11 +139,11 @@ def main(argv: list[str]) -> int:
         "esm1nv convert --to hf --checkpoint runs/first --out exported\n"
         "  esm1nv convert --from hf facebook_esm2 --out models/esm2",
     )
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to", choices=["hf"], help="write a folder for transformers")
-    way.add_argument("--from", dest="source", choices=["hf"], help="read one")
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=["hf"], help="write a folder for transformers")
+    direction.add_argument("--from", dest="source", choices=["hf"], help="read one")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="what to convert")
-    parser.add_argument("--checkpoint", metavar="DIR", help="the same: a run, a step or a model")
+    parser.add_argument("--checkpoint", metavar="PATH", help="the same: a run, a step or a model")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--approximate", action="store_true", help="with --to: allow erf GELU for tanh GELU"
@@ -149,21 +152,20 @@ def main(argv: list[str]) -> int:
         "--vocabulary", metavar="FILE", help="with --from: a vocab.txt or tokenizer.json"
     )
     options = parser.parse_args(argv)
-    given = [path for path in (options.folder, options.checkpoint) if path]
-    if len(given) != 1:
+    paths = [path for path in (options.folder, options.checkpoint) if path]
+    if len(paths) != 1:
         parser.error("name one folder to convert, by --checkpoint DIR or as DIR")
     if options.approximate and not options.to:
         parser.error("--approximate goes with --to hf")
     if options.vocabulary and not options.source:
         parser.error("--vocabulary goes with --from hf")
     if options.to:
-        difference = to_hf(given[0], options.out, options.approximate)
-        console.print(difference or "exact: the same numbers, rounding apart", markup=False)
+        difference = to_hf(paths[0], options.out, options.approximate)
+        console.print(difference or "exact: the same numbers, rounding apart")
         console.print(f'open it with AutoModelForMaskedLM.from_pretrained("{options.out}")')
         return 0
-    weights = from_hf(given[0], options.out, options.vocabulary)
-    left_out = weights.provenance["tensors_left_out"]
-    if left_out:
-        console.print(f"left out: {', '.join(left_out)}", markup=False)
+    weights = from_hf(paths[0], options.out, options.vocabulary)
+    if left_out := weights.provenance["tensors_left_out"]:
+        console.print(f"left out: {', '.join(left_out)}")
     console.print(f"model folder {options.out}; every verb takes --checkpoint {options.out}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -13,24 +13,22 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints.model_folder import flatten, unflatten
+from esm1nv_jax.checkpoints.model_folder import Weights, flatten, unflatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD
 from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.interchange import model_card, tensor_names, tensors, tokenizer_files
+from esm1nv_jax.interchange.tensor_names import BERT, ESM, Family
 from esm1nv_jax.model import esm2
-from esm1nv_jax.model.encoder import EncoderConfig
-
-if TYPE_CHECKING:
-    from esm1nv_jax.checkpoints.model_folder import Weights
+from esm1nv_jax.model.encoder_config import EncoderConfig
 
 CONFIG, PROVENANCE = "config.json", "provenance.json"
-# Rows of the embedding's padding: nothing reads them, but with them the way back is bit-exact.
+# Rows of the embedding's padding: nothing reads them, but with them a round trip is bit-exact.
 PADDING = "vocabulary_padding.safetensors"
 BERT_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def is_one(folder: epath.Path) -> bool:
+def is_hf_folder(folder: epath.Path) -> bool:
     """Whether a config.json of `transformers` lies there (a run has one of its own)."""
     try:
         return "model_type" in json.loads((folder / CONFIG).read_text())
@@ -38,8 +36,8 @@ def is_one(folder: epath.Path) -> bool:
         return False
 
 
-def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderConfig, dict]:
-    """(params, config, provenance) of a folder as `save_pretrained` writes it.
+def read(path: str, vocabulary_file: str | None = None) -> Weights:
+    """Weights of a folder as `save_pretrained` writes it.
 
     Args:
       path: holds config.json, the weights, and tokenizer.json or vocab.txt.
@@ -49,8 +47,8 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
     """
     folder = epath.Path(path)
     try:
-        description = json.loads((folder / CONFIG).read_text())
-        model_type = description.get("model_type")
+        fields = json.loads((folder / CONFIG).read_text())
+        model_type = fields.get("model_type")
     except OSError:
         raise UserError(f"{folder} has no {CONFIG}; give a folder of save_pretrained") from None
     except (ValueError, AttributeError) as error:
@@ -60,81 +58,78 @@ def read(path: str, vocabulary_file: str | None = None) -> tuple[dict, EncoderCo
             f"{folder / CONFIG}: model_type is {model_type!r}; "
             f"{', '.join(tensor_names.FAMILIES)} can be converted (EsmForMaskedLM, BertForMaskedLM)"
         )
-    family = tensor_names.FAMILIES[model_type]
-    found = tensors.read(folder)
-    fields = _Fields(description, str(folder / CONFIG))
-    config = _config(family, fields, folder, vocabulary_file)
-    if config.position_kind == "rotary" and not any(
-        n.endswith(tensor_names.FREQUENCY) for n in found
-    ):
-        base = fields.get("rope_theta", float, esm2.ROPE_THETA)
-        found[tensor_names.FREQUENCY] = esm2.rope_frequencies(config.width // config.heads, base)
-    leaves, left_out = tensor_names.to_ours(family, config, found, str(folder))
-    if broken := [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+    family, hf_config = tensor_names.FAMILIES[model_type], _HFConfig(fields, str(folder / CONFIG))
+    hf_tensors = tensors.read_tensors(folder)
+    config = _encoder_config(family, hf_config, folder, vocabulary_file)
+    has_frequency = any(name.endswith(tensor_names.INV_FREQ) for name in hf_tensors)
+    if config.position_kind == "rotary" and not has_frequency:
+        theta = hf_config.get("rope_theta", float, esm2.ROPE_THETA)
+        hf_tensors[tensor_names.INV_FREQ] = esm2.rope_frequencies(config.head_size, theta)
+    params, left_out = tensor_names.from_hf_tensors(family, config, hf_tensors, str(folder))
+    if nonfinite := [name for name, leaf in params.items() if not np.isfinite(leaf).all()]:
         raise UserError(
-            f"{folder}: what becomes {broken[0]} holds NaN or infinity ({len(broken)} such of "
-            f"{len(leaves)}), and the model predicts nothing; get other weights"
+            f"{folder}: what becomes {nonfinite[0]} holds NaN or infinity ({len(nonfinite)} such "
+            f"of {len(params)}), and the model predicts nothing; get other weights"
         )
     provenance: dict[str, Any] = {
         "converted_from": str(folder),
         "architecture": family.architecture,
         "tensors_left_out": left_out,
     }
-    licence = model_card.licence_of(folder)
-    provenance |= {"licence": licence} if licence else {}
+    if license_name := model_card.read_license(folder):
+        provenance["licence"] = license_name
     try:
         if (folder / PROVENANCE).exists():
             provenance = json.loads((folder / PROVENANCE).read_text()) | provenance
         if (folder / PADDING).exists():
-            _restore_padding(folder / PADDING, config, leaves)
+            _restore_padding(folder / PADDING, config, params)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UserError(
             f"{folder}: {PROVENANCE} or {PADDING} is damaged ({error}); the model does not need "
             "them, remove them or export it again"
         ) from None
-    return unflatten(leaves), config, provenance
+    return Weights(unflatten(params), config, provenance)
 
 
-def write(path: str, weights: Weights, approximated: str = "") -> None:
+def write(path: str, weights: Weights, difference: str = "") -> None:
     """Writes a folder that AutoModelForMaskedLM and AutoTokenizer open; config.json comes last.
 
-    `approximated` goes into the model card: what differs from the model here, and by how much.
-    Raises UserError where `unexpressible(weights.model)` says anything.
+    `difference` from the model here, if there is one, goes into the model card.
+    Raises UserError where `inexact_reason(weights.model)` is not None.
     """
-    reason = unexpressible(weights.model)
-    if reason:
+    if reason := inexact_reason(weights.model):
         raise UserError(reason)
-    config, leaves = weights.model, flatten(weights.params)
-    family, description = describe(config)
-    found = tensor_names.to_theirs(family, config, leaves)
-    if family is tensor_names.ESM:
-        # Without one `transformers` would make it up at random at every start.
-        found["esm.contact_head.regression.weight"] = np.zeros(
-            (1, config.layers * config.heads), np.float32
-        )
-        found["esm.contact_head.regression.bias"] = np.zeros(1, np.float32)
+    config, params = weights.model, flatten(weights.params)
+    family = ESM if config.norm == "pre" else BERT
+    hf_tensors = tensor_names.to_hf_tensors(family, config, params)
+    if family is ESM:
+        # Without one `transformers` would draw it at random at every start.
+        size = (1, config.layers * config.heads)
+        hf_tensors["esm.contact_head.regression.weight"] = np.zeros(size, np.float32)
+        hf_tensors["esm.contact_head.regression.bias"] = np.zeros(1, np.float32)
     else:
-        found[tensor_names.TOKEN_TYPES] = np.zeros((2, config.width), np.float32)
+        hf_tensors[tensor_names.TOKEN_TYPES] = np.zeros((2, config.width), np.float32)
     if config.position_kind == "rotary":
         for i in range(config.layers):  # where transformers 4 looks for it, and 5 too
-            name = f"esm.encoder.layer.{i}.attention.self.{tensor_names.FREQUENCY}"
-            found[name] = leaves["rotary_frequency"]
-    found = {name: np.ascontiguousarray(value, np.float32) for name, value in found.items()}
+            name = f"esm.encoder.layer.{i}.attention.self.{tensor_names.INV_FREQ}"
+            hf_tensors[name] = params["rotary_frequency"]
+    hf_tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in hf_tensors.items()}
 
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / tensors.SAFE).write_bytes(save_safetensors(found, metadata={"format": "pt"}))
-    padding = _padding(config, leaves)
+    content = save_safetensors(hf_tensors, metadata={"format": "pt"})
+    (folder / tensors.SAFETENSORS).write_bytes(content)
+    padding = _padding(config, params)
     if any(np.any(rows) for rows in padding.values()):
         (folder / PADDING).write_bytes(save_safetensors(padding))
-    tokenizer_files.write(folder, config)
+    tokenizer_files.write_tokenizer(folder, config)
     (folder / PROVENANCE).write_text(json.dumps(weights.provenance, indent=1))
-    card = model_card.text(weights, family.architecture, approximated)
+    card = model_card.model_card(weights, family.architecture, difference)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(description, indent=2))
+    (folder / CONFIG).write_text(json.dumps(_to_hf_config(family, config), indent=2))
 
 
-def unexpressible(config: EncoderConfig) -> str | None:
+def inexact_reason(config: EncoderConfig) -> str | None:
     """What of this architecture neither EsmForMaskedLM nor BertForMaskedLM has, or None."""
     if config.norm == "post" and (config.position_kind == "rotary" or config.token_dropout):
         return (
@@ -147,9 +142,9 @@ def unexpressible(config: EncoderConfig) -> str | None:
     )
     activations = {config.ffn_activation, config.head_activation}
     if config.norm == "pre" and activations != {"gelu_erf"}:
-        where = "ffn" if config.ffn_activation != "gelu_erf" else "head"
+        part = "ffn" if config.ffn_activation != "gelu_erf" else "head"
         return (
-            f"model.{where}_activation='gelu_tanh' cannot be converted exactly: EsmForMaskedLM "
+            f"model.{part}_activation='gelu_tanh' cannot be converted exactly: EsmForMaskedLM "
             f"has 'gelu_erf' only; {fix}"
         )
     if config.norm == "post" and len(activations) > 1:
@@ -161,20 +156,17 @@ def unexpressible(config: EncoderConfig) -> str | None:
     return None
 
 
-def nearest(config: EncoderConfig) -> EncoderConfig:
+def approximate_config(config: EncoderConfig) -> EncoderConfig:
     """The architecture that `--approximate` converts to: the erf form of GELU throughout."""
-    near = dataclasses.replace(config, ffn_activation="gelu_erf", head_activation="gelu_erf")
-    reason = unexpressible(near)
-    if reason:
+    config = dataclasses.replace(config, ffn_activation="gelu_erf", head_activation="gelu_erf")
+    if reason := inexact_reason(config):
         raise UserError(reason)
-    return near
+    return config
 
 
-def describe(config: EncoderConfig) -> tuple[tensor_names.Family, dict[str, Any]]:
-    """The architecture of `transformers` that this is, and its config.json."""
-    family = tensor_names.ESM if config.norm == "pre" else tensor_names.BERT
+def _to_hf_config(family: Family, config: EncoderConfig) -> dict[str, Any]:
     known = vocabulary(config.vocabulary)
-    description: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": len(known.tokens),
@@ -197,13 +189,13 @@ def describe(config: EncoderConfig) -> tuple[tensor_names.Family, dict[str, Any]
         "torch_dtype": "float32",
         "esm1nv_jax_version": __version__,
     }
-    if family is tensor_names.BERT:
+    if family is BERT:
         tanh = config.ffn_activation == "gelu_tanh"
-        return family, description | {
+        return fields | {
             "hidden_act": "gelu_pytorch_tanh" if tanh else "gelu",
             "type_vocab_size": 2,
         }
-    return family, description | {
+    return fields | {
         "position_embedding_type": "rotary" if config.position_kind == "rotary" else "absolute",
         "emb_layer_norm_before": config.embedding_norm,
         "token_dropout": config.token_dropout,
@@ -212,11 +204,11 @@ def describe(config: EncoderConfig) -> tuple[tensor_names.Family, dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fields:
-    """Fields of a config.json, each with its type."""
+class _HFConfig:
+    """Fields of a config.json, each checked as it is read."""
 
     values: dict[str, Any]
-    where: str
+    path: str
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         """The field as `kind`; absent or null where `default` is None is an error."""
@@ -226,32 +218,35 @@ class _Fields:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             found = "missing" if value is None else f"{value!r}"
-            raise UserError(f"{self.where}: {name} is {found}; it must be of type {kind.__name__}")
+            raise UserError(f"{self.path}: {name} is {found}; it must be of type {kind.__name__}")
         return value
 
-    def only(self, name: str, allowed: tuple, default: Any, why: str) -> Any:
+    def choice(self, name: str, allowed: tuple, default: Any, why: str) -> Any:
+        """The field, which must be one of `allowed`."""
         value = self.values.get(name, default)
         value = default if value is None else value
         if value not in allowed:
             raise UserError(
-                f"{self.where}: {name}={value!r} is not supported here ({why}); there are "
+                f"{self.path}: {name}={value!r} is not supported here ({why}); there are "
                 f"{', '.join(map(repr, allowed))}"
             )
         return value
 
 
-def _config(family: tensor_names.Family, fields: _Fields, folder, vocabulary_file) -> EncoderConfig:
-    kinds = ("absolute", "rotary") if family is tensor_names.ESM else ("absolute",)
-    kind = fields.only("position_embedding_type", kinds, "absolute", "no relative positions here")
+def _encoder_config(
+    family: Family, fields: _HFConfig, folder: epath.Path, vocabulary_file: str | None
+) -> EncoderConfig:
+    kinds = ("absolute", "rotary") if family is ESM else ("absolute",)
+    kind = fields.choice("position_embedding_type", kinds, "absolute", "no relative positions here")
     for name in ("is_decoder", "add_cross_attention", "is_folding_model"):
-        fields.only(name, (False,), False, "this is an encoder with a masked-LM head")
+        fields.choice(name, (False,), False, "this is an encoder with a masked-LM head")
     size = fields.get("vocab_size", int)
-    text = tokenizer_files.read(folder, size, vocabulary_file, fields.values)
+    text = tokenizer_files.read_vocabulary(folder, size, vocabulary_file, fields.values)
     known = vocabulary(text)
-    pad = fields.get("pad_token_id", int, 0 if family is tensor_names.BERT else None)
+    pad = fields.get("pad_token_id", int, 0 if family is BERT else None)
     if pad != known.own_id(PAD):
         raise UserError(
-            f"{fields.where}: pad_token_id is {pad}, the vocabulary's padding token has id "
+            f"{fields.path}: pad_token_id is {pad}, the vocabulary's padding token has id "
             f"{known.own_id(PAD)}; they must agree, for positions are counted by it"
         )
     shared: dict[str, Any] = {
@@ -264,26 +259,20 @@ def _config(family: tensor_names.Family, fields: _Fields, folder, vocabulary_fil
         "norm_epsilon": fields.get("layer_norm_eps", float, 1e-12),
         "vocabulary": text,
     }
-    rows = fields.get("max_position_embeddings", int)
-    if family is tensor_names.BERT:
-        act = fields.only("hidden_act", tuple(BERT_ACTIVATIONS), "gelu", "other activation")
-        activation = BERT_ACTIVATIONS[act]
-        return EncoderConfig(
-            norm="post",
-            positions=rows,
-            ffn_activation=activation,
-            head_activation=activation,
-            **shared,
-        )
+    positions = fields.get("max_position_embeddings", int)
+    if family is BERT:
+        act = fields.choice("hidden_act", tuple(BERT_ACTIVATIONS), "gelu", "other activation")
+        shared |= dict.fromkeys(("ffn_activation", "head_activation"), BERT_ACTIVATIONS[act])
+        return EncoderConfig(norm="post", positions=positions, **shared)
     mask = fields.values.get("mask_token_id")
     if mask is not None and mask != known.own_id(MASK):
         raise UserError(
-            f"{fields.where}: mask_token_id is {mask}, the vocabulary's mask token has id "
+            f"{fields.path}: mask_token_id is {mask}, the vocabulary's mask token has id "
             f"{known.own_id(MASK)}; they must agree"
         )
     return EncoderConfig(
         norm="pre",
-        positions=rows if kind == "rotary" else rows - pad - 1,
+        positions=positions if kind == "rotary" else positions - pad - 1,
         position_kind="rotary" if kind == "rotary" else "learned",
         embedding_norm=fields.get("emb_layer_norm_before", bool, False),
         token_dropout=fields.get("token_dropout", bool, False),
@@ -293,17 +282,17 @@ def _config(family: tensor_names.Family, fields: _Fields, folder, vocabulary_fil
     )
 
 
-def _padding(config: EncoderConfig, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _padding(config: EncoderConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     unread = ~vocabulary(config.vocabulary).predicted()
     return {
-        name: np.ascontiguousarray(leaves[name][unread], np.float32)
+        name: np.ascontiguousarray(params[name][unread], np.float32)
         for name in ("token_embedding/embedding", "lm_head/bias")
     }
 
 
-def _restore_padding(path: epath.Path, config: EncoderConfig, leaves: dict) -> None:
+def _restore_padding(path: epath.Path, config: EncoderConfig, params: dict) -> None:
     """Puts the unread rows back, if they are of this shape: a folder may have been edited."""
     unread = ~vocabulary(config.vocabulary).predicted()
     for name, rows in load_safetensors(path.read_bytes()).items():
-        if name in leaves and rows.shape == leaves[name][unread].shape:
-            leaves[name][unread] = rows
+        if name in params and rows.shape == params[name][unread].shape:
+            params[name][unread] = rows

@@ -1,133 +1,129 @@
-"""The README.md of an exported folder: only what the provenance tells, and what it does not."""
+"""The README.md of an exported folder: what the provenance records, and what it does not."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etils import epath
 
 from esm1nv_jax import __version__
+from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.model.encoder import parameter_count
-
-if TYPE_CHECKING:
-    from esm1nv_jax.checkpoints.model_folder import Weights
 
 SAMPLE = "the 10,000 proteins that ship with esm1nv_jax, out of Swiss-Prot"
 SAMPLE_LICENCE = "UniProt Consortium, CC BY 4.0 (attribution needed)"
 
 
-def text(weights: Weights, architecture: str, approximated: str) -> str:
+def model_card(weights: Weights, architecture: str, difference: str) -> str:
     """Markdown with the front matter that model hubs read."""
-    made, model = weights.provenance, weights.model
-    licence, left_out = made.get("licence"), made.get("tensors_left_out")
+    provenance, model = weights.provenance, weights.model
+    licence, left_out = provenance.get("licence"), provenance.get("tensors_left_out")
+    tokens = model.vocabulary.split(" ")
+    mask = "[MASK]" if "[MASK]" in tokens else "<mask>"
     front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags: [protein]"]
     front += [f"license: {licence}"] if licence else []
-    kind = "rotary" if model.position_kind == "rotary" else f"{model.positions:,} learned"
+    positions = "rotary" if model.position_kind == "rotary" else f"{model.positions:,} learned"
+    path = _data_path(provenance)
     parts = [
         "\n".join([*front, "---"]),
         "# A protein language model",
         f"{architecture} with {parameter_count(model):,} parameters before its vocabulary was cut "
-        f"to {len(model.vocabulary.split(' '))} tokens: {model.layers} layers, {model.width} wide, "
-        f"{model.heads} heads, FFN {model.ffn}, {model.norm}-LN, {kind} positions. Written by "
-        f"esm1nv_jax {__version__}.",
+        f"to {len(tokens)} tokens: {model.layers} layers, {model.width} wide, {model.heads} heads, "
+        f"FFN {model.ffn}, {model.norm}-LN, {positions} positions. Written by esm1nv_jax "
+        f"{__version__}.",
         "```python\n"
         "from transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
         'model = AutoModelForMaskedLM.from_pretrained("THIS_FOLDER").eval()\n'
-        'logits = model(**tokenizer("MKT<mask>L", return_tensors="pt")).logits\n'
-        "```".replace("<mask>", _mask(model.vocabulary)),
-        "One token a residue. A character that is no residue is one unknown token; small letters "
-        "are raised, white space and one final `*` are removed.",
-        "## Differences from the model it was made of\n\n"
-        + (approximated or "None: the same numbers, rounding apart."),
-        "## Training\n\n" + _training(made),
-        "## Data\n\n" + _data(made),
-        "## Figures\n\n" + _figures(made),
+        f'logits = model(**tokenizer("MKT{mask}L", return_tensors="pt")).logits\n'
+        "```",
+        "One token a residue, in either case. A character that is no residue is one unknown "
+        "token. White space, gaps (`-`, `.`) that are no token and final `*` are removed.",
+        "## Differences from the original model\n\n"
+        + (difference or "None: the same numbers, rounding apart."),
+        "## Training\n\n" + _training(provenance),
+        "## Data\n\n" + _data(provenance),
+        "## Metrics\n\n" + _metrics(provenance),
         "## Licence\n\n"
-        + (f"Of the weights: {licence}." if licence else "Of the weights: not recorded.")
-        + (f" Data: {SAMPLE_LICENCE}." if _data_path(made) == "sample" else ""),
-        "## What is not in it\n\n"
-        "The contact head (ESM) and the token types (BERT) are zero: nobody trained them."
-        + (f" Left out on the way: {', '.join(left_out)}." if left_out else ""),
-        "## Provenance\n\n```json\n" + json.dumps(made, indent=1) + "\n```",
+        + f"Of the weights: {licence or 'not recorded'}."
+        + (f" Data: {SAMPLE_LICENCE}." if path == "sample" else ""),
+        "## Left out\n\n"
+        "The contact head (ESM) and the token types (BERT) are zero: they were not trained."
+        + (f" Tensors left out: {', '.join(left_out)}." if left_out else ""),
+        "## Provenance\n\n```json\n" + json.dumps(provenance, indent=1) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def licence_of(folder: epath.Path) -> str | None:
+def read_license(folder: epath.Path) -> str | None:
     """The `license:` of a folder's README.md, if it names one in its front matter."""
     path = folder / "README.md"
     if not path.exists():
         return None
     front = path.read_bytes().decode("utf-8", "replace").split("---")
     lines = front[1].splitlines() if len(front) > 2 and not front[0].strip() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
-    return found[0] if found else None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+    return names[0] if names else None
 
 
-def figures_of(run: str, step: int) -> dict[str, Any] | None:
-    """The newest validation figures of a run up to `step`, from its metrics.jsonl."""
+def validation_metrics(run: str, step: int) -> dict[str, Any] | None:
+    """The newest validation metrics of a run up to `step`, from its metrics.jsonl."""
     try:
         records = metrics_log.read(run)
-        found = [r for r in records if r["kind"] == "validation" and r["step"] <= step]
+        earlier = [r for r in records if r["kind"] == "validation" and r["step"] <= step]
     except (OSError, KeyError, TypeError):
         return None
-    return found[-1] if found else None
+    return earlier[-1] if earlier else None
 
 
-def _training(made: dict[str, Any]) -> str:
-    config = made.get("config")
+def _training(provenance: dict[str, Any]) -> str:
+    config = provenance.get("config")
     if not config:
-        origin = made.get("converted_from")
+        origin = provenance.get("converted_from")
         return f"Not by esm1nv_jax: converted from {origin}." if origin else "Not recorded."
-    steps = made.get("steps", [])
-    masking, optimizer, batch = config["masking"], config["optimizer"], config["batch"]
-    size = f"{batch['rows']} rows an update" if batch.get("rows") else "rows by sequences a device"
+    steps = provenance.get("steps", [])
+    masking, optimizer, rows = config["masking"], config["optimizer"], config["batch"].get("rows")
     lines = [
         f"Masked language modelling, recipe `{masking['recipe']}`, {masking['rate']:.0%} of "
-        "residues selected.",
-        f"AdamW, peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up updates; "
-        f"{size} of {config['data']['row_length']} tokens; products in "
-        f"{config['compute']['dtype']}.",
+        "residues predicted.",
+        f"AdamW, peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up steps; "
+        f"{f'{rows} rows a step' if rows else 'rows by sequences a device'} of "
+        f"{config['data']['row_length']} tokens; matrix products in {config['compute']['dtype']}.",
     ]
     if len(steps) > 1:
-        lines.append(f"The average of {len(steps)} checkpoints, updates {steps[0]} to {steps[-1]}.")
+        lines.append(f"The average of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}.")
     elif steps:
-        lines.append(f"Update {steps[0]:,} of its run.")
+        lines.append(f"Step {steps[0]:,} of its run.")
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _data(made: dict[str, Any]) -> str:
-    path = _data_path(made)
+def _data(provenance: dict[str, Any]) -> str:
+    path = _data_path(provenance)
     if path is None:
         return "Not recorded."
-    data = made["config"]["data"]
-    name = SAMPLE if path == "sample" else f"`{path}`"
-    return (
-        f"{name}; sequences cropped to {data['max_residues']} residues ({data['crop']}). "
-        + (
-            f"Fingerprints of the training split: {', '.join(made['data'])}."
-            if made.get("data")
-            else ""
-        )
-    ).rstrip()
-
-
-def _data_path(made: dict[str, Any]) -> str | None:
-    return ((made.get("config") or {}).get("data") or {}).get("path")
-
-
-def _figures(made: dict[str, Any]) -> str:
-    found = made.get("figures")
-    if not isinstance(found, dict) or "perplexity_mask" not in found:
-        return "None recorded."
-    return (
-        f"Validation after update {found['step']:,}: perplexity {found['perplexity']:.3f} over all "
-        f"selected positions, {found['perplexity_mask']:.3f} over `<mask>` positions only."
+    data, splits = provenance["config"]["data"], provenance.get("data")
+    text = (
+        f"{SAMPLE if path == 'sample' else f'`{path}`'}; sequences cropped to "
+        f"{data['max_residues']} residues ({data['crop']})."
     )
+    return text + (f" Fingerprints of the training split: {', '.join(splits)}." if splits else "")
 
 
-def _mask(vocabulary: str) -> str:
-    return "[MASK]" if "[MASK]" in vocabulary.split(" ") else "<mask>"
+def _data_path(provenance: dict[str, Any]) -> str | None:
+    return ((provenance.get("config") or {}).get("data") or {}).get("path")
+
+
+def _metrics(provenance: dict[str, Any]) -> str:
+    metrics = provenance.get("metrics")
+    if not isinstance(metrics, dict) or "perplexity_mask" not in metrics:
+        return "None recorded."
+    if "step" in metrics:
+        source = f"Validation after step {metrics['step']:,}"
+    else:  # `esm1nv average` evaluates on data that it names
+        source = f"On {metrics.get('data', 'data that is not recorded')}"
+    return (
+        f"{source}: perplexity {metrics['perplexity']:.3f} over all selected positions, "
+        f"{metrics['perplexity_mask']:.3f} over `<mask>` positions only."
+    )

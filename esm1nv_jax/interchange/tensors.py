@@ -14,9 +14,9 @@ from safetensors import SafetensorError, deserialize
 
 from esm1nv_jax.common.errors import UserError
 
-SAFE_TORCH = (2, 6)  # before it, `weights_only=True` could be got round
-SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
-# `safetensors.numpy` does not read bfloat16, so its names of dtypes are looked up here.
+SAFE_TORCH = (2, 6)  # before it, `weights_only=True` could be circumvented
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+# `safetensors.numpy` does not read bfloat16, so the names of dtypes are looked up here.
 DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -29,25 +29,30 @@ DTYPES = {
 }
 
 
-def read(folder: epath.Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     """All tensors by name, floats as fp32. Whole or in shards; safetensors before pickles.
 
     Raises UserError where there is none, or where a file is damaged or not only tensors.
     """
-    for name in (SAFE, PICKLED):
-        for file in _files(folder, name):
+    for name, read in ((SAFETENSORS, _read_safetensors), (PICKLE, _read_pickle)):
+        files = _shards(folder, name)
+        if not files:
+            continue
+        for file in files:
             if not (folder / file).exists():
-                raise UserError(f"{folder / file} is missing, {name}.index.json names it")
-        found: dict[str, np.ndarray] = {}
-        for file in _files(folder, name):
-            reader = _read_safe if name == SAFE else _read_pickled
-            found |= reader(folder / file)
-        if found:
-            return {key: _float32(value) for key, value in found.items()}
-    raise UserError(f"{folder} has a config.json but no weights: neither {SAFE} nor {PICKLED}")
+                raise UserError(
+                    f"{folder / file} is missing, {name}.index.json names it; fetch it again"
+                )
+        tensors: dict[str, np.ndarray] = {}
+        for file in files:
+            tensors |= read(folder / file)
+        return {key: _to_float32(value) for key, value in tensors.items()}
+    raise UserError(
+        f"{folder} has a config.json but no weights: neither {SAFETENSORS} nor {PICKLE}"
+    )
 
 
-def _files(folder: epath.Path, name: str) -> list[str]:
+def _shards(folder: epath.Path, name: str) -> list[str]:
     if (folder / name).exists():
         return [name]
     index = folder / f"{name}.index.json"
@@ -59,33 +64,33 @@ def _files(folder: epath.Path, name: str) -> list[str]:
         raise UserError(f"{index} is not an index of shards; fetch the folder again") from None
     outside = [file for file in files if "/" in str(file) or "\\" in str(file)]
     if outside:
-        raise UserError(f"{index} names {outside[0]}, which is not in the folder")
+        raise UserError(f"{index} names {outside[0]!r}, which is not in the folder")
     return files
 
 
-def _read_safe(path: epath.Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        found = deserialize(path.read_bytes())
+        views = deserialize(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
-    for name, view in found:
+    for name, view in views:
         if view["dtype"] not in DTYPES:
             raise UserError(
                 f"{path}: tensor {name} is of dtype {view['dtype']}; there are {', '.join(DTYPES)}"
             )
     return {
         name: np.frombuffer(view["data"], DTYPES[view["dtype"]]).reshape(view["shape"])
-        for name, view in found
+        for name, view in views
     }
 
 
-def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
+def _read_pickle(path: epath.Path) -> dict[str, np.ndarray]:
     if importlib.util.find_spec("torch") is None:
         raise UserError(
             f"{path} is a pickle, which only PyTorch reads safely: pip install torch, or save the "
-            f"model as {SAFE}"
+            f"model as {SAFETENSORS}"
         )
-    import torch
+    import torch  # optional, and slow to import
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
         raise UserError(
@@ -94,23 +99,27 @@ def _read_pickled(path: epath.Path) -> dict[str, np.ndarray]:
         )
     try:
         # Without `weights_only` a pickle can run any program; there is no option to allow it.
-        found = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{path} holds more than tensors and is refused ({reason}); ask its maker for {SAFE}"
+            f"{path} holds more than tensors and is refused ({reason}); ask its author for "
+            f"{SAFETENSORS}"
         ) from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
         raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None
-    if not isinstance(found, dict) or not all(isinstance(v, torch.Tensor) for v in found.values()):
-        raise UserError(f"{path} is not a table of tensors by name; ask its maker for {SAFE}")
+    tensors = content.items() if isinstance(content, dict) else ()
+    if not tensors or not all(isinstance(value, torch.Tensor) for _, value in tensors):
+        raise UserError(
+            f"{path} is not a table of tensors by name; ask its author for {SAFETENSORS}"
+        )
     return {
         str(key): (value.float() if value.is_floating_point() else value).numpy()
-        for key, value in found.items()
+        for key, value in tensors
     }
 
 
-def _float32(value: np.ndarray) -> np.ndarray:
-    floats = (np.float16, ml_dtypes.bfloat16, np.float64)
-    return value.astype(np.float32) if value.dtype in floats else value
+def _to_float32(value: np.ndarray) -> np.ndarray:
+    other_floats = (np.float16, ml_dtypes.bfloat16, np.float64)
+    return value.astype(np.float32) if value.dtype in other_floats else value

@@ -100,7 +100,7 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
         return xla_attention(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B)
     qkv_BTCNH = qkv_BTCNH.astype(dtype)
     if backend == "pallas":
-        # Pallas takes 0.4 s to import, and a CPU never needs it.
+        # Pallas takes 0.1 s to import, and a CPU never needs it.
         from esm1nv_jax.model.kernels.flash_gpu import flash_attention
 
         return flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B)
@@ -127,7 +127,7 @@ def _cudnn(qkv_BTCNH, segment_ids_BT):
 
 def _splash(qkv_BTCNH, segment_ids_BT):
     """JAX's kernel for TPUs."""
-    # Pallas for TPUs, which takes as long to import.
+    # Pallas again, for TPUs.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

@@ -1,7 +1,7 @@
 """What a perplexity must beat: predictors that know nothing but composition. NumPy only.
 
-Both are held against `<mask>` positions: at a position left unchanged the answer stands in the
-input, and a model that merely copies it looks better than it is.
+Both are evaluated at `<mask>` positions: where a target is left unchanged in the input, a model
+that merely copies it looks better than it is.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Baselines:
     ) -> None:
         """Counts one corrupted batch (arrays as in `masking.Masked`, on the host)."""
         rows, entries = np.nonzero(is_masked_BM)
-        at, targets = prediction_positions_BM[rows, entries], targets_BM[rows, entries]
-        own = composition_nats(self.unigram, inputs_BT, segment_ids_BT, rows, at, targets)
-        self.composition_nats += float(own.sum())
+        columns, targets = prediction_positions_BM[rows, entries], targets_BM[rows, entries]
+        self.composition_nats += float(
+            composition_nats(self.unigram, inputs_BT, segment_ids_BT, rows, columns, targets).sum()
+        )
         self.unigram_nats += float(unigram_nats(self.unigram, targets).sum())
         self.positions += len(targets)
 
@@ -61,15 +62,16 @@ def unigram_nats(unigram: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def composition_nats(
-    unigram: np.ndarray, inputs_BT, segment_ids_BT, rows, at, targets
+    unigram: np.ndarray, inputs_BT, segment_ids_BT, rows, columns, targets
 ) -> np.ndarray:
-    """-log p of `targets`, which stand at (rows, at), under the visible rest of their protein."""
-    letter = targets - FIRST_RESIDUE
+    """-log p of `targets` at (rows, columns), int [n] each, under the visible rest of their
+    protein: float64 [n]."""
+    letters = targets - FIRST_RESIDUE
     segments = int(segment_ids_BT.max(initial=0)) + 1
-    owner_BT = np.arange(len(inputs_BT))[:, None] * segments + segment_ids_BT
-    visible_BT = (inputs_BT >= FIRST_RESIDUE) & (segment_ids_BT > 0)
-    keys = owner_BT[visible_BT] * LETTERS + inputs_BT[visible_BT] - FIRST_RESIDUE
-    seen = np.bincount(keys, minlength=len(inputs_BT) * segments * LETTERS).reshape(-1, LETTERS)
-    own = seen[owner_BT[rows, at]]
-    smoothed = own[np.arange(len(own)), letter] + PSEUDOCOUNTS * unigram[letter]
-    return -np.log(smoothed / (own.sum(axis=1) + PSEUDOCOUNTS))
+    protein_BT = np.arange(len(inputs_BT))[:, None] * segments + segment_ids_BT
+    is_visible_BT = (inputs_BT >= FIRST_RESIDUE) & (segment_ids_BT > 0)
+    keys = protein_BT[is_visible_BT] * LETTERS + inputs_BT[is_visible_BT] - FIRST_RESIDUE
+    counts = np.bincount(keys, minlength=len(inputs_BT) * segments * LETTERS).reshape(-1, LETTERS)
+    visible = counts[protein_BT[rows, columns]]
+    smoothed = visible[np.arange(len(visible)), letters] + PSEUDOCOUNTS * unigram[letters]
+    return -np.log(smoothed / (visible.sum(axis=1) + PSEUDOCOUNTS))

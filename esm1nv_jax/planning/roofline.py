@@ -182,8 +182,8 @@ def _visited(ids_BT, rows: int, columns: int) -> int:
     """Scores of one head that the kernel computes, those outside of segments included."""
     import jax.numpy as jnp
 
-    from esm1nv_jax.model.kernels.flash_gpu import visited
+    from esm1nv_jax.model.kernels.flash_gpu import visited_blocks
 
     fill = -ids_BT.shape[1] % (rows * columns // np.gcd(rows, columns))
-    low, high = visited(jnp.asarray(np.pad(ids_BT, ((0, 0), (0, fill)))), rows, columns)
+    low, high = visited_blocks(jnp.asarray(np.pad(ids_BT, ((0, 0), (0, fill)))), rows, columns)
     return int(jnp.sum(high - low)) * rows * columns

@@ -17,6 +17,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.source import Source, open_split, subset
 from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream, stream_config
+from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.training import process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log
 from esm1nv_jax.training.memory import check_memory, device_memory
@@ -173,7 +174,7 @@ def load_pretrained(config: RunConfig) -> dict | None:
     """Return the parameters that `config.init_from` names, if any; they must fit the model."""
     if not config.init_from:
         return None
-    weights = model_folder.read(config.init_from)
+    weights = load_weights(config.init_from)
     model_folder.check(weights.params, config.model, f"init_from={config.init_from}")
     return weights.params
 

@@ -213,7 +213,7 @@ def test_the_command_writes_a_model_that_knows_where_it_came_from(runs, tmp_path
     assert weights.provenance["steps"] == [10, 20]
     assert weights.provenance["data"] == ["fingerprint"]
     assert len({m["sha256"] for m in weights.provenance["members"]}) == 2
-    assert weights.provenance["figures"]["perplexity_mask"] > 1
+    assert weights.provenance["metrics"]["perplexity_mask"] > 1
     assert "<svg" in report.read_text() and "checkpoint 10 of" in report.read_text()
     assert "paired by protein" in capsys.readouterr().out
     json.loads((out / "model.json").read_text())

@@ -14,6 +14,7 @@ from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, tokenizer
+from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
@@ -60,7 +61,7 @@ def test_a_trained_model_opens_there(tmp_path):
     assert there(sequences[0])["input_ids"] == tokenizer.encode(sequences[0]).tolist()
     masked = [s[:5] + "_" + s[6:20] + "_" + s[21:] for s in sequences]
     for name in ("run", "there"):
-        weights = model_folder.read(str(tmp_path / name))
+        weights = load_weights(str(tmp_path / name))
         rows = [masked[:2], masked[2:]]
         worst = differences(model, "esm", weights, masked, rows, 128)
         assert worst.max() < 1e-5, (name, worst)
@@ -73,10 +74,10 @@ def test_a_trained_model_opens_there(tmp_path):
     figures = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     last = [f for f in figures if f["kind"] == "validation"][-1]
     assert f"{last['perplexity_mask']:.3f}" in card
-    assert "Update 12" in card
+    assert "Step 12" in card
 
     run("convert", "--from", "hf", tmp_path / "there", "--out", tmp_path / "back")
-    before, after = (model_folder.read(str(tmp_path / n)).params for n in ("run", "back"))
+    before, after = (load_weights(str(tmp_path / n)).params for n in ("run", "back"))
     before, after = model_folder.flatten(before), model_folder.flatten(after)
     assert before.keys() == after.keys()
     for name in before:
@@ -96,7 +97,7 @@ def test_esm2_is_trained_on(tmp_path):
         "--config.data.path=sample",
         "--config.compute.dtype=float32",
     )
-    before, after = (model_folder.read(str(tmp_path / name)) for name in ("model", "run"))
+    before, after = (load_weights(str(tmp_path / name)) for name in ("model", "run"))
     assert after.model == before.model
     assert after.model.vocabulary.split(" ") == list(witness.ESM2_TOKENS)
     np.testing.assert_array_equal(
@@ -121,7 +122,7 @@ def test_a_model_without_x_is_trained_on_sequences_with_x(tmp_path):
     from esm1nv_jax.training.step import StepConfig, batch_sums
     from tests.model.rows import pack
 
-    weights = model_folder.read(witness.save(witness.make("bert"), "bert", tmp_path))
+    weights = load_weights(witness.save(witness.make("bert"), "bert", tmp_path))
     objective = MaskedLM(recipe("card", 1.0))
     config = StepConfig(0, weights.model, encoder.ComputeConfig(), objective, OptimizerConfig())
     batch = pack([[tokenizer.encode("MXKBZUOXL").astype(np.int32)]], 16)
@@ -160,7 +161,7 @@ def test_antiberty(antiberty, tmp_path):
         "--out",
         tmp_path / "model",
     )
-    weights = model_folder.read(str(tmp_path / "model"))
+    weights = load_weights(str(tmp_path / "model"))
     assert {name.split(".")[1] for name in weights.provenance["tensors_left_out"]} == {
         "pooler",
         "species",
@@ -198,34 +199,34 @@ def test_users_mistakes_are_one_line_and_status_2(tmp_path):
         (["--from", "hf", tmp_path / "empty"], "no config.json"),
         (["--to", "hf", "--checkpoint", tmp_path / "tanh"], "gelu_tanh"),
     ]
-    for argv, told in calls:
+    for argv, message in calls:
         words = [*map(str, argv), "--out", str(tmp_path / "out")]
         done = subprocess.run(
             [sys.executable, "-m", "esm1nv_jax", "convert", *words], capture_output=True, text=True
         )
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: "), done.stderr
-        assert told in done.stderr
+        assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
-    for argv, told in [
+    for argv, message in [
         (["--to", "hf", "--out", "x"], "name one folder"),
         (["--to", "hf", "a", "--checkpoint", "b", "--out", "x"], "name one folder"),
         (["--to", "onnx", "a", "--out", "x"], "onnx"),
         (["--from", "hf", "a", "--out", "x", "--approximate"], "--approximate goes with --to"),
         (["--to", "hf", "a", "--out", "x", "--vocabulary", "f"], "--vocabulary goes with --from"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             cli.dispatch(["convert", *argv])
 
 
 def test_post_norm_with_rotary_is_no_architecture_there():
-    from esm1nv_jax.interchange.huggingface import nearest, unexpressible
+    from esm1nv_jax.interchange.huggingface import approximate_config, inexact_reason
 
     model = encoder.EncoderConfig(norm="post", position_kind="rotary", head_activation="gelu_tanh")
-    assert "no architecture" in unexpressible(model)
+    assert "no architecture" in inexact_reason(model)
     with pytest.raises(UserError, match="no architecture"):
-        nearest(model)
-    assert unexpressible(dataclasses.replace(model, position_kind="learned")) is None
+        approximate_config(model)
+    assert inexact_reason(dataclasses.replace(model, position_kind="learned")) is None
 
 
 def test_torch_is_not_imported_by_reading_and_writing(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.interchange import convert, tensor_names
+from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from tests.model.rows import pack
 
@@ -83,7 +84,7 @@ def differences(model, kind, weights, sequences, rows, row_length):
 @pytest.mark.parametrize("masked", [0.0, 0.3])
 def test_every_layer_from_there(kind, masked, tmp_path):
     model = witness.make(kind)
-    weights = model_folder.read(witness.save(model, kind, tmp_path))
+    weights = load_weights(witness.save(model, kind, tmp_path))
     sequences = proteins(1, 50, 3, 40, 61, 1, masked=masked)
     rows = [[sequences[0], sequences[3]], [sequences[1], sequences[2], sequences[4]]]
     worst = differences(model, kind, weights, sequences, rows, 128)
@@ -93,7 +94,7 @@ def test_every_layer_from_there(kind, masked, tmp_path):
 @pytest.mark.parametrize("kind", ["esm2_8M", "esm2_35M"])
 def test_esm2_at_the_shapes_of_its_smaller_models(kind, tmp_path):
     model = witness.make(kind)
-    weights = model_folder.read(witness.save(model, kind, tmp_path))
+    weights = load_weights(witness.save(model, kind, tmp_path))
     size = {"esm2_8M": 7.5e6, "esm2_35M": 33.5e6}[kind]
     assert abs(sum(p.numel() for p in model.parameters()) - size) < 0.1e6
     sequences = proteins(2, 120, 33, masked=0.12)
@@ -104,7 +105,7 @@ def test_esm2_at_the_shapes_of_its_smaller_models(kind, tmp_path):
 def test_letters_that_a_vocabulary_lacks_are_read_as_unknown(tmp_path):
     kind = "bert"
     model = witness.make(kind)
-    weights = model_folder.read(witness.save(model, kind, tmp_path))
+    weights = load_weights(witness.save(model, kind, tmp_path))
     sequences = ["MXKBZJL", "UOX"]
     worst = differences(model, kind, weights, sequences, [sequences], 32)
     assert worst.max() < 1e-5, worst
@@ -121,7 +122,7 @@ def test_frequencies_of_the_file_are_used(tmp_path):
     angles = model.esm.rotary_embeddings.inv_freq
     with torch.no_grad():
         angles.copy_((1.01 * angles).half().float())
-    weights = model_folder.read(witness.save(model, kind, tmp_path))
+    weights = load_weights(witness.save(model, kind, tmp_path))
     np.testing.assert_array_equal(weights.params["rotary_frequency"], angles.numpy())
     sequences = proteins(3, 900)
     assert differences(model, kind, weights, sequences, [sequences], 902).max() < 2e-5
@@ -131,7 +132,7 @@ def test_frequencies_of_the_file_are_used(tmp_path):
 def test_gradients(kind, tmp_path):
     """Of the mean cross-entropy at masked places: relative to the largest of each tensor."""
     model = witness.make(kind)
-    weights = model_folder.read(witness.save(model, kind, tmp_path))
+    weights = load_weights(witness.save(model, kind, tmp_path))
     answers = proteins(4, 50, 20, 33)
     asked = [s[:2] + "_" + s[3:9] + "_" + s[10:] for s in answers]
 
@@ -152,7 +153,7 @@ def test_gradients(kind, tmp_path):
 
     ours = model_folder.flatten(jax.jit(jax.grad(loss))(weights.params))
     family = tensor_names.ESM if model.config.model_type == "esm" else tensor_names.BERT
-    ours = tensor_names.to_theirs(
+    ours = tensor_names.to_hf_tensors(
         family, weights.model, {k: np.asarray(v) for k, v in ours.items()}
     )
     theirs = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
@@ -194,7 +195,7 @@ def test_a_model_from_here_opens_there_and_comes_back_bit_for_bit(norm, tmp_path
     assert back.model == config
     assert back.provenance["steps"] == [7]
     before = model_folder.flatten(params)
-    after = model_folder.flatten(model_folder.read(str(tmp_path / "back")).params)
+    after = model_folder.flatten(load_weights(str(tmp_path / "back")).params)
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
@@ -223,7 +224,7 @@ def test_a_model_from_there_goes_back_as_it_was(kind, tmp_path):
 def test_token_dropout_does_not_see_the_neighbours(tmp_path):
     """The share of `<mask>` is counted in each sequence, not in the row."""
     kind = "esm2"
-    weights = model_folder.read(witness.save(witness.make(kind), kind, tmp_path))
+    weights = load_weights(witness.save(witness.make(kind), kind, tmp_path))
     alone, neighbour = proteins(7, 30, masked=0.1)[0], proteins(8, 30, masked=0.6)[0]
     one = run_packed(weights, [[alone]], 64)[alone][1]
     two = run_packed(weights, [[neighbour, alone]], 64)[alone][1]

@@ -9,7 +9,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import attention
-from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention, visited
+from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention, visited_blocks
 from tests.model import attention_reference as reference
 
 B, T, N, H = 4, 140, 2, 16
@@ -138,7 +138,7 @@ def test_bfloat16_is_as_near_as_its_rounding():
 
 def test_only_blocks_that_share_a_segment_are_visited():
     ids = jnp.asarray(segments([64, 64, 100, 28], length=320))  # the last block is padding
-    low, high = visited(ids, 64, 64)
+    low, high = visited_blocks(ids, 64, 64)
     assert low.tolist() == [[0, 1, 2, 2, 0]]
     assert high.tolist() == [[1, 2, 4, 4, 0]]
 

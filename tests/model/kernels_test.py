@@ -83,6 +83,13 @@ def test_waiting_for_a_value_changes_nothing_whatever_the_value(value, dtype):
         np.testing.assert_array_equal(run(x, jnp.full((2, 2), value, dtype), x), x)
 
 
+def test_the_compiler_keeps_the_wait():
+    """It must not see that the sum is zero: then nothing would wait."""
+    x = jnp.ones((4, 4))
+    assert "popcnt" in jax.jit(after).lower(x, x).compile().as_text()
+    assert "popcnt" not in jax.jit(lambda x, y: after(x)).lower(x, x).compile().as_text()
+
+
 def test_an_infinite_gradient_of_one_parameter_leaves_the_others_finite():
     def run(differentiable, others):
         params, x, _ = differentiable

@@ -1,12 +1,13 @@
 """Flash attention on packed rows for GPUs, with dropout drawn inside the kernel.
 
 A Pallas kernel that lowers to Triton (compute capability 8.0 and up), after Dao,
-"FlashAttention-2", 2023. It is begun from the example in `jax.experimental.pallas.ops.gpu`, and is
-its own because that one has no dropout, wants q, k and v apart and visits every block of a row.
-Here they are read where the one QKV product wrote them, their gradients are written as one array,
-and blocks that share no segment are never visited.
+"FlashAttention-2", 2023. It started from the example in `jax.experimental.pallas.ops.gpu`, which
+has no dropout, takes q, k and v apart and visits every block of a row. Here they are read where the
+one QKV product wrote them, their gradients are written as one array, and blocks that share no
+segment are never visited. Compiled for an A100, a step with XLA's attention needs 35.9 GiB of
+temporary memory, with this kernel 12.6 (two layers at full width; docs/performance.md).
 
-Shapes as in `encoder`, and C = 3: query, key and value.
+`compute.attention=xla` turns it off. Shapes as in `encoder`.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from esm1nv_jax.model.dropout import dropout_mask
 from esm1nv_jax.model.kernels.matmul import precision
 from esm1nv_jax.model.kernels.remat import FUSED_ATTENTION
 
-_NEVER = -1e30  # finite: a query that has seen no key yet must not become NaN
-_LEAST = -1e20  # no score is lower, and exp2(_NEVER - _LEAST) is 0
+_MASKED_SCORE = -1e30  # finite: a query that has met no key yet must not become NaN
+_MIN_SCORE = -1e20  # no score is lower, and exp2(_MASKED_SCORE - _MIN_SCORE) is 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    length: int  # of a row before it was filled up to whole blocks: dropout counts in it
+    length: int  # of a row before it was padded to whole blocks: dropout counts in it
     rate: float
     blocks: Blocks
     interpret: bool
@@ -67,10 +68,10 @@ def flash_attention(
       interpret: run the kernels as plain JAX, on any platform: for tests.
     """
     B, T = segment_ids_BT.shape
-    fill = -T % blocks.step
-    if fill:
-        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, fill), (0, 0), (0, 0), (0, 0)))
-        segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, fill)))
+    padding = -T % blocks.step
+    if padding:
+        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0)))
+        segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
     if row_keys_B is None:
         rate, row_keys_B = 0.0, jnp.zeros(B, jnp.uint32)
     static = _Static(T, rate, blocks, interpret)
@@ -85,7 +86,7 @@ def _flash(static: _Static, qkv_BTCNH, segment_ids_BT, row_keys_B):
 def _forward(static, qkv_BTCNH, segment_ids_BT, row_keys_B):
     B, T, _, N, H = qkv_BTCNH.shape
     blocks = static.blocks
-    low, high = visited(segment_ids_BT, blocks.queries, blocks.keys)
+    low, high = visited_blocks(segment_ids_BT, blocks.queries, blocks.keys)
     out_BTNH, lse_BNT = pl.pallas_call(
         functools.partial(_forward_kernel, static=static),
         grid=(T // blocks.queries, N, B),
@@ -115,13 +116,13 @@ def _backward(static, residuals, g_BTNH):
     qkv_BTCNH, segment_ids_BT, row_keys_B, out_BTNH, lse_BNT = residuals
     B, T, C, N, H = qkv_BTCNH.shape
     g_BTNH = g_BTNH.astype(qkv_BTCNH.dtype)
-    # sum_j p_ij dp_ij of the softmax's backward, which the output already holds. The kernel leaves
-    # dropout's factor to its sums, so here it is taken out.
+    # sum_j p_ij dp_ij of the softmax's backward, which is the output times its gradient. The kernel
+    # multiplies its sums by the factor of dropout, so here it is divided out.
     out_BTNH = out_BTNH.astype(jnp.float32) * (1 - static.rate)
     delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, g_BTNH.astype(jnp.float32))
     blocks = static.blocks
-    low, high = visited(segment_ids_BT, blocks.backward, blocks.backward)
-    whole = [
+    low, high = visited_blocks(segment_ids_BT, blocks.backward, blocks.backward)
+    qkv_specs = [
         pl.BlockSpec((None, T, None, None, H), lambda i, n, b, c=c: (b, 0, c, n, 0))
         for c in range(C)
     ]
@@ -129,7 +130,7 @@ def _backward(static, residuals, g_BTNH):
         functools.partial(_backward_kernel, static=static),
         grid=(T // blocks.backward, N, B),
         in_specs=[
-            *whole,
+            *qkv_specs,
             *_row_specs(T),
             pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0)),
             pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0)),
@@ -149,7 +150,7 @@ def _backward(static, residuals, g_BTNH):
 _flash.defvjp(_forward, _backward)
 
 
-def visited(segment_ids_BT, rows: int, columns: int):
+def visited_blocks(segment_ids_BT, rows: int, columns: int):
     """Which blocks of columns each block of rows must visit: first and end, int32 [B, T / rows].
 
     A pair of blocks is skipped only where the ranges of their segment ids are disjoint, so that
@@ -180,8 +181,8 @@ def _row_specs(T: int) -> list[pl.BlockSpec]:
     ]
 
 
-def _kept(static: _Static, row_key, head, first_query, first_key, shape, axis: int):
-    """bool [shape]: which probabilities of a tile stay; queries lie along `axis`."""
+def _dropout_mask(static: _Static, row_key, head, first_query, first_key, shape, axis: int):
+    """bool [shape]: which probabilities of a tile are kept; queries lie along `axis`."""
     T = np.uint32(static.length)
     n = head.astype(jnp.uint32)
     q = first_query.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -193,8 +194,8 @@ def _dot(a, b):
     return jax.lax.dot(a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _queries_ids(segment_ids):
-    """Padding asks for nothing: no key has this id."""
+def _query_ids(segment_ids):
+    """Segment ids of queries: padding attends to nothing, for no key has the id -1."""
     return jnp.where(segment_ids == 0, -1, segment_ids)
 
 
@@ -206,26 +207,26 @@ def _forward_kernel(
     Q, K, H = blocks.queries, blocks.keys, q_ref.shape[-1]
     start, head, row_key = pl.program_id(0) * Q, pl.program_id(1), key_ref[...]
     q = q_ref[...]
-    q_ids = _queries_ids(segment_ids_ref[pl.ds(start, Q)])
+    q_ids = _query_ids(segment_ids_ref[pl.ds(start, Q)])
     scale = math.log2(math.e) / H**0.5  # powers of two are what the chip computes
 
     def visit(j, carry):
         acc, top, total = carry
         at = pl.ds(j * K, K)
-        seen = q_ids[:, None] == segment_ids_ref[at][None, :]
-        scores = jnp.where(seen, _dot(q, k_ref[at, :].T) * scale, _NEVER)
+        is_same = q_ids[:, None] == segment_ids_ref[at][None, :]
+        scores = jnp.where(is_same, _dot(q, k_ref[at, :].T) * scale, _MASKED_SCORE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(scores - new_top[:, None])
         total = total * shrink + jnp.sum(p, axis=1)
         if static.rate:
-            p = jnp.where(_kept(static, row_key, head, start, j * K, (Q, K), 0), p, 0.0)
+            p = jnp.where(_dropout_mask(static, row_key, head, start, j * K, (Q, K), 0), p, 0.0)
         v = v_ref[at, :]
         return acc * shrink[:, None] + _dot(p.astype(v.dtype), v), new_top, total
 
     none = (
         jnp.zeros((Q, H), jnp.float32),
-        jnp.full(Q, _LEAST, jnp.float32),
+        jnp.full(Q, _MIN_SCORE, jnp.float32),
         jnp.zeros(Q, jnp.float32),
     )
     acc, top, total = jax.lax.fori_loop(low_ref[...], high_ref[...], visit, none)
@@ -256,27 +257,27 @@ def _backward_kernel(
     """
     size, H = static.blocks.backward, q_ref.shape[-1]
     start, head = pl.program_id(0) * size, pl.program_id(1)
-    here = pl.ds(start, size)
-    ids = segment_ids_ref[here]
-    q_ids = _queries_ids(ids)
-    q, k, v = q_ref[here, :], k_ref[here, :], v_ref[here, :]
+    own = pl.ds(start, size)
+    ids = segment_ids_ref[own]
+    q_ids = _query_ids(ids)
+    q, k, v = q_ref[own, :], k_ref[own, :], v_ref[own, :]
     low, high, row_key = low_ref[...], high_ref[...], key_ref[...]
-    scale, stay = H**-0.5, 1 / (1 - static.rate)
+    scale, keep_scale = H**-0.5, 1 / (1 - static.rate)
     zero = jnp.zeros((size, H), jnp.float32)
 
-    def probabilities(scores, seen, lse):
-        return jnp.where(seen, jnp.exp2(scores * (scale * math.log2(math.e)) - lse), 0.0)
+    def probabilities(scores, is_same, lse):
+        return jnp.where(is_same, jnp.exp2(scores * (scale * math.log2(math.e)) - lse), 0.0)
 
     def as_keys(j, carry):
         dk, dv = carry
         at = pl.ds(j * size, size)
         other_q, g = q_ref[at, :], g_ref[at, :]
-        seen = ids[:, None] == _queries_ids(segment_ids_ref[at])[None, :]
-        p = probabilities(_dot(k, other_q.T), seen, lse_ref[at][None, :])
+        is_same = ids[:, None] == _query_ids(segment_ids_ref[at])[None, :]
+        p = probabilities(_dot(k, other_q.T), is_same, lse_ref[at][None, :])
         dp = _dot(v, g.T)
         if static.rate:
-            kept = _kept(static, row_key, head, j * size, start, (size, size), 1)
-            dropped, dp = jnp.where(kept, p, 0.0), jnp.where(kept, dp, 0.0)
+            mask = _dropout_mask(static, row_key, head, j * size, start, (size, size), 1)
+            dropped, dp = jnp.where(mask, p, 0.0), jnp.where(mask, dp, 0.0)
         else:
             dropped = p
         dv += _dot(dropped.astype(g.dtype), g)
@@ -284,22 +285,22 @@ def _backward_kernel(
         return dk + _dot(ds.astype(q.dtype), other_q), dv
 
     dk, dv = jax.lax.fori_loop(low, high, as_keys, (zero, zero))
-    out_ref[:, 1, :] = (dk * (scale * stay)).astype(out_ref.dtype)
-    out_ref[:, 2, :] = (dv * stay).astype(out_ref.dtype)
+    out_ref[:, 1, :] = (dk * (scale * keep_scale)).astype(out_ref.dtype)
+    out_ref[:, 2, :] = (dv * keep_scale).astype(out_ref.dtype)
 
-    g, lse, delta = g_ref[here, :], lse_ref[here], delta_ref[here]
+    g, lse, delta = g_ref[own, :], lse_ref[own], delta_ref[own]
 
     def as_queries(j, dq):
         at = pl.ds(j * size, size)
         other_k = k_ref[at, :]
-        seen = q_ids[:, None] == segment_ids_ref[at][None, :]
-        p = probabilities(_dot(q, other_k.T), seen, lse[:, None])
+        is_same = q_ids[:, None] == segment_ids_ref[at][None, :]
+        p = probabilities(_dot(q, other_k.T), is_same, lse[:, None])
         dp = _dot(g, v_ref[at, :].T)
         if static.rate:
-            kept = _kept(static, row_key, head, start, j * size, (size, size), 0)
-            dp = jnp.where(kept, dp, 0.0)
+            mask = _dropout_mask(static, row_key, head, start, j * size, (size, size), 0)
+            dp = jnp.where(mask, dp, 0.0)
         ds = p * (dp - delta[:, None])
         return dq + _dot(ds.astype(k.dtype), other_k)
 
     dq = jax.lax.fori_loop(low, high, as_queries, zero)
-    out_ref[:, 0, :] = (dq * (scale * stay)).astype(out_ref.dtype)
+    out_ref[:, 0, :] = (dq * (scale * keep_scale)).astype(out_ref.dtype)
