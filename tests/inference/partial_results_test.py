@@ -1,5 +1,7 @@
 """Work of `embed` that is shared, killed or damaged, and taken up again."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -7,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 
 import h5py
+import numpy as np
 import pytest
 
 from esm1nv_jax.common.errors import UserError
@@ -178,3 +183,104 @@ def test_a_damaged_part_is_found(model_path, tmp_path, small_parts):
     part.write_bytes(content)
     with pytest.raises(UserError, match=r"part-000001\.npz is damaged"):
         merge(str(tmp_path / "out.npz"))
+
+
+@pytest.fixture
+def shards(model_path, tmp_path, small_parts):
+    """The folder of parts that two shards have made, ready to be merged."""
+    for i in (1, 2):
+        embed(request(model_path, tmp_path, shard=(i, 2)))
+    return tmp_path / "out.npz.parts"
+
+
+def change_settings(folder, **changes):
+    path = folder / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def swap(folder):
+    one, two = folder / "part-000000.npz", folder / "part-000001.npz"
+    content = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap, r"part-000000\.npz is no part 0 of this work"),
+        (lambda f: change_settings(f, dtype="float16"), r"part-000000\.npz is no part 0"),
+        (lambda f: change_settings(f, parts=2, count=3), r"part-000000\.npz is no part 0"),
+        (lambda f: (f / "part-000001.npz").unlink(), r"parts are missing \(1\)"),
+        (lambda f: (f / "settings.json").write_text("[1]"), "holds no settings of esm1nv embed"),
+        (lambda f: change_settings(f, parts="2"), "holds no settings of esm1nv embed"),
+        (lambda f: change_settings(f, parts=-1), "holds no settings of esm1nv embed"),
+        (lambda f: (f / "settings.json").write_text("{" * 9999), "cannot be read"),
+    ],
+)
+def test_merge_refuses_what_is_not_the_parts_of_one_work(shards, change, message):
+    change(shards)
+    with pytest.raises(UserError, match=message):
+        merge(str(shards.parent / "out.npz"))
+    assert not (shards.parent / "out.npz").exists()
+
+
+def test_a_part_that_claims_a_huge_array_is_damaged(shards):
+    with zipfile.ZipFile(shards / "part-000000.npz", "a") as file:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the second member of one name
+            out = file.open("rows.npy", "w")
+        with out:
+            header = {"descr": "<i8", "fortran_order": False, "shape": (10**15,)}
+            np.lib.format.write_array_header_2_0(out, header)
+    with pytest.raises(UserError, match=r"part-000000\.npz is damaged"):
+        merge(str(shards.parent / "out.npz"))
+
+
+def test_a_part_of_other_work_is_made_again(model_path, tmp_path, small_parts):
+    (tmp_path / "one").mkdir()
+    alone = embed(request(model_path, tmp_path / "one"))
+    (tmp_path / "other").mkdir()
+    embed(request(model_path, tmp_path / "other", layers=(1,), shard=(1, 2)))
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    for name in ("part-000000.npz", "part-000002.npz"):
+        other = tmp_path / "other" / "out.npz.parts" / name
+        shutil.copy(other, tmp_path / "out.npz.parts" / name)
+    assert embed(request(model_path, tmp_path)) == alone
+
+
+def test_overwriting_leaves_the_files_of_others(shards, model_path):
+    (shards / "notes.txt").write_text("mine")
+    (shards / "part-000000.npz.bak").write_text("mine")
+    embed(request(model_path, shards.parent, layers=(1,), overwrite=True))
+    assert sorted(path.name for path in shards.iterdir()) == ["notes.txt", "part-000000.npz.bak"]
+    embed(request(model_path, shards.parent, layers=(0,), overwrite=True))
+    assert (shards / "notes.txt").read_text() == "mine"
+
+
+def test_a_second_job_of_the_same_share_is_refused(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    with open(tmp_path / "out.npz.parts" / "job-1-of-2.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="written by another live job"):
+            embed(request(model_path, tmp_path, shard=(1, 2)))
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_locks_it_says_so_and_goes_on(model_path, tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert embed(request(model_path, tmp_path))
+    assert "without locks" in capsys.readouterr().err
+
+
+def test_a_long_id_takes_its_own_room_only(model_path, tmp_path):
+    """All ids as wide as the longest would be 8 MB in the part."""
+    proteins = [("long" * 240, "MKV"), *((f"p{i}", "MKV") for i in range(2_000))]
+    embed(request(model_path, tmp_path, proteins, shard=(1, 1)))
+    (part,) = (tmp_path / "out.npz.parts").glob("part-*.npz")
+    assert part.stat().st_size < 600_000
+    merge(str(tmp_path / "out.npz"))
+    assert read_npz(tmp_path / "out.npz")["id"].tolist() == [name for name, _ in proteins]

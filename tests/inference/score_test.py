@@ -1,6 +1,10 @@
 """Scores against a slow, literal reading of their definitions over the NumPy reference."""
 
 import csv
+import os
+import subprocess
+import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -12,6 +16,8 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import score as score_lib
+from esm1nv_jax.inference import variant_scores
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
 
@@ -198,3 +204,119 @@ def test_a_mutant_too_wide_for_a_window_is_told_before_any_is_computed(model):
     with pytest.raises(UserError, match=f"{len(wild)} residues apart"):
         model.score_variants(wild, mutants, mode="pseudo-perplexity", on_progress=done.append)
     assert not done
+
+
+@pytest.mark.parametrize("text", ["K2R,R5A", "K2R/R5A", "K2R; R5A", "K2R R5A", "K2R+R5A"])
+def test_several_substitutions_are_joined_by_a_colon(model, text):
+    with pytest.raises(UserError, match="join them by ':', as K2R:R5A"):
+        model.score_variants(WILD, [text])
+
+
+def test_rows_without_a_score_are_counted_by_kind_on_request(model, model_path, tmp_path, capsys):
+    names = ["WT", "K2R", "_wt", "K2*", "", "V4A", "A4G", "M99A", "V4del", "K2R,R5A", "K2X"]
+    rows = [f'"{name}",{i}' for i, name in enumerate(names)]
+    (tmp_path / "m.csv").write_text("\n".join(["mutant,DMS_score", *rows]) + "\n")
+    mutants = ["--mutants", str(tmp_path / "m.csv")]
+    assert score(model_path, tmp_path, *mutants) == 2
+    assert "row 2: 'WT' is no substitution" in capsys.readouterr().err
+    assert score(model_path, tmp_path, *mutants, "--on-error", "skip") == 0
+    told = capsys.readouterr().err
+    assert "9 rows without a score" in told
+    for kind in (
+        "wild type 2",
+        "stop 1",
+        "blank 1",
+        "another residue in the sequence 1",
+        "outside the sequence 1",
+        "no substitution 1",
+        "not joined by ':' 1",
+        "no standard amino acid 1",
+    ):
+        assert kind in told
+    with open(tmp_path / "s.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["mutant"] for row in table if row["score"]] == ["K2R", "V4A"]
+    expected = model.score_variants(WILD, ["K2R", "V4A"])
+    np.testing.assert_allclose([float(table[i]["score"]) for i in (1, 5)], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("table", "told", "ranked"),
+    [
+        ("mutant, DMS_score\nK2R, 0.5\nR5A, 0.6\nR5G, 0.7\n", "", True),
+        ('mutant,DMS_score\nK2R,"0,5"\nR5A,"0,6"\nR5G,"0,9"\n', "'0,5', which is no number", False),
+        ("mutant,DMS_score\nK2R,1\nR5A,1\nR5G,1\n", "no three numbers that differ", False),
+        ("mutant,DMS_score\nK2R,1\nR5A,2\nR5G,4\nV4A,NA\n", "'NA', which is no number", True),
+    ],
+)
+def test_measurements_are_compared_or_it_is_said_why_not(
+    model_path, tmp_path, capsys, table, told, ranked
+):
+    (tmp_path / "m.csv").write_text(table)
+    assert score(model_path, tmp_path, "--mutants", str(tmp_path / "m.csv")) == 0
+    printed = capsys.readouterr()
+    assert told in printed.err
+    assert ("spearman" in printed.out) == ranked
+
+
+def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(score_lib, "BLOCK", 2)
+    (tmp_path / "m.csv").write_text("mutant\n" + "\n".join(MUTANTS) + "\n")
+    options = ["--mutants", str(tmp_path / "m.csv"), "--mode", "pseudo-perplexity"]
+    assert score(model_path, tmp_path, *options) == 0
+    whole = (tmp_path / "s.csv").read_text()
+    (tmp_path / "s.csv").unlink()
+    scored = []
+    compute = variant_scores.score_mutants
+
+    def counted(*args, **kwargs):
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        scored.extend(mutant.name for mutant in args[2])
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(variant_scores, "score_mutants", counted)
+    assert score(model_path, tmp_path, *options) == 130
+    partial = tmp_path / "s.csv.partial"
+    partial.write_text(partial.read_text() + '{"mutant": "G1')  # the line that was being written
+    assert score(model_path, tmp_path, *options, "--offset", "0", "--precision", "bf16") == 2
+    assert "unfinished work with other settings" in capsys.readouterr().err
+    monkeypatch.setattr(variant_scores, "score_mutants", compute)
+    calls = []
+    monkeypatch.setattr(
+        variant_scores,
+        "score_mutants",
+        lambda *args, **kwargs: calls.extend(m.name for m in args[2]) or compute(*args, **kwargs),
+    )
+    assert score(model_path, tmp_path, *options) == 0
+    assert scored == MUTANTS[:4] and calls == MUTANTS[4:]
+    assert "4 mutants done" in capsys.readouterr().err
+    assert (tmp_path / "s.csv").read_text() == whole and not partial.exists()
+
+
+def test_many_mutants_share_one_table_of_log_probabilities(model):
+    """What is held for each mutant does not grow with the protein."""
+    wild = "".join(s for _, s in make_proteins(3, seed=9))[:60]
+    names = variant_scores.all_singles(wild)
+    model.score_variants(wild, names, mode="wt-marginals")  # compiles
+    tracemalloc.start()
+    found = model.score_variants(wild, names * 20, mode="wt-marginals")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 700 * len(found)
+    np.testing.assert_array_equal(found[: len(names)], found[-len(names) :])
+
+
+def test_results_are_written_whatever_the_locale(model_path, tmp_path):
+    fasta = write_fasta(tmp_path / "wt.fasta", [("größe", WILD)])
+    (tmp_path / "m.csv").write_bytes("mutant,ΔG\nK2R,0.1\n".encode())
+    out = tmp_path / "s.csv"
+    argv = ["score", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out)]
+    argv += ["--mutants", str(tmp_path / "m.csv")]
+    env = {k: v for k, v in os.environ.items() if k not in ("LC_ALL", "LANG", "PYTHONUTF8")}
+    env |= {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    job = subprocess.run(
+        [sys.executable, "-m", "esm1nv_jax", *argv], env=env, capture_output=True, text=True
+    )
+    assert job.returncode == 0, job.stderr
+    assert out.read_text(encoding="utf-8").startswith("mutant,ΔG,score\nK2R,0.1,")
