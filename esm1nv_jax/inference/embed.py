@@ -256,7 +256,7 @@ class _Job:
         } | arrays
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     parser = Parser(
         "embed",
         "Embeds the proteins of a FASTA file into one file, in the order of the FASTA. Killed and "

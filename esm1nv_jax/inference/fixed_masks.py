@@ -78,35 +78,22 @@ def apply_masks(
             )
     for batch in evaluation_batches(source, stream):
         tokens, B = batch["tokens"], len(batch["tokens"])
-        entries = collections.defaultdict(list)
+        entries: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
         for row, example, start in _proteins(batch):
             positions, inputs = masks[example]
             entries[row] += zip((start + 1 + positions).tolist(), inputs.tolist(), strict=True)
         # One shape for all batches: as many entries as a row could be asked for.
         M = stream.row_length
-        prediction_positions_BM, inputs_BT = np.zeros((B, M), np.int32), tokens.copy()
+        positions_BM, inputs_BT = np.zeros((B, M), np.int32), tokens.copy()
         is_target_BM = np.zeros((B, M), bool)
         for row, of_row in entries.items():
             column, token = np.array(sorted(of_row), np.int32).reshape(-1, 2).T
-            prediction_positions_BM[row, : len(column)], is_target_BM[row, : len(column)] = (
-                column,
-                True,
-            )
+            positions_BM[row, : len(column)], is_target_BM[row, : len(column)] = column, True
             inputs_BT[row, column] = token
-        targets_BM = np.take_along_axis(tokens, prediction_positions_BM, axis=1)
-        is_mask_BM = (
-            np.take_along_axis(inputs_BT, prediction_positions_BM, axis=1) == tokenizer.MASK
-        )
-        yield (
-            batch,
-            Masked(
-                inputs_BT,
-                prediction_positions_BM,
-                targets_BM,
-                is_target_BM,
-                is_target_BM & is_mask_BM,
-            ),
-        )
+        targets_BM = np.take_along_axis(tokens, positions_BM, axis=1)
+        is_mask_BM = np.take_along_axis(inputs_BT, positions_BM, axis=1) == tokenizer.MASK
+        arrays = (inputs_BT, positions_BM, targets_BM, is_target_BM, is_target_BM & is_mask_BM)
+        yield batch, Masked(*arrays)  # type: ignore[arg-type]  # NumPy arrays, as they are small
 
 
 def _proteins(batch: Batch) -> Iterator[tuple[int, int, int]]:

@@ -99,7 +99,7 @@ class Model:
         total = hashlib.blake2b(digest_size=16)
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             total.update(jax.tree_util.keystr(path).encode())
-            total.update(np.ascontiguousarray(leaf))
+            total.update(np.ascontiguousarray(leaf).data)
         return total.hexdigest()
 
     @property

@@ -109,9 +109,17 @@ class Evaluation:
 
     @classmethod
     def zeros(cls, groups: list[str]) -> Evaluation:
-        counts = (1, len(LENGTHS) + 1, len(groups), baselines.LETTERS)
-        means = [{q: GroupedMean.zeros(n) for q in QUANTITIES} for n in counts]
-        return cls(groups, *means, np.zeros((STANDARD, STANDARD)))
+        def zeros(n: int) -> GroupedMeans:
+            return {quantity: GroupedMean.zeros(n) for quantity in QUANTITIES}
+
+        return cls(
+            groups,
+            overall=zeros(1),
+            by_length=zeros(len(LENGTHS) + 1),
+            by_group=zeros(len(groups)),
+            by_residue=zeros(baselines.LETTERS),
+            substitution=np.zeros((STANDARD, STANDARD)),
+        )
 
     def results(self) -> dict[str, Any]:
         """Perplexities and accuracies of everything and of each class, for JSON."""
@@ -234,7 +242,8 @@ def _predictions(
     """Left out: unknown letters, which a file of masks may ask for, and letters that the model has
     no token for. All other questions are the same for every model."""
     rows, entries = np.nonzero(masked.is_target_BM)
-    at, targets = masked.prediction_positions_BM[rows, entries], masked.targets_BM[rows, entries]
+    positions_BM, targets_BM = map(np.asarray, (masked.prediction_positions_BM, masked.targets_BM))
+    at, targets = positions_BM[rows, entries], targets_BM[rows, entries]
     residues = (targets >= FIRST) & ~np.isin(targets, missing)
     rows, entries, at, targets = (x[residues] for x in (rows, entries, at, targets))
     logp = logp_BMV[rows, entries].astype(np.float64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ HEAT_MAP_ORDER = "GAVLIMCPFWYSTNQHKRDE"  # by kind: small, aliphatic, aromatic, 
 HEAT_MAP_RESIDUES = 100  # in a line; a longer protein takes several
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     modes = variant_scores.MODES
     parser = Parser(
         "score",
@@ -74,12 +74,8 @@ def main(argv: list[str]) -> int | None:
         names = [row[columns.index(COLUMN)] for row in rows]
         if SCORE in columns:
             raise UserError(f"{args.mutants} has a column {SCORE!r} already; rename it")
-    # Row 1 of the file is its header. Checked before the model is loaded.
-    skipped: Counter | None = Counter() if args.on_error == "skip" else None
-    parsed = variant_scores.parse_mutants(names, wild_type, args.offset, 2, skipped)
-    if skipped:
-        kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(skipped.items()))
-        console.print(f"{count(skipped.total(), 'row')} without a score: {kinds}")
+    # Checked before the model is loaded.
+    mutants = read_rows(names, wild_type, args.offset, args.on_error == "skip")
     measured = read_measurements(columns, rows, args.target)
 
     model = load(args.checkpoint, args.precision, args.max_residues)
@@ -90,33 +86,30 @@ def main(argv: list[str]) -> int | None:
             "centred on the sites"
         )
     scores = np.full(len(rows), np.nan)
-    todo = np.array([i for i, mutant in enumerate(parsed) if mutant is not None], int)
-    mutants = [mutant for mutant in parsed if mutant is not None]
     saved = None
     if args.mode == "pseudo-perplexity":
         settings = {"model": model.digest, "wild_type": wild_type, "offset": args.offset}
         settings |= {"precision": args.precision, "longest": model.longest}
         saved = SavedScores(out, settings, args.overwrite)
-        known = np.array([mutant.name in saved.scores for mutant in mutants], bool)
-        scores[todo[known]] = [saved.scores[mutants[i].name] for i in np.flatnonzero(known)]
-        todo, mutants = todo[~known], [m for m in mutants if m.name not in saved.scores]
-    step = BLOCK if saved else max(1, len(mutants))
-    already = len(names) - len(todo)
-    with bar("score", len(names), "mutants", start=already) as progress:
-        for first in range(0, len(mutants), step):
-            some = mutants[first : first + step]
-            found = variant_scores.score_mutants(
+        for row in list(mutants):
+            if mutants[row].name in saved.scores:
+                scores[row] = saved.scores[mutants.pop(row).name]
+    todo, step = list(mutants), BLOCK if saved else max(1, len(mutants))
+    start = len(rows) - len(todo)
+    with bar("score", len(rows), "mutants", start=start) as progress:
+        for first in range(0, len(todo), step):
+            some = todo[first : first + step]
+            scores[some] = variant_scores.score_mutants(
                 model.on_devices,
                 wild_type,
-                some,
+                [mutants[row] for row in some],
                 model.longest,
                 args.mode,
                 args.additive,
-                lambda done, first=first: progress.update(already + first + done),
+                on_progress=lambda done: progress.update(start + first + done),  # noqa: B023
             )
-            scores[todo[first : first + step]] = found
             if saved:
-                saved.add([mutant.name for mutant in some], found)
+                saved.add({mutants[row].name: float(scores[row]) for row in some})
     write_scores(out, columns, rows, scores)
     if saved:
         saved.path.unlink()
@@ -150,6 +143,26 @@ def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
     if not table:
         raise UserError(f"{path} names no mutants")
     return columns, [fields for _, fields in table]
+
+
+def read_rows(
+    names: list[str], wild_type: str, offset: int, skip: bool
+) -> dict[int, variant_scores.Mutant]:
+    """Mutants by row of the table. With `skip`, those that cannot be scored are left out and
+    counted by kind; without, the first one raises a UserError."""
+    mutants: dict[int, variant_scores.Mutant] = {}
+    skipped: Counter[str] = Counter()
+    for row, name in enumerate(names):
+        try:  # row 1 of the file is its header
+            mutants[row] = variant_scores.parse_mutant(name, wild_type, offset, f"row {row + 2}")
+        except variant_scores.MutantError as error:
+            if not skip:
+                raise
+            skipped[error.kind] += 1
+    if skipped:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(skipped.items()))
+        console.print(f"{count(skipped.total(), 'row')} without a score: {kinds}")
+    return mutants
 
 
 def read_measurements(
@@ -187,46 +200,38 @@ def read_measurements(
 
 
 class SavedScores:
-    """Scores beside --out, by mutant, so that a job that was killed goes on where it was.
+    """Scores by mutant in a file beside --out, so that a job that was killed goes on where it was.
 
-    JSON lines: the settings, then a mutant and its score each.
+    JSON lines: the settings, then {mutant: score, ...} of each block.
     """
 
     def __init__(self, out: Path, settings: dict, overwrite: bool):
         self.path = out.with_name(out.name + ".partial")
         self.scores: dict[str, float] = {}
+        lines = []
         if self.path.exists() and not overwrite:
-            lines = list(_json_lines(self.path.read_text(encoding="utf-8")))
-            if not lines or lines[0] != settings:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # cut short by a crash
+                    lines.append(json.loads(line))
+            if not lines or lines.pop(0) != settings:
                 raise UserError(
                     f"{self.path} holds unfinished work with other settings; finish it with those, "
                     "or begin anew with --overwrite"
                 )
-            self.scores = {line["mutant"]: line["score"] for line in lines[1:]}
+        for line in lines:
+            self.scores |= line
+        if self.scores:
             console.print(f"going on with {self.path}: {count(len(self.scores), 'mutant')} done")
-        with disk_errors(self.path, self.path):  # whole lines only
-            lines = [settings, *_lines(self.scores.items())]
-            self.path.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+        self._write("w", settings, *lines)
 
-    def add(self, names: Sequence[str], scores: np.ndarray) -> None:
-        with disk_errors(self.path, self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(x) + "\n" for x in _lines(zip(names, map(float, scores), strict=True))
-            )
+    def add(self, scores: dict[str, float]) -> None:
+        self._write("a", scores)
+
+    def _write(self, mode: str, *lines: dict) -> None:
+        with disk_errors(self.path, self.path), open(self.path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _lines(scores: Iterable[tuple[str, float]]) -> list[dict]:
-    return [{"mutant": name, "score": score} for name, score in scores]
-
-
-def _json_lines(text: str) -> Iterable[dict]:
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # cut short by a crash
-            return
 
 
 def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
@@ -273,7 +278,6 @@ def plot_heat_map(
     FigureCanvasAgg(figure)
     # Colours span what nine in ten mutants score; the rest would wash out the picture.
     span = float(np.nanpercentile(np.abs(values), 95)) or 1.0
-    image = None
     for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):
         first, last = line * across, min((line + 1) * across, len(wild_type))
         image = axes.imshow(

@@ -12,9 +12,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -38,25 +37,17 @@ class MutantError(UserError):
         self.kind = kind
 
 
-class Site(NamedTuple):
-    """One substitution; `index` counts residues from 0."""
-
-    index: int
-    old: str
-    new: str
-
-
 @dataclasses.dataclass(frozen=True)
 class Mutant:
-    """Substitutions of one sequence, by ascending index."""
+    """Substitutions of one sequence, ascending: (index from 0, old letter, new letter)."""
 
     name: str
-    sites: tuple[Site, ...]
+    sites: tuple[tuple[int, str, str], ...]
 
     def apply_to(self, wild_type: str) -> str:
         letters = list(wild_type)
-        for site in self.sites:
-            letters[site.index] = site.new
+        for index, _, new in self.sites:
+            letters[index] = new
         return "".join(letters)
 
 
@@ -89,8 +80,8 @@ def parse_mutant(name: str, wild_type: str, offset: int = 0, where: str = "mutan
                 "no standard amino acid",
                 f"{where}: {text} ends in {new}, which is no standard amino acid",
             )
-        sites.append(Site(index, old, new))
-    if len({site.index for site in sites}) < len(sites):
+        sites.append((index, old, new))
+    if len({index for index, _, _ in sites}) < len(sites):
         raise MutantError("one residue twice", f"{where}: {name} changes one residue twice")
     return Mutant(name, tuple(sorted(sites)))
 
@@ -116,26 +107,10 @@ def _not_a_substitution(text: str, where: str) -> tuple[str, str]:
 
 
 def parse_mutants(
-    names: Sequence[str],
-    wild_type: str,
-    offset: int = 0,
-    first_row: int = 1,
-    skipped: Counter | None = None,
-) -> list[Mutant | None]:
-    """`parse_mutant` for each row of a table.
-
-    Where `skipped` is given, a row that cannot be scored becomes None and its kind is counted.
-    """
-    mutants: list[Mutant | None] = []
-    for row, name in enumerate(names, first_row):
-        try:
-            mutants.append(parse_mutant(name, wild_type, offset, f"row {row}"))
-        except MutantError as error:
-            if skipped is None:
-                raise
-            skipped[error.kind] += 1
-            mutants.append(None)
-    return mutants
+    names: Sequence[str], wild_type: str, offset: int = 0, first_row: int = 1
+) -> list[Mutant]:
+    """`parse_mutant` for each row of a table. Raises MutantError that names the row."""
+    return [parse_mutant(n, wild_type, offset, f"row {i}") for i, n in enumerate(names, first_row)]
 
 
 def all_singles(wild_type: str, offset: int = 0) -> list[str]:
@@ -172,28 +147,29 @@ def score_mutants(
         raise UserError(f"mode {mode!r} is unknown; there are {', '.join(MODES)}")
     if mode == "pseudo-perplexity":
         return _pseudo_log_ratios(model, wild_type, mutants, limit, on_progress)
-    # Mutants that ask the same share a query: (window, masked sites) to (row, site, old, new).
-    wanted: dict[tuple, list[tuple]] = collections.defaultdict(list)
+    # Mutants that ask the same share a query: (window, masked sites) to (row, index, old, new).
+    wanted: dict[tuple, list[tuple[int, int, str, str]]] = collections.defaultdict(list)
     for row, mutant in enumerate(mutants):
         for sites in [(site,) for site in mutant.sites] if additive else [mutant.sites]:
             window = _window(wild_type, mutant.name, sites, limit)
-            masked = tuple(s.index for s in sites) if mode == "masked-marginals" else ()
+            masked = tuple(s[0] for s in sites) if mode == "masked-marginals" else ()
             wanted[window, masked] += [(row, *site) for site in sites]
 
     def queries() -> Iterator[LogProbQuery]:
         for ((start, stop), masked), terms in wanted.items():
             tokens = tokenizer.encode(wild_type[start:stop])
             tokens[np.array(masked, int) - start + 1] = tokenizer.MASK
-            sites = sorted({site for _, site, _, _ in terms})
-            yield LogProbQuery(tokens, np.array(sites) - start + 1, (sites, terms))
+            columns = sorted({index - start + 1 for _, index, _, _ in terms})
+            yield LogProbQuery(tokens, columns, (start, terms))
 
     scores = np.zeros(len(mutants))
-    columns = max((len({site for _, site, _, _ in terms}) for terms in wanted.values()), default=1)
-    for done, (query, log_probs) in enumerate(run_queries(model, queries(), columns), 1):
-        sites, terms = query.context
-        row, site, old, new = zip(*terms, strict=True)
-        at, logp = np.searchsorted(sites, site), log_probs.astype(np.float64)
-        np.add.at(scores, list(row), logp[at, _ids(new)] - logp[at, _ids(old)])
+    most = max((len({term[1] for term in terms}) for terms in wanted.values()), default=1)
+    for done, (query, log_probs) in enumerate(run_queries(model, queries(), most), 1):
+        start, terms = query.context
+        rows, indices, old, new = zip(*terms, strict=True)
+        at = np.searchsorted(query.columns, np.array(indices) - start + 1)
+        logp = log_probs.astype(np.float64)
+        np.add.at(scores, np.array(rows), logp[at, _ids(new)] - logp[at, _ids(old)])
         on_progress(len(mutants) * done / len(wanted))
     return scores
 
@@ -201,19 +177,17 @@ def score_mutants(
 def _pseudo_log_ratios(model, wild_type, mutants, limit, on_progress) -> np.ndarray:
     """PLL(mutant) - PLL(wild type), both over the same window, of each mutant."""
     windows = [_window(wild_type, mutant.name, mutant.sites, limit) for mutant in mutants]
-    sequences = {
-        (row, w): m.apply_to(wild_type)
-        for row, (m, w) in enumerate(zip(mutants, windows, strict=True))
-    }
-    sequences |= {(None, window): wild_type for window in windows}
-    total = sum(stop - start for _, (start, stop) in sequences)
+    sequences: dict[tuple, str] = {(None, window): wild_type for window in windows}
+    for row, (mutant, window) in enumerate(zip(mutants, windows, strict=True)):
+        sequences[row, window] = mutant.apply_to(wild_type)
 
     def queries() -> Iterator[LogProbQuery]:
         for key, sequence in sequences.items():
             tokens = tokenizer.encode(sequence[slice(*key[1])])
             yield from _one_masked(tokens, range(1, len(tokens) - 1), key)
 
-    pll: Counter = Counter()
+    pll = dict.fromkeys(sequences, 0.0)
+    total = sum(stop - start for _, (start, stop) in sequences)
     for done, (query, log_probs) in enumerate(run_queries(model, queries()), 1):
         key, token = query.context
         pll[key] += float(log_probs[0, token])
@@ -233,8 +207,8 @@ def _ids(letters: Sequence[str]) -> np.ndarray:
     return tokenizer.residue_ids("".join(letters).encode())
 
 
-def _window(wild_type: str, name: str, sites: Sequence[Site], limit: int) -> tuple[int, int]:
-    first, last = min(sites).index, max(sites).index
+def _window(wild_type: str, name: str, sites: Sequence, limit: int) -> tuple[int, int]:
+    first, last = min(sites)[0], max(sites)[0]
     window = centered_window(first, last, len(wild_type), limit)
     if window is None:
         raise UserError(

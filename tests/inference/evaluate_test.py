@@ -177,9 +177,28 @@ def test_masks_read_back_ask_the_same(model, found):
     result, path, _ = found
     masks = fixed_masks.read_masks(str(path))
     again = evaluate_model(model, masks.source, mask_file=masks)["overall"]
-    # The unknown letters of the file are the same; only the unigram sees cropped proteins now.
-    for name in ("perplexity", "perplexity_mask", "perplexity_mask_20", "accuracy_mask"):
-        assert again[name] == pytest.approx(result["overall"][name], rel=1e-6)
+    for name, value in again.items():
+        assert value == pytest.approx(result["overall"][name], rel=1e-6), name
+
+
+def test_the_unigram_is_counted_in_training_proteins_where_they_are_known(model, proteins):
+    source = MemorySource(proteins)
+    trained = dataclasses.replace(model, provenance={"config": {"data": {"path": "sample"}}})
+    counts = np.zeros(25)
+    for sequence in open_split("sample", "train").sequences(range(9_000)):
+        counts += [sequence.count(letter.encode()) for letter in tokenizer.RESIDUES]
+    frequencies = (counts + 1) / (counts + 1).sum()
+    for results in (
+        evaluate_model(trained, source),
+        evaluate_model(model, source, training_data="sample"),
+    ):
+        assert results["unigram_of"] == "sample:train"
+        whole, rows = results["overall"], results["by_residue"]
+        n = {letter: row["positions_mask"] for letter, row in rows.items()}
+        nats = [-n[a] * math.log(frequencies[tokenizer.RESIDUES.index(a)]) for a in n]
+        assert whole["unigram_mask"] == pytest.approx(math.exp(sum(nats) / sum(n.values())))
+    gone = dataclasses.replace(model, provenance={"config": {"data": {"path": "/not/here"}}})
+    assert evaluate_model(gone, source)["unigram_of"] == "these proteins"
 
 
 def test_a_perfect_and_a_constant_predictor():
@@ -269,19 +288,20 @@ def saved(tmp_path, params):
     return tmp_path / "model"
 
 
-def test_the_command_writes_figures_and_a_page(saved, tmp_path):
+def test_the_command_writes_results_and_a_report(saved, tmp_path, capsys):
     fasta = tmp_path / "some.fasta"
     source = open_split("sample", "test")
     some = source.sequences(range(9))
     fasta.write_text("".join(f">p{i}\n{s.decode()}\n" for i, s in enumerate(some)))
     groups = tmp_path / "groups.tsv"
-    groups.write_text("p0\tnear\np1\tfar\n")
+    groups.write_text("p0\tnear\np1\t[/far] :train: $x^{$\n")
     argv = ["evaluate", "--checkpoint", str(saved), "--fasta", str(fasta), "--groups", str(groups)]
     argv += ["--pseudo", "--json", str(tmp_path / "o.json"), "--report", str(tmp_path / "o.html")]
     assert arguments.run(cli.dispatch, argv) == 0
     result = json.loads((tmp_path / "o.json").read_text())
-    assert result["sequences"] == 9 and set(result["by_group"]) == {"near", "far"}
+    assert result["sequences"] == 9 and set(result["by_group"]) == {"near", "[/far] :train: $x^{$"}
     page = (tmp_path / "o.html").read_text()
+    assert "esm1nv_jax " in page and "perplexity" in capsys.readouterr().out
     assert page.count("<svg") >= 3 and "http" not in page.replace("http://www.w3.org", "")
 
 

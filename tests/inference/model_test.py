@@ -8,12 +8,16 @@ import sys
 import jax
 import numpy as np
 import pytest
+from Bio.Seq import MutableSeq, Seq
+from Bio.SeqRecord import SeqRecord
 
 import esm1nv_jax
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
+from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.row_shapes import split_into_windows
+from esm1nv_jax.model import encoder
 from tests.inference.models import make_proteins
 from tests.model import reference
 
@@ -168,3 +172,82 @@ def test_what_is_no_model_is_refused(tmp_path):
             esm1nv_jax.load(str(path))
     with pytest.raises(UserError, match="fp32, bf16"):
         esm1nv_jax.load(str(tmp_path), precision="fp8")
+
+
+class Named(str):
+    pass
+
+
+def test_sequences_are_read_as_from_fasta(model):
+    expected = model.embed(["MKTV"]).mean[0]
+    for sequence in [
+        "mk--tv",
+        "MKTV**",
+        " M K\tT\nV ",
+        b"MKTV",
+        bytearray(b"MK.TV"),
+        Named("MKTV"),
+    ]:
+        found = model.embed([sequence])
+        assert found.per_residue[0].shape[0] == 4
+        np.testing.assert_allclose(found.mean[0], expected, atol=1e-6)
+    assert model.embed(iter([Seq("MKTV"), SeqRecord(MutableSeq("MK-TV"), "a")])).mean.shape[0] == 2
+    assert model.embed(np.array(["MKTV", "MA"])).mean.shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("sequence", "expected"),
+    [
+        ("MK1TV", "sequence 1 has '1' as its character 3"),
+        ("MK[MASK]V", r"sequence 1 has '\[' as its character 3"),
+        ("<cls>MKTV<eos>", "sequence 1 has '<' as its character 1"),
+        ("M<mask>?", r"sequence 1 has '\?' as its character 8"),
+        ("MKÖV", "sequence 1 has 'Ö' as its character 3"),
+        (b"MK\xd6V", "sequence 1 has 'Ö' as its character 3"),
+        ("MK\x00V", r"sequence 1 has '\\x00' as its character 3"),
+        ("", "sequence 1 is empty"),
+        ("--*", "sequence 1 is empty"),
+        (None, "sequence 1 is None, a NoneType"),
+        (float("nan"), "sequence 1 is nan, a float"),
+        (5, "sequence 1 is 5, a int"),
+        (("a", "MKTV"), "sequence 1 is .*, a tuple"),
+        (["MKTV"], "sequence 1 is .*, a list"),
+    ],
+)
+def test_what_is_no_sequence_is_refused_with_its_index(model, sequence, expected):
+    for call in (model.embed, model.logits):
+        with pytest.raises(ValueError, match=expected):
+            call(["MKTV", sequence])
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [{"a": "MKTV"}, {"MKTV"}, Seq("MKTV"), SeqRecord(Seq("MKTV"), "a"), 5, None],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_list_is_refused(model, sequences):
+    with pytest.raises(ValueError, match="give a list"):
+        model.embed(sequences)
+
+
+def test_a_protein_of_thousands_of_residues_is_read_in_windows():
+    """A row of 8,000 tokens would need gigabytes of attention scores."""
+    config = encoder.EncoderConfig(layers=1, width=32, heads=16, ffn=32, positions=40_000)
+    long = Model(config, encoder.init(config, 0), {})
+    assert 2_000 < long.longest < 4_200
+    assert dataclasses.replace(long, max_residues=39_000).longest == 39_000
+    found = long.embed(["MKTVRQERLK" * 800])
+    assert found.per_residue[0].shape == (8_000, 32)
+
+
+def test_the_residues_read_at_once_can_be_chosen(model_path, model):
+    short = esm1nv_jax.load(model_path, max_residues=20)
+    assert short.longest == 20 and model.longest == 64
+    np.testing.assert_allclose(
+        short.embed(["MKTVRQERLKSIVRALGMKTVRQERLKSIVRALG"]).cls[0],
+        model.embed(["MKTVRQERLKSIVRALGMKT"]).cls[0],
+        atol=1e-5,
+    )
+    for wrong in (0, 65):
+        with pytest.raises(UserError, match="66 positions; give 1 to 64"):
+            esm1nv_jax.load(model_path, max_residues=wrong)
