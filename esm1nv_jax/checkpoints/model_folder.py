@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_safetensors
 
 from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder
 
@@ -86,7 +87,7 @@ def _read_model(folder: epath.Path) -> Weights:
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         model = encoder.EncoderConfig(**description["model"])
-        params = unflatten(load_safetensors((folder / PARAMETERS).read_bytes()))
+        params = unflatten(load_safetensors(files.read_weights(folder / PARAMETERS)))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"model folder {folder} cannot be read: {error}") from None
     check(params, model, str(folder))

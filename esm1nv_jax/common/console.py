@@ -8,7 +8,6 @@ text is asked for, by `style=` or by a `rich.text.Text`.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import time
 from collections.abc import Iterator

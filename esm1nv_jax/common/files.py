@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -28,20 +29,46 @@ def check(*paths: str | None) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: epath.PathLike) -> Iterator[None]:
-    """A disk that refuses, as one line that names the file."""
+def writing(path: epath.PathLike, kept: Path | None = None) -> Iterator[None]:
+    """A disk that refuses, as one line that names the file, and the folder of what is `kept`."""
     try:
         yield
     except OSError as error:
+        what = f"{path} cannot be written: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = f"no space left to write {path}"
+        if kept is not None and kept.is_dir():
+            what += f"; finished parts are kept in {kept}"
         raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; choose another place, or free "
-            "some space, and run the command again"
+            f"{what}; choose another place, or free some space, and run the command again"
         ) from None
+
+
+@contextlib.contextmanager
+def replacing(path: Path, kept: Path | None = None) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` when all went well; as `writing`."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with writing(path, kept):
+        try:
+            yield new
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def write(path: str, text: str) -> None:
     with writing(path):
         Path(path).write_text(text, encoding="utf-8")
+
+
+def read_weights(path: epath.Path) -> bytes:
+    """The bytes of a file of weights, which many repositories keep by Git LFS."""
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
+        )
+    return content
 
 
 def open_append(path: epath.Path) -> IO[bytes]:

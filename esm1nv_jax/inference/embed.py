@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import signal
 import threading
 import time
@@ -23,11 +22,12 @@ from esm1nv_jax.data.proteins import Proteins, scan
 from esm1nv_jax.inference.embedding_files import writer_for
 from esm1nv_jax.inference.engine import KINDS, OutputSpec, embed_sequences
 from esm1nv_jax.inference.model import PRECISIONS, check_layers, load
-from esm1nv_jax.inference.partial_results import PartialResults, PartReader, disk_errors
+from esm1nv_jax.inference.partial_results import PartialResults, PartReader
 
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
 ESM_KINDS = {"per_tok": "per_residue", "bos": "cls"}  # names in esm-extract
+AS_GIVEN = "checkpoint fasta out precision dtype deterministic overwrite on_error".split()
 CHOICES = {
     "include": KINDS,
     "precision": tuple(PRECISIONS),
@@ -121,13 +121,8 @@ def assemble(results: PartialResults) -> str:
     """All parts into the one file, which appears by rename; then the parts are removed."""
     settings = results.resume()
     reader = PartReader(results)
-    temporary = results.out.with_name(results.out.name + ".tmp")
-    try:
-        with disk_errors(results.out, results.folder):
-            writer_for(results.out)(temporary, reader, settings)
-            os.replace(temporary, results.out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(results.out, results.folder) as new:
+        writer_for(results.out)(new, reader, settings)
     results.clear()
     digest = reader.digest()
     console.print(f"{results.out}: {count(reader.proteins, 'protein')}, {', '.join(reader.fields)}")
@@ -296,21 +291,15 @@ def main(argv: list[str]) -> None:
             parser.error(f"--{ours} and --{theirs} say the same; give one of them")
     if args.toks_per_batch is not None:
         console.print("--toks-per-batch is ignored: batches are chosen to fit the device")
+    cut = args.truncation_seq_length
     request = EmbedRequest(
-        args.checkpoint,
-        args.fasta,
-        args.out,
-        tuple(ESM_KINDS.get(kind, kind) for kind in _words(args.include)),
-        _integers("layers", _words(args.layers or args.repr_layers or ["-1"])),
-        args.precision,
-        args.dtype,
-        args.long or ("window" if args.truncation_seq_length is None else "truncate"),
-        args.deterministic,
-        _shard(args.shard),
-        args.overwrite,
-        args.on_error,
-        args.max_residues or args.truncation_seq_length,
-        args.repr_layers is not None,
+        include=tuple(ESM_KINDS.get(kind, kind) for kind in _words(args.include)),
+        layers=_integers("layers", _words(args.layers or args.repr_layers or ["-1"])),
+        long=args.long or ("window" if cut is None else "truncate"),
+        shard=_shard(args.shard),
+        max_residues=args.max_residues if cut is None else cut,
+        esm_layers=args.repr_layers is not None,
+        **{name: getattr(args, name) for name in AS_GIVEN},
     )
     try:
         embed(request)

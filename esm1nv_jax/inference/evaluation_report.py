@@ -9,6 +9,7 @@ import numpy as np
 from scipy import stats
 
 from esm1nv_jax.common import metrics_log
+from esm1nv_jax.common.console import count
 from esm1nv_jax.common.html import BLUE, GREY, ORANGE, HtmlReport, log_scale, new_figure, plus_minus
 from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
 
@@ -77,29 +78,26 @@ def compare_with_blosum62(sums: np.ndarray, letters: str = RESIDUES[:STANDARD]) 
 
 
 def build_report(results: dict[str, Any], summary: list[tuple[str, str, str]]) -> HtmlReport:
-    """From the results of `evaluate_model`, with the names of checkpoint and data, and their
-    summary."""
+    """The report of `evaluate_model`'s results, with the names of checkpoint and data, and of
+    their summary."""
     report = HtmlReport(f"{results['checkpoint']} on {results['data']}")
     overall = results["overall"]
     report.paragraph(
-        f"{results['sequences']:,} proteins, {overall['positions']:,} residues predicted, "
+        f"{count(results['sequences'], 'protein')}, {overall['positions']:,} residues predicted, "
         f"{overall['positions_mask']:,} of them hidden behind <mask>. "
         f"Masking: {results['masking']}, seed {results['seed']}."
     )
     report.table(["", "all selected", "<mask> only"], summary)
-    cropped = (
-        f" {results['cropped']:,} proteins were cut to their first {results['max_residues']:,} "
-        "residues."
-    )
     report.note(
         "± is one standard error, by protein. Perplexity over all selected positions is not "
         "comparable with the baselines: where a residue was left as it was, the answer stands in "
-        "the input." + cropped * bool(results["cropped"])
+        f"the input. Cut to their first {results['max_residues']:,} residues: "
+        f"{count(results['cropped'], 'protein')}."
     )
     _plot_learning_curves(report, results["provenance"])
     _plot_residues(report, results["by_residue"])
     _plot_substitutions(report, results["substitution"])
-    _plot_lengths(report, results)
+    _plot_lengths(report, results["by_length"])
     if "pseudo_perplexity" in results:
         _plot_pseudo_perplexity(report, results["pseudo_perplexity"])
     _add_provenance(report, results)
@@ -110,9 +108,7 @@ def _plot_learning_curves(report: HtmlReport, provenance: dict[str, Any]) -> Non
     """Learning curves, where the run that the weights come from still lies where it was."""
     run = provenance.get("run")
     if not run or not (Path(run) / metrics_log.FILE).is_file():
-        report.note(
-            "Learning curves are not shown: the run of these weights is not on this machine."
-        )
+        report.note("No learning curves: the run of these weights is not on this machine.")
         return
     lines = metrics_log.read(run)
     report.heading("Learning curves")
@@ -134,48 +130,33 @@ def _plot_residues(report: HtmlReport, rows: dict[str, dict]) -> None:
     values = [100 * rows[a]["accuracy_mask"] for a in letters]
     errors = [100 * rows[a]["accuracy_mask_se"] for a in letters]
     share = np.array([rows[a]["positions_mask"] for a in letters], float)
+    share *= 100 / share.sum()
     axis.bar(letters, values, color=BLUE, yerr=errors, ecolor=GREY, capsize=2)
-    axis.plot(
-        letters,
-        100 * share / share.sum(),
-        "_",
-        color=ORANGE,
-        ms=12,
-        mew=2,
-        label="how often it occurs",
-    )
-    axis.set(xlabel="residue", ylabel="right at <mask>, percent")
+    axis.plot(letters, share, "_", color=ORANGE, ms=12, mew=2, label="how often it occurs")
+    axis.set(xlabel="residue", ylabel="correct at <mask>, percent")
     axis.legend(frameon=False)
     report.plot(figure, "accuracy at masked positions for each amino acid")
-    report.table(
-        ["residue", "<mask> positions", "accuracy, percent", "perplexity"],
-        [
-            [
-                a,
-                f"{rows[a]['positions_mask']:,}",
-                plus_minus(100 * rows[a]["accuracy_mask"], 100 * rows[a]["accuracy_mask_se"], 1),
-                plus_minus(rows[a]["perplexity_mask"], rows[a]["perplexity_mask_se"], 1),
-            ]
-            for a in letters
-        ],
-    )
+    cells = [
+        [a, f"{rows[a]['positions_mask']:,}", plus_minus(value, error, 1), _perplexity(rows[a], 1)]
+        for a, value, error in zip(letters, values, errors, strict=True)
+    ]
+    report.table(["residue", "<mask> positions", "accuracy, percent", "perplexity"], cells)
 
 
 def _plot_substitutions(report: HtmlReport, results: dict[str, Any]) -> None:
     report.heading("What the model takes for what, beside BLOSUM62")
-    log_odds, theirs = np.array(results["log_odds_bits"], float), blosum62()
+    log_odds, blosum = np.array(results["log_odds_bits"], float), blosum62()
     # Neighbours in this order are alike: small, acid and amide, basic, aromatic, aliphatic.
     order = [ORDER.index(a) for a in "CSTAGPDENQHRKMILVFYW"]
     names = [ORDER[i] for i in order]
     figure, axes = new_figure(10, 4.2, columns=3)
-    off = ~np.eye(20, dtype=bool)
     for axis, matrix, title in (
         (axes[0], log_odds, "model, log-odds in bits"),
-        (axes[1], theirs, "BLOSUM62, half-bits"),
+        (axes[1], blosum, "BLOSUM62, half-bits"),
     ):
-        shown = np.where(off, matrix, np.nan)[np.ix_(order, order)]
-        seen = np.abs(shown[np.isfinite(shown)])
-        limit = max(float(np.quantile(seen, 0.98)), 1e-3) if seen.size else 1
+        shown = np.where(np.eye(20, dtype=bool), np.nan, matrix)[np.ix_(order, order)]
+        finite = np.abs(shown[np.isfinite(shown)])
+        limit = max(float(np.quantile(finite, 0.98)), 1e-3) if finite.size else 1
         image = axis.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit)
         axis.set_xticks(range(20), names, fontsize=7)
         axis.set_yticks(range(20), names, fontsize=7)
@@ -183,15 +164,14 @@ def _plot_substitutions(report: HtmlReport, results: dict[str, Any]) -> None:
         figure.colorbar(image, ax=axis, shrink=0.7)
     pairs = np.tril_indices(20, -1)
     jitter = np.linspace(-0.18, 0.18, len(pairs[0]))
-    axes[2].plot(theirs[pairs] + jitter, log_odds[pairs], ".", color=BLUE, ms=4)
+    axes[2].plot(blosum[pairs] + jitter, log_odds[pairs], ".", color=BLUE, ms=4)
     axes[2].set(xlabel="BLOSUM62", ylabel="model, bits")
     axes[2].set_title("190 pairs", fontsize=10)
     axes[2].set_box_aspect(1)
     report.plot(figure, "substitution log-odds of the model beside BLOSUM62")
-    pearson, spearman = results["pearson_blosum62"], results["spearman_blosum62"]
     report.paragraph(
-        f"Correlation off the diagonal: Pearson {plus_minus(pearson, np.nan)}, "
-        f"Spearman {plus_minus(spearman, np.nan)}."
+        f"Correlation off the diagonal: Pearson {plus_minus(results['pearson_blosum62'], np.nan)}, "
+        f"Spearman {plus_minus(results['spearman_blosum62'], np.nan)}."
     )
     report.note(
         "From the probabilities at <mask> positions, summed over what stood there, symmetrised. "
@@ -200,42 +180,33 @@ def _plot_substitutions(report: HtmlReport, results: dict[str, Any]) -> None:
     )
 
 
-def _plot_lengths(report: HtmlReport, results: dict[str, Any]) -> None:
+def _plot_lengths(report: HtmlReport, rows: dict[str, dict]) -> None:
     report.heading("Perplexity against length")
-    rows = results["by_length"]
-    names = list(rows)
     figure, axis = new_figure(height=3.2)
     for key, colour, label in (
         ("perplexity_mask", BLUE, "this model"),
         ("composition_mask", ORANGE, "composition of each protein"),
         ("unigram_mask", GREY, "unigram"),
     ):
-        values = [rows[n][key] for n in names]
-        errors = [rows[n][f"{key}_se"] for n in names]
-        axis.errorbar(names, values, errors, fmt="o-", color=colour, label=label, capsize=2, lw=1.2)
+        values, errors = ([row[k] for row in rows.values()] for k in (key, f"{key}_se"))
+        style = {"fmt": "o-", "color": colour, "label": label, "capsize": 2, "lw": 1.2}
+        axis.errorbar(list(rows), values, errors, **style)
     axis.set(xlabel="residues in the protein", ylabel="perplexity, <mask> only")
     axis.legend(frameon=False)
     report.plot(figure, "perplexity at masked positions for classes of length")
-    report.table(
-        ["residues", "proteins", "model", "composition"],
-        [
-            [
-                n,
-                f"{rows[n]['sequences']:,}",
-                plus_minus(rows[n]["perplexity_mask"], rows[n]["perplexity_mask_se"]),
-                plus_minus(rows[n]["composition_mask"], rows[n]["composition_mask_se"]),
-            ]
-            for n in names
-        ],
-    )
+    cells = [
+        [n, f"{row['sequences']:,}", _perplexity(row), _perplexity(row, name="composition_mask")]
+        for n, row in rows.items()
+    ]
+    report.table(["residues", "proteins", "model", "composition"], cells)
+
+
+def _perplexity(row: dict[str, float], digits: int = 2, name: str = "perplexity_mask") -> str:
+    return plus_minus(row[name], row[f"{name}_se"], digits)
 
 
 def _plot_pseudo_perplexity(report: HtmlReport, results: dict[str, Any]) -> None:
     report.heading("Pseudo-perplexity")
-    report.paragraph(
-        f"Median protein {results['median']:.2f}; by residue "
-        f"{plus_minus(results['token_weighted'], results['token_weighted_se'])}."
-    )
     figure, axis = new_figure(height=2.8)
     values = [x["pseudo_perplexity"] for x in results["sequences"]]
     axis.hist([v for v in values if v == v], bins=30, color=BLUE)
@@ -244,14 +215,14 @@ def _plot_pseudo_perplexity(report: HtmlReport, results: dict[str, Any]) -> None
 
 
 def _add_provenance(report: HtmlReport, results: dict[str, Any]) -> None:
-    report.heading("Where this comes from")
-    origin = results["provenance"]
+    report.heading("Provenance")
+    provenance = results["provenance"]
     rows = [["weights", str(results["checkpoint"])], ["proteins", str(results["data"])]]
-    if origin.get("run"):
-        rows.append(["run", str(origin["run"])])
-    if origin.get("steps"):
-        steps = list(map(str, origin["steps"]))
+    if provenance.get("run"):
+        rows.append(["run", str(provenance["run"])])
+    if provenance.get("steps"):
+        steps = list(map(str, provenance["steps"]))
         shown = ", ".join(steps if len(steps) <= 6 else [*steps[:3], "...", *steps[-2:]])
         rows.append(["steps", f"{shown} ({len(steps)} averaged)" if len(steps) > 1 else shown])
-    rows += [["products in", results["precision"]], ["code", results["code"]]]
+    rows += [["precision", results["precision"]], ["code", results["code"]]]
     report.table(["", ""], rows)

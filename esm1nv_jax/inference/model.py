@@ -38,7 +38,6 @@ PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
 # Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
 SCORES_BYTES = 1 << 30
-# Letters, and what is removed from a sequence: gaps, stops, white space.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ share the work write into the same folder; which proteins form a part does not d
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -21,14 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from esm1nv_jax.common.console import console
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 
 SETTINGS = "settings.json"
 ORIGIN = ("checkpoint", "run", "steps")  # settings on which the contents do not depend
 PER_PROTEIN = ("ids", "lengths", "checksums", "rows")  # in every part: [proteins]
 _OURS = re.compile(r"settings\.json|part-\d{6,}\.npz|job-\d+-of-\d+\.lock|[\w.-]+\.\d+\.tmp")
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 
 
 class PartialResults:
@@ -52,7 +49,7 @@ class PartialResults:
         if old is None:
             if self.out.exists() and not overwrite:
                 raise UserError(f"{self.out} exists; add --overwrite, or choose another --out")
-            with disk_errors(self.out, self.folder):
+            with files.writing(self.out, self.folder):
                 self._write_settings(settings)
             old = self.resume()  # made by another job, where that was faster
         if changed := _differences(old, settings):
@@ -108,17 +105,10 @@ class PartialResults:
     def lock(self, name: str) -> Iterator[None]:
         """Keeps a second job from doing the same share of the work."""
         with open(self.folder / f"{name}.lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise UserError(
-                        f"{self.folder} is being written by another live job; wait for it, or "
-                        "choose another --out"
-                    ) from None
-                console.print(
-                    f"{self.folder} is on a file system without locks ({error.strerror}): going "
-                    "on; see to it that no second job does the same share"
+            if files.try_lock(file.fileno(), self.folder) is False:
+                raise UserError(
+                    f"{self.folder} is being written by another live job; wait for it, or choose "
+                    "another --out"
                 )
             yield
 
@@ -146,16 +136,10 @@ class PartialResults:
             "ids": _bytes(b"".join(encoded)),  # as wide as each is
             "id_ends": np.cumsum([len(name) for name in encoded]),
         }
-        with disk_errors(self.out, self.folder):
-            temporary = self.path(part).with_suffix(f".{os.getpid()}.tmp")
-            try:
-                with open(temporary, "wb") as file:
-                    np.savez(file, **arrays)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path(part))
-            finally:
-                temporary.unlink(missing_ok=True)
+        with files.replacing(self.path(part), self.folder) as new, open(new, "wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
 
     def load(self, part: int, names: Sequence[str] | None = None) -> dict[str, Any]:
         """The arrays `names` of a part, or all; `ids` as a list of texts."""
@@ -258,17 +242,3 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and name not in ORIGIN
     ]
-
-
-@contextlib.contextmanager
-def disk_errors(out: Path, kept: Path) -> Iterator[None]:
-    """Failures to write as one line that names what is kept."""
-    try:
-        yield
-    except OSError as error:
-        where = f"; finished parts are kept in {kept}" if kept.is_dir() else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no space left to write {out}{where}; free some and run the same command again"
-            ) from None
-        raise UserError(f"cannot write {out}: {error.strerror or error}{where}") from None

@@ -209,8 +209,7 @@ def evaluate(
             yield arrays, (batch, masked)
 
     for results, (batch, masked) in run_batches(model.on_devices, batches()):
-        predictions = _predictions(batch, masked, results["log_probs"], unigram, missing)
-        _add_batch(sums, source, batch, predictions, group_of)
+        _add_batch(sums, source, batch, masked, results["log_probs"], unigram, missing, group_of)
         yield sums
 
 
@@ -224,73 +223,63 @@ def count_residues(source: Source, most: int | None = None) -> np.ndarray:
     return counts
 
 
-@dataclasses.dataclass(frozen=True)
-class _Predictions:
-    """The predicted positions of a batch; one element each."""
+def _add_batch(
+    sums: Evaluation,
+    source: Source,
+    batch: Batch,
+    masked: Masked,
+    logp_BMV: np.ndarray,
+    unigram: np.ndarray,
+    missing: np.ndarray,
+    group_of: np.ndarray | None,
+) -> None:
+    """Adds a batch. Every protein lies in one batch, whole, so its sums are complete here.
 
-    example: np.ndarray
-    letter: np.ndarray  # that stood there, from 0
-    masked: np.ndarray  # bool
-    values: dict[str, np.ndarray]  # quantity: what is to be averaged,
-    used: dict[str, np.ndarray]  # and at which of the positions
-    probabilities: np.ndarray  # [n, 20]: of each amino acid, renormalised over the 20
-
-
-def _predictions(
-    batch: Batch, masked: Masked, logp_BMV: np.ndarray, unigram, missing
-) -> _Predictions:
-    """Left out: unknown letters, which a file of masks may ask for, and letters that the model has
-    no token for. All other questions are the same for every model."""
+    Left out: unknown letters, which a file of masks may ask for, and letters that the model has no
+    token for. All other questions are the same for every model.
+    """
     rows, entries = np.nonzero(masked.is_target_BM)
     positions_BM, targets_BM = map(np.asarray, (masked.prediction_positions_BM, masked.targets_BM))
+    asked = (targets_BM[rows, entries] >= FIRST) & ~np.isin(targets_BM[rows, entries], missing)
+    rows, entries = rows[asked], entries[asked]
     at, targets = positions_BM[rows, entries], targets_BM[rows, entries]
-    residues = (targets >= FIRST) & ~np.isin(targets, missing)
-    rows, entries, at, targets = (x[residues] for x in (rows, entries, at, targets))
+    is_mask = np.asarray(masked.is_masked_BM)[rows, entries]
+    letter = targets - FIRST
+    standard = is_mask & (letter < STANDARD)
+
+    each = np.arange(len(targets))
     logp = logp_BMV[rows, entries].astype(np.float64)
-    own = np.arange(len(targets))
-    mask = np.asarray(masked.is_masked_BM)[rows, entries]
-    loss = -logp[own, targets]
     amino = logp[:, FIRST : FIRST + STANDARD]
     amino = amino - np.logaddexp.reduce(amino, axis=1, keepdims=True)
-    letter = targets - FIRST
-    standard = mask & (letter < STANDARD)
-    plain = baselines.unigram_nats(unigram, targets)
+    np.add.at(sums.substitution, letter[standard], np.exp(amino[standard]))
+    loss = -logp[each, targets]
     composition = baselines.composition_nats(
         unigram, masked.inputs_BT, batch["segment_ids"], rows, at, targets
     )
-    values = {
-        "loss": loss,
-        "loss_mask": loss,
-        "correct": (logp.argmax(axis=1) == targets).astype(np.float64),
-        "loss_mask_20": -amino[own, np.minimum(letter, STANDARD - 1)],
-        "unigram": plain,
-        "composition": composition,
-        "gain": composition - loss,  # of the model over the composition of the protein, paired
+    values = {  # quantity: its value at every position, and where it counts
+        "loss": (loss, np.ones_like(is_mask)),
+        "loss_mask": (loss, is_mask),
+        "loss_mask_20": (-amino[each, np.minimum(letter, STANDARD - 1)], standard),
+        "unigram": (baselines.unigram_nats(unigram, targets), is_mask),
+        "composition": (composition, is_mask),
+        "correct": ((logp.argmax(axis=1) == targets).astype(np.float64), is_mask),
+        "gain": (composition - loss, is_mask),  # over the composition of the protein, paired
     }
-    used = {q: mask for q in QUANTITIES} | {"loss": np.ones_like(mask), "loss_mask_20": standard}
-    return _Predictions(batch["example_ids"][rows, at], letter, mask, values, used, np.exp(amino))
 
-
-def _add_batch(sums: Evaluation, source: Source, batch: Batch, p: _Predictions, group_of) -> None:
-    """Adds a batch. Every protein lies in one batch, whole, so its sums are complete here."""
     starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
     examples = np.unique(batch["example_ids"][starts])
     sums.sequences += int(starts.sum())
-    protein = np.searchsorted(examples, p.example)
+    protein = np.searchsorted(examples, batch["example_ids"][rows, at])
     length_class = np.searchsorted(LENGTHS, np.asarray(source.lengths)[examples])
-    k = len(examples)
-    for quantity in QUANTITIES:
-        use = p.used[quantity]
-        value, who, letter = p.values[quantity][use], protein[use], p.letter[use]
-        n, total = np.bincount(who, minlength=k), np.bincount(who, value, minlength=k)
+    k, letters = len(examples), baselines.LETTERS
+    for quantity, (value, used) in values.items():
+        value, owner, of_letter = value[used], protein[used], letter[used]
+        n, total = np.bincount(owner, minlength=k), np.bincount(owner, value, minlength=k)
         sums.overall[quantity].add(np.zeros(k, np.int64), n, total)
         sums.by_length[quantity].add(length_class, n, total)
         if group_of is not None:
             known = group_of[examples] >= 0
             sums.by_group[quantity].add(group_of[examples][known], n[known], total[known])
-        pair = who * baselines.LETTERS + letter
-        size = k * baselines.LETTERS
+        pair, size = owner * letters + of_letter, k * letters
         n, total = np.bincount(pair, minlength=size), np.bincount(pair, value, minlength=size)
-        sums.by_residue[quantity].add(np.arange(size) % baselines.LETTERS, n, total)
-    standard = p.masked & (p.letter < STANDARD)
-    np.add.at(sums.substitution, p.letter[standard], p.probabilities[standard])
+        sums.by_residue[quantity].add(np.arange(size) % letters, n, total)

@@ -87,6 +87,7 @@ def main(argv: list[str]) -> None:
 def probe(model: Model, task: Task, seeds: int, progress: bool = False) -> dict[str, Any]:
     """Results of every head on every kind of features, on the test split."""
     heads = ("linear", NETWORK.get(task.name, "mlp"))
+    score = functools.partial(main_metric, task)
     settings: dict[tuple[str, str], probe_heads.Setting] = {}
     predictions: dict[tuple[str, str], list[np.ndarray]] = {}  # of the test labels, by seed
     for kind in KINDS:
@@ -95,28 +96,12 @@ def probe(model: Model, task: Task, seeds: int, progress: bool = False) -> dict[
                 data = features(kind, model, task, seed, progress)
             total = sum(len(GRIDS[head]) if seed == 0 else 1 for head in heads)
             with bar(f"heads on {kind}", total, "fits", progress) as task_bar:
-                for head in heads:
-                    key = (head, kind)
-                    if head == "linear" and seed and kind != UNTRAINED:
-                        predictions[key].append(predictions[key][0])  # it knows no chance
-                        task_bar.advance(note=head)
-                        continue
-                    best = -math.inf
-                    for setting in GRIDS[head] if seed == 0 else (settings[key],):
-                        score, predict = probe_heads.fit(
-                            head,
-                            len(task.classes),
-                            data["train"],
-                            data["valid"],
-                            setting,
-                            seed,
-                            functools.partial(main_metric, task),
-                        )
-                        task_bar.advance(note=head)
-                        if score > best or key not in settings:
-                            best, settings[key] = score, setting
-                            best_predict = predict
-                    predictions.setdefault(key, []).append(best_predict(data["test"]))
+                for key in [(head, kind) for head in heads]:
+                    grid = GRIDS[key[0]] if seed == 0 else (settings[key],)
+                    settings[key], predict = probe_heads.fit_best(
+                        key[0], len(task.classes), data, grid, seed, score, task_bar.advance
+                    )
+                    predictions.setdefault(key, []).append(predict(data["test"]))
     keys = [(head, kind) for head in heads for kind in KINDS]
     return {
         "task": task.name,
@@ -181,8 +166,8 @@ def embeddings(
 
 def main_metric(task: Task, split: Split, predicted: np.ndarray) -> float:
     """What settings and rounds are chosen by; higher is better."""
-    found = metrics(task, split, predicted)
-    return -found["mse"] if task.name == "regression" else found["accuracy"]
+    values = metrics(task, split, predicted)
+    return -values["mse"] if task.name == "regression" else values["accuracy"]
 
 
 def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
@@ -193,12 +178,12 @@ def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]
         rho = stats.spearmanr(labels, predicted[:, 0]).statistic if np.ptp(predicted) else math.nan
         return {"spearman": float(rho), "mse": float(np.mean((labels - predicted[:, 0]) ** 2))}
     guess = predicted.argmax(axis=1)
-    found = {"accuracy": float(np.mean(guess == labels))}
+    values = {"accuracy": float(np.mean(guess == labels))}
     if task.name == "localisation":
         k = len(task.classes)
         table = np.bincount(labels * k + guess, minlength=k * k).reshape(k, k).astype(float)
-        found |= {"macro_f1": macro_f1(table), "mcc": matthews(table)}
-    return found
+        values |= {"macro_f1": macro_f1(table), "mcc": matthews(table)}
+    return values
 
 
 def macro_f1(table: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,24 @@ class Scale:
         if split.labels.dtype.kind == "f":
             return ((split.labels - self.label_mean) / self.label_std).astype(np.float32)
         return split.labels.astype(np.int32)
+
+
+def fit_best(
+    head: str,
+    classes: int,
+    data: dict[str, LabeledFeatures],
+    settings: Sequence[Setting],
+    seed: int,
+    score: Score,
+    on_fit: Callable[[], None],
+) -> tuple[Setting, Callable[[LabeledFeatures], np.ndarray]]:
+    """The setting that validates best, and its predictor; see `fit`. `on_fit` follows each."""
+    fits = []
+    for setting in settings:
+        fits.append(fit(head, classes, data["train"], data["valid"], setting, seed, score))
+        on_fit()
+    best = max(range(len(fits)), key=lambda i: (fits[i][0] == fits[i][0], fits[i][0], -i))
+    return settings[best], fits[best][1]
 
 
 def fit(

@@ -19,7 +19,6 @@ from esm1nv_jax.data.labeled_data import read_csv
 from esm1nv_jax.data.proteins import scan
 from esm1nv_jax.inference import variant_scores
 from esm1nv_jax.inference.model import PRECISIONS, load
-from esm1nv_jax.inference.partial_results import disk_errors
 
 COLUMN, SCORE = "mutant", "score"
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
@@ -115,7 +114,7 @@ def main(argv: list[str]) -> None:
         saved.path.unlink()
     done = f"{out}: {count(len(rows), 'mutant')} of {name} by {args.mode}"
     if args.all_singles:
-        with disk_errors(picture, out):
+        with files.writing(picture):
             plot_heat_map(picture, wild_type, names, scores, args.offset)
         done += f"; heat map {picture}"
     console.print(done)
@@ -228,7 +227,7 @@ class SavedScores:
         self._write("a", scores)
 
     def _write(self, mode: str, *lines: dict) -> None:
-        with disk_errors(self.path, self.path), open(self.path, mode, encoding="utf-8") as file:
+        with files.writing(self.path), open(self.path, mode, encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
@@ -246,19 +245,11 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
 def write_scores(out: Path, columns: list[str], rows: list[list[str]], scores: np.ndarray) -> None:
     """The table with its scores as last column, empty where there is none; in place of OUT at
     once."""
-    temporary = out.with_name(out.name + ".tmp")
-    with disk_errors(out, out):
-        try:
-            with open(temporary, "w", newline="", encoding="utf-8") as file:
-                table = csv.writer(file, lineterminator="\n")
-                table.writerow([*columns, SCORE])
-                table.writerows(
-                    [*row, "" if np.isnan(score) else f"{score:.6g}"]
-                    for row, score in zip(rows, scores, strict=True)
-                )
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with files.replacing(out) as new, open(new, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow([*columns, SCORE])
+        for row, score in zip(rows, scores, strict=True):
+            table.writerow([*row, "" if np.isnan(score) else f"{score:.6g}"])
 
 
 def plot_heat_map(

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, deserialize
 
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 
 SAFE_TORCH = (2, 6)  # before it, `weights_only=True` could be circumvented
@@ -59,18 +60,18 @@ def _shards(folder: epath.Path, name: str) -> list[str]:
     if not index.exists():
         return []
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index} is not an index of shards; fetch the folder again") from None
-    outside = [file for file in files if "/" in str(file) or "\\" in str(file)]
+    outside = [file for file in shards if "/" in str(file) or "\\" in str(file)]
     if outside:
         raise UserError(f"{index} names {outside[0]!r}, which is not in the folder")
-    return files
+    return shards
 
 
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     try:
-        views = deserialize(path.read_bytes())
+        views = deserialize(files.read_weights(path))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
     for name, view in views:
@@ -99,13 +100,16 @@ def _read_pickle(path: epath.Path) -> dict[str, np.ndarray]:
         )
     try:
         # Without `weights_only` a pickle can run any program; there is no option to allow it.
-        content = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", weights_only=True)
+        weights = io.BytesIO(files.read_weights(path))
+        content = torch.load(weights, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path} holds more than tensors and is refused ({reason}); ask its author for "
             f"{SAFETENSORS}"
         ) from None
+    except UserError:
+        raise
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
         raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from esm1nv_jax import cli
+from esm1nv_jax import cli, load
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
@@ -225,3 +225,49 @@ def test_memory_does_not_grow_with_the_file(model_path, tmp_path, ending):
         sizes.append(out.stat().st_size)
     assert sizes[1] - sizes[0] > 90e6
     assert peaks[1] - peaks[0] < 25e6, (peaks, sizes)
+
+
+def run_embed(model_path, fasta, out, *options):
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out), *options]
+    assert arguments.run(cli.dispatch, argv) == 0
+    return read_npz(out)
+
+
+def test_the_options_of_esm_extract_are_understood(model, model_path, tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:8])
+    theirs = ["--repr_layers", "0", "1", "2", "--include", "mean", "per_tok", "bos"]
+    theirs += ["--truncation_seq_length", "20", "--toks_per_batch", "4096"]
+    found = run_embed(model_path, fasta, tmp_path / "esm.npz", *theirs)
+    assert "--toks-per-batch is ignored" in capsys.readouterr().err
+    ours = ["--layers", "0,1,-1", "--include", "mean,per_residue,cls"]
+    ours += ["--max-residues", "20", "--long", "truncate"]
+    expected = run_embed(model_path, fasta, tmp_path / "ours.npz", *ours)
+    assert found.keys() == expected.keys() >= {"mean_0", "mean_1", "mean_-1", "cls_-1"}
+    for name in found:
+        if name != "esm1nv_jax":
+            np.testing.assert_array_equal(found[name], expected[name])
+    assert np.diff(found["offsets"]).max() == 20 < max(len(s) for _, s in PROTEINS[:8])
+    means = model.embed([s[:20] for _, s in PROTEINS[:8]]).mean
+    np.testing.assert_allclose(found["mean_-1"], means, atol=1e-5)
+    last = run_embed(model_path, fasta, tmp_path / "last.npz", "--repr-layers", "-1", "-2")
+    assert {"mean_-1", "mean_1"} < last.keys()
+
+
+def test_an_option_is_given_in_one_of_its_two_names(model_path, tmp_path, capsys):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:2])
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta]
+    argv += ["--out", str(tmp_path / "o.npz"), "--layers", "1", "--repr_layers", "1"]
+    assert arguments.run(cli.dispatch, argv) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_shorter_windows_can_be_asked_for(model_path, tmp_path, capsys):
+    embed(request(model_path, tmp_path, include=("per_residue",), max_residues=20))
+    told = capsys.readouterr().err
+    first = next(name for name, s in PROTEINS if len(s) > 20)
+    assert "longer than the 20 residues" in told and f"the first is {first}" in told
+    found = by_protein(tmp_path / "out.npz", "per_residue_-1")
+    assert [len(found[name]) for name, _ in PROTEINS] == [len(s) for _, s in PROTEINS]
+    short = load(model_path, max_residues=20).embed([s for _, s in PROTEINS])
+    for (name, _), expected in zip(PROTEINS, short.per_residue, strict=True):
+        np.testing.assert_allclose(found[name], expected, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -198,13 +199,13 @@ def test_sequences_are_read_as_from_fasta(model):
 @pytest.mark.parametrize(
     ("sequence", "expected"),
     [
-        ("MK1TV", "sequence 1 has '1' as its character 3"),
-        ("MK[MASK]V", r"sequence 1 has '\[' as its character 3"),
-        ("<cls>MKTV<eos>", "sequence 1 has '<' as its character 1"),
-        ("M<mask>?", r"sequence 1 has '\?' as its character 8"),
-        ("MKÖV", "sequence 1 has 'Ö' as its character 3"),
-        (b"MK\xd6V", "sequence 1 has 'Ö' as its character 3"),
-        ("MK\x00V", r"sequence 1 has '\\x00' as its character 3"),
+        ("MK1TV", "sequence 1: character '1' at index 2 of"),
+        ("MK[MASK]V", r"sequence 1: character '\[' at index 2 of"),
+        ("<cls>MKTV<eos>", "sequence 1: character '<' at index 0 of"),
+        ("M<mask>?", r"sequence 1: character '\?' at index 7 of"),
+        ("MKÖV", "sequence 1: character '.xd6' at index 2 of"),
+        (b"MK\xd6V", "sequence 1: character '.xd6' at index 2 of"),
+        ("MK\x00V", r"sequence 1: character '.x00' at index 2 of"),
         ("", "sequence 1 is empty"),
         ("--*", "sequence 1 is empty"),
         (None, "sequence 1 is None, a NoneType"),
@@ -251,3 +252,15 @@ def test_the_residues_read_at_once_can_be_chosen(model_path, model):
     for wrong in (0, 65):
         with pytest.raises(UserError, match="66 positions; give 1 to 64"):
             esm1nv_jax.load(model_path, max_residues=wrong)
+
+
+@pytest.mark.parametrize("name", ["parameters.safetensors", "model.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(model_path, tmp_path, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 31\n"
+    folder = shutil.copytree(model_path, tmp_path / "model")
+    (folder / name).write_bytes(pointer)
+    if name == "model.safetensors":  # a folder of transformers
+        (folder / "model.json").unlink()
+        (folder / "config.json").write_text('{"model_type": "esm", "vocab_size": 33}')
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer.*git lfs pull"):
+        esm1nv_jax.load(str(folder))

@@ -282,3 +282,33 @@ def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path):
     text = Path(path).read_text(encoding="utf-8")
     Path(path).write_text(text, encoding="utf-8-sig")
     assert len(labeled_data.read(path, "regression").train.sequences) == 2
+
+
+def test_a_limit_holds_for_every_split_and_one_seed_has_no_error(
+    checkpoint, tmp_path, one_setting, capsys
+):
+    path = write(tmp_path / "t.csv", three(proteins(80, 2), lambda s: str(s.count("L") / len(s))))
+    out = tmp_path / "out.json"
+    argv = ["probe", "--checkpoint", checkpoint, "--task", "regression", "--csv", path]
+    argv += ["--seeds", "1", "--limit", "10", "--precision", "bf16", "--json", str(out)]
+    assert arguments.run(cli.dispatch, argv) == 0
+    found = json.loads(out.read_text())
+    assert set(found["proteins"].values()) == {10} and found["precision"] == "bf16"
+    printed = capsys.readouterr()
+    assert "seed" not in printed.out and "this encoder" in printed.out
+    assert "embed by this encoder" in printed.err and "residues" in printed.err
+
+
+def test_an_encoder_embeds_each_protein_once(checkpoint, tmp_path, one_setting, monkeypatch):
+    embedded = []
+    embed_sequences = probe.embed_sequences
+
+    def counted(model, ids, *args):
+        embedded.extend(map(len, ids))
+        return embed_sequences(model, ids, *args)
+
+    monkeypatch.setattr(probe, "embed_sequences", counted)
+    sequences = proteins(80, 2)
+    path = write(tmp_path / "t.csv", three(sequences, lambda s: str(s.count("L") / len(s))))
+    run(checkpoint, "regression", path, tmp_path)  # this encoder, and two untrained ones
+    assert sum(embedded) == 3 * sum(map(len, sequences))

@@ -233,7 +233,7 @@ def test_rows_without_a_score_are_counted_by_kind_on_request(model, model_path, 
         "no standard amino acid 1",
     ):
         assert kind in told
-    with open(tmp_path / "s.csv") as file:
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [row["mutant"] for row in table if row["score"]] == ["K2R", "V4A"]
     expected = model.score_variants(WILD, ["K2R", "V4A"])
