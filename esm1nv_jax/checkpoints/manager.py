@@ -174,7 +174,7 @@ class RunCheckpoints:
 
     def _start(self, folder: str, step: int, params, optimizer, data_state, metadata) -> None:
         self._report(folder)
-        if jax.process_index() or step in steps(self.workdir, folder):
+        if jax.process_index() or step_folder.is_finished(self.workdir / folder / str(step)):
             return
         # NumPy, because of arrays on all devices Orbax would write this process's part alone.
         params, optimizer = jax.tree.map(_copy_to_host, (params, optimizer))
