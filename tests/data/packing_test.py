@@ -5,39 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esm1nv_jax.common.hashing import permute
 from esm1nv_jax.data import packing
 from esm1nv_jax.data.packing import EpochOrder
 from esm1nv_jax.data.source import open_split
-
-
-@settings(deadline=None)
-@given(n=st.integers(1, 5000), key=st.integers(0, 2**32 - 1))
-def test_permute_is_one_to_one(n, key):
-    assert np.array_equal(np.sort(permute(np.arange(n), n, np.uint32(key))), np.arange(n))
-
-
-def test_permute_by_parts_at_full_size():
-    n = 2**31
-    some = np.arange(n - 5000, n)
-    out = permute(some, n, np.uint32(1))
-    assert len(np.unique(out)) == 5000
-    assert out.min() >= 0 and out.max() < n
-    assert np.array_equal(permute(some[::7], n, np.uint32(1)), out[::7])
-
-
-@pytest.mark.parametrize("n", [6, 100, 1000])
-def test_permute_is_uniform(n):
-    """Chi-square of where the first place goes over keys, and of neighbours' distances."""
-    keys, bins = 6000, min(n, 10)
-    sent = np.array([permute(np.array([0, 1]), n, np.uint32(7919 * k)) for k in range(keys)])
-    for what in (sent[:, 0], sent[:, 1], (sent[:, 1] - sent[:, 0] - 1) % n):
-        expected = np.bincount(np.arange(n) * bins // n, minlength=bins) * keys / n
-        if what is not sent[:, 0] and what is not sent[:, 1] and n == 6:
-            continue  # distances take five values of six
-        found = np.bincount(what * bins // n, minlength=bins)
-        chi2 = ((found - expected) ** 2 / expected).sum()
-        assert chi2 < 35, (chi2, found)  # nine degrees of freedom: one in 10,000
 
 
 @settings(deadline=None)
