@@ -10,13 +10,13 @@ PACKAGE = (ROOT / "esm1nv_jax/__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'__version__ = "(.+)"', PACKAGE)[1]  # it stands there alone
 
 EXTRAS = {
-    # Reading other tools' formats, and being read by them.
+    # Embedding files as Parquet and HDF5.
     "embed": ["pyarrow>=17", "h5py>=3.11"],
     # notebooks/inference.ipynb.
     "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "jupyterlab>=4"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.4", "transformers>=4.44"],
-    # Biopython is an independent reader of FASTA; the last three run the notebook.
+    # Biopython is an independent reader of FASTA; scikit-learn, nbclient and ipykernel run the notebook.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",

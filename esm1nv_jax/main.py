@@ -1,4 +1,4 @@
-"""The doorway of training: `python -m esm1nv_jax.main --config=FILE[:args] [--workdir=DIR]`."""
+"""The command line of training: `python -m esm1nv_jax.main --config=FILE[:args] [--workdir=DIR]`."""
 
 from __future__ import annotations
 

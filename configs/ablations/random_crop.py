@@ -3,7 +3,7 @@
     python -m esm1nv_jax.main --config=configs/ablations/random_crop.py --config.data.path=DIR
 
 The original crops to a prefix; this draws another window in every epoch. A difference can only come
-from sequences longer than max_length.
+from sequences longer than data.max_residues.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 

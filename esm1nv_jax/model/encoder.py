@@ -1,4 +1,5 @@
 """The ESM-1nv encoder with its masked-LM head.
+
 A Transformer encoder on packed rows. Tokens and learned positions are embedded; each block adds
 self-attention and a feed-forward network to a residual stream that stays fp32; the LM head shares
 its output matrix with the token embedding. LayerNorm stands before each branch (`norm='pre'`, and
@@ -10,7 +11,7 @@ The names of arrays end in their axes:
   N heads               H head size               C query, key and value: 3
   M predictions a row   1 an axis of length 1     L layers
 
-Only this file and `layers` import flax: NNX, in the part that its graph and tree modes share.
+Only this file and `layers` use NNX, in the part that its graph and tree modes share.
 Modules are built once, split into a static graph and a plain dict of parameters, and merged again
 inside a pure function.
 """

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen, made once at the door from a config file, and validated.
+"""The configuration of a run: frozen, validated, and built once from a config file.
 
 It has the groups and fields of the config file, so that `config.optimizer.peak_lr` here is
 `--config.optimizer.peak_lr` on the command line; only `RunConfig.from_config_dict` knows
