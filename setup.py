@@ -16,7 +16,8 @@ EXTRAS = {
     "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "jupyterlab>=4"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.4", "transformers>=4.44"],
-    # Biopython is an independent reader of FASTA; scikit-learn, nbclient and ipykernel run the notebook.
+    # Biopython is an independent reader of FASTA; scikit-learn, nbclient and ipykernel run the
+    # notebook.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -1,4 +1,4 @@
-"""The command line of training: `python -m esm1nv_jax.main --config=FILE[:args] [--workdir=DIR]`."""
+"""The command of training: `python -m esm1nv_jax.main --config=FILE[:args] [--workdir=DIR]`."""
 
 from __future__ import annotations
 

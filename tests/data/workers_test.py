@@ -11,6 +11,7 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
+from absl import flags
 
 from esm1nv_jax.data.pipeline import prefetch, train_dataset
 from esm1nv_jax.data.prepare import Preparation, prepare
@@ -145,6 +146,7 @@ def test_workers_outlive_signals_but_not_their_trainer(folder, tmp_path):
 @pytest.mark.integration
 def test_grain_reads_the_documented_source_with_workers(folder):
     """`mp_prefetch` and `DataLoader` send the source to other processes."""
+    flags.FLAGS.mark_as_parsed()  # as docs/data.md says
     source = open_split(folder, "train")
     expected = [source[i]["sequence"] for i in range(8)]
     dataset = grain.MapDataset.source(source).to_iter_dataset()
