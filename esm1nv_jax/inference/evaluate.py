@@ -66,13 +66,12 @@ def main(argv: list[str]) -> None:
     else:
         source, name = open_source(options.data, options.fasta)
     groups = read_groups(options.groups) if options.groups else None
-    model = load(options.checkpoint, options.precision)
+    model = load(options.checkpoint, options.precision, options.max_residues)
     results = evaluate_model(
         model,
         source,
         masking=options.masking or "card",
         seed=options.seed or 0,
-        max_residues=options.max_residues,
         mask_file=mask_file,
         training_data=name.rpartition(":")[0] if options.data else None,
         groups=groups,
@@ -122,7 +121,6 @@ def evaluate_model(
     source: Source,
     masking: str = "card",
     seed: int = 0,
-    max_residues: int | None = None,
     mask_file: fixed_masks.MaskFile | None = None,
     training_data: str | None = None,
     groups: dict[str, str] | None = None,
@@ -135,7 +133,6 @@ def evaluate_model(
     Args:
       masking: name of the recipe that chooses what is predicted; see `model/masking.py`.
       seed: of the masks.
-      max_residues: longer proteins are cut to a prefix; as in training where None.
       mask_file: masks to use instead, of the same proteins.
       training_data: data set whose training split gives the unigram; else that of the model's run.
       groups: id to class, for results by class.
@@ -145,7 +142,7 @@ def evaluate_model(
 
     Raises UserError where nothing can be predicted.
     """
-    stream = perplexity.evaluation_stream(model, seed, max_residues)
+    stream = perplexity.evaluation_stream(model, seed)
     if mask_file is None:
         corrupted = fixed_masks.draw_masks(source, stream, recipe(masking), model.config.vocabulary)
     else:

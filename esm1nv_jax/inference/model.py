@@ -76,12 +76,7 @@ class Model:
         if self.max_residues is not None:
             return min(room, self.max_residues)
         affordable = math.isqrt(SCORES_BYTES // (4 * self.config.heads)) - SPECIALS
-        return min(room, self.trained_residues or room, affordable)
-
-    @property
-    def trained_residues(self) -> int | None:
-        """The crop length of training, where it is known."""
-        return self._data.get("max_residues")
+        return min(room, self._data.get("max_residues") or room, affordable)
 
     @property
     def prefixes_only(self) -> bool:
@@ -90,6 +85,7 @@ class Model:
 
     @property
     def _data(self) -> dict:
+        """How sequences were cropped in training, where it is known."""
         return (self.provenance.get("config") or {}).get("data") or {}
 
     @functools.cached_property

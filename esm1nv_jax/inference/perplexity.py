@@ -18,7 +18,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.pipeline import Batch
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import SPECIALS, StreamConfig
+from esm1nv_jax.data.stream_config import StreamConfig
 from esm1nv_jax.data.vocabulary import vocabulary
 from esm1nv_jax.inference.engine import run_batches
 from esm1nv_jax.inference.model import Model
@@ -153,21 +153,11 @@ def _row(means: GroupedMeans, k: int) -> dict[str, float]:
     return row
 
 
-def evaluation_stream(model: Model, seed: int, max_residues: int | None = None) -> StreamConfig:
-    """Rows as long as the model reads at once; longer proteins are cut to a prefix.
-
-    Raises UserError where `max_residues` is more than the model has positions for.
-    """
-    room = model.config.positions - SPECIALS
-    if max_residues is not None and not 1 <= max_residues <= room:
-        raise UserError(
-            f"--max-residues {max_residues}: this model has {model.config.positions} positions; "
-            f"give 1 to {room}"
-        )
-    kept = max_residues or model.longest
+def evaluation_stream(model: Model, seed: int) -> StreamConfig:
+    """Rows as long as the model reads at once; longer proteins are cut to a prefix."""
     shapes = model.on_devices.shapes
-    length = max(shapes.lengths[-1], kept + SPECIALS)
-    return StreamConfig(seed, rows=shapes.rows(length), row_length=length, max_residues=kept)
+    length = shapes.lengths[-1]
+    return StreamConfig(seed, shapes.rows(length), length, model.longest)
 
 
 def evaluate(

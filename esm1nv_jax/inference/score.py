@@ -18,13 +18,13 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.labeled_data import read_csv
 from esm1nv_jax.data.proteins import scan
 from esm1nv_jax.inference import variant_scores
-from esm1nv_jax.inference.model import PRECISIONS, load
+from esm1nv_jax.inference.model import PRECISIONS, Model, load
 
 COLUMN, SCORE = "mutant", "score"
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
 BLOCK = 64  # mutants after which scores that take hours are saved
 HEAT_MAP_ORDER = "GAVLIMCPFWYSTNQHKRDE"  # by kind: small, aliphatic, aromatic, polar, charged
-HEAT_MAP_RESIDUES = 100  # in a line; a longer protein takes several
+HEAT_MAP_RESIDUES, HEAT_MAP_LINES = 100, 40  # in a line; lines, of more residues if need be
 
 
 def main(argv: list[str]) -> None:
@@ -45,8 +45,7 @@ def main(argv: list[str]) -> None:
     add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
     add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
     add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
-    add("--on-error", default="stop", choices=("stop", "skip"), help="skip: leave rows that cannot "
-        "be scored without a score, and count them")  # fmt: skip
+    add("--on-error", default="stop", choices=("stop", "skip"), help="skip and count bad rows")
     add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
     add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of matrix products")
     add("--force", action="store_true", help="allow wt-marginals where they mean nothing")
@@ -84,31 +83,12 @@ def main(argv: list[str]) -> None:
             f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "
             "centred on the sites"
         )
-    scores = np.full(len(rows), np.nan)
     saved = None
     if args.mode == "pseudo-perplexity":
         settings = {"model": model.digest, "wild_type": wild_type, "offset": args.offset}
         settings |= {"precision": args.precision, "longest": model.longest}
         saved = SavedScores(out, settings, args.overwrite)
-        for row in list(mutants):
-            if mutants[row].name in saved.scores:
-                scores[row] = saved.scores[mutants.pop(row).name]
-    todo, step = list(mutants), BLOCK if saved else max(1, len(mutants))
-    start = len(rows) - len(todo)
-    with bar("score", len(rows), "mutants", start=start) as progress:
-        for first in range(0, len(todo), step):
-            some = todo[first : first + step]
-            scores[some] = variant_scores.score_mutants(
-                model.on_devices,
-                wild_type,
-                [mutants[row] for row in some],
-                model.longest,
-                args.mode,
-                args.additive,
-                on_progress=lambda done: progress.update(start + first + done),  # noqa: B023
-            )
-            if saved:
-                saved.add({mutants[row].name: float(scores[row]) for row in some})
+    scores = score_rows(model, wild_type, mutants, len(rows), args.mode, args.additive, saved)
     write_scores(out, columns, rows, scores)
     if saved:
         saved.path.unlink()
@@ -162,6 +142,41 @@ def read_rows(
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(skipped.items()))
         console.print(f"{count(skipped.total(), 'row')} without a score: {kinds}")
     return mutants
+
+
+def score_rows(
+    model: Model,
+    wild_type: str,
+    mutants: dict[int, variant_scores.Mutant],
+    rows: int,
+    mode: str,
+    additive: bool,
+    saved: SavedScores | None,
+) -> np.ndarray:
+    """The score of every row, NaN where it has no mutant: float64 [rows]. Where they take hours,
+    scores are `saved` block by block, and those that are there already are not computed."""
+    scores, known = np.full(rows, np.nan), saved.scores if saved else {}
+    todo = []
+    for row, mutant in mutants.items():
+        scores[row] = known.get(mutant.name, np.nan)
+        if mutant.name not in known:
+            todo.append(row)
+    start, step = rows - len(todo), BLOCK if saved else max(1, len(todo))
+    with bar("score", rows, "mutants", start=start) as progress:
+        for first in range(0, len(todo), step):
+            block = todo[first : first + step]
+            scores[block] = variant_scores.score_mutants(
+                model.on_devices,
+                wild_type,
+                [mutants[row] for row in block],
+                model.longest,
+                mode,
+                additive,
+                on_progress=lambda done: progress.update(start + first + done),  # noqa: B023
+            )
+            if saved:
+                saved.add({mutants[row].name: float(scores[row]) for row in block})
+    return scores
 
 
 def read_measurements(
@@ -238,7 +253,11 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
     from scipy.stats import spearmanr
 
     used = np.isfinite(measured) & np.isfinite(scores)
-    rho = spearmanr(scores[used], measured[used]).statistic if np.ptp(scores[used]) else np.nan
+    rho = (
+        spearmanr(scores[used], measured[used]).statistic
+        if used.any() and np.ptp(scores[used])
+        else np.nan
+    )
     return float(rho), int(used.sum())
 
 
@@ -260,7 +279,9 @@ def plot_heat_map(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    order, across = HEAT_MAP_ORDER, HEAT_MAP_RESIDUES
+    order = HEAT_MAP_ORDER
+    across = max(HEAT_MAP_RESIDUES, -(-len(wild_type) // HEAT_MAP_LINES))
+    tick = 10 * -(-across // HEAT_MAP_RESIDUES)
     values = np.full((len(order), len(wild_type)), np.nan)
     for name, score in zip(names, scores, strict=True):
         values[order.index(name[-1]), int(name[1:-1]) - 1 - offset] = score
@@ -284,7 +305,7 @@ def plot_heat_map(
         axes.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
         axes.set_xlim(first - 0.5, first + min(across, len(wild_type)) - 0.5)
         axes.set_yticks(range(len(order)), order, fontsize=6)
-        ticks = [i for i in range(first, last) if (i + 1 + offset) % 10 == 0]
+        ticks = [i for i in range(first, last) if (i + 1 + offset) % tick == 0]
         axes.set_xticks(ticks, [str(i + 1 + offset) for i in ticks])
         axes.set_facecolor("0.85")
     figure.supxlabel("residue")

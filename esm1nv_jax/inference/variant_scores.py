@@ -37,7 +37,7 @@ class MutantError(UserError):
         self.kind = kind
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Mutant:
     """Substitutions of one sequence, ascending: (index from 0, old letter, new letter)."""
 

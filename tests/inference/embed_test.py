@@ -206,6 +206,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("ending", ["parquet", "h5", "npz"])
 def test_memory_does_not_grow_with_the_file(model_path, tmp_path, ending):
     """Six times the proteins, 100 MB more to write: the peak of the process hardly moves."""

@@ -77,6 +77,7 @@ def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path
         assert a["per_residue_1"][:].tobytes() == b["per_residue_1"][:].tobytes()
 
 
+@pytest.mark.integration
 def test_sigterm_says_what_is_kept(model_path, tmp_path):
     fasta, out = write_fasta(tmp_path / "in.fasta", PROTEINS), tmp_path / "o.npz"
     argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out)]
@@ -90,6 +91,7 @@ def test_sigterm_says_what_is_kept(model_path, tmp_path):
     assert str(parts) in err
 
 
+@pytest.mark.integration
 def test_a_full_disk_keeps_what_is_finished(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
     argv = [
