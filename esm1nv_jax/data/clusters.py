@@ -126,16 +126,16 @@ def accessions(name: bytes) -> list[bytes]:
     """
     database, *fields = name.split(b"|")
     if not fields:
-        found = [name, name.partition(b"_")[2]]
+        inner = [name, name.partition(b"_")[2]]
     elif database == b"gi":
-        found = [*(accessions(b"|".join(fields[1:])) if len(fields) > 2 else []), fields[0]]
+        inner = [*(accessions(b"|".join(fields[1:])) if len(fields) > 2 else []), fields[0]]
     elif database in (b"gnl", b"bbs", b"pat"):
-        found = fields[1:]
+        inner = fields[1:]
     elif database == b"pdb":
-        found = [b"_".join(fields[:2]), fields[0]]
+        inner = [b"_".join(fields[:2]), fields[0]]
     else:
-        found = fields
-    return [form for a in found if a for form in dict.fromkeys((a, _VERSION.sub(rb"\1", a)))]
+        inner = fields
+    return [form for a in inner if a for form in dict.fromkeys((a, _VERSION.sub(rb"\1", a)))]
 
 
 def look_up(table: np.ndarray, names: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:

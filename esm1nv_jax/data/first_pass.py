@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
+from itertools import compress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ EVERY_KEY = (1 << 64) - 1  # `holdout_below` where every sequence is a holdout c
 _FIRST_FAULTS = 20  # faults of a chunk that are kept one by one
 _NO_MEMORY = 77  # exit status of a worker
 _PROGRESS_SECONDS = 0.1
-_THREADS_SECONDS = 30.0  # milliseconds on a quiet machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
             processes.append(process)
             connections.append(ours)
         if fork:
-            _check_threads(context, task.folder)
+            records.check_threads(context, task.folder)
         running: dict[Any, int] = {connection: i for i, connection in enumerate(connections)}
         with bar("read", size / 1e6, "MB") as shown:
             while running:
@@ -189,34 +189,6 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
     if errors:
         raise UserError(min(errors)[2])
     return FirstPass(sorted(chunks, key=lambda chunk: chunk.number), whole_files, md5)
-
-
-def _check_threads(context: Any, folder: Path) -> None:
-    """Raises UserError where no shard can be read: a reader that gets no threads waits for ever."""
-    process = context.Process(target=_read_a_shard, args=(folder / "trial",), daemon=True)
-    try:
-        process.start()
-        process.join(_THREADS_SECONDS)
-    except OSError as error:
-        raise UserError(f"cannot start a process: {error.strerror}") from error
-    if process.exitcode != 0:
-        process.kill()
-        process.join()
-        raise UserError(
-            "cannot start the 64 threads that reading a shard takes, of 1.6 GB of virtual memory; "
-            "raise the limits on memory and processes (ulimit -v, ulimit -u)"
-        )
-
-
-def _read_a_shard(path: Path) -> None:
-    try:
-        writer = records.ShardWriter(path)
-        writer.write_all([b"trial"])
-        writer.close()
-        records.check_shard(path, 1)
-        path.unlink()
-    except UserError:
-        os._exit(1)
 
 
 def _death(process) -> Exception:
@@ -308,7 +280,7 @@ class _Worker:
             self.candidates = records.ShardWriter(self.chunk.candidate_file(task.folder))
         chunk = self.chunk
         parsed = fasta.parse(text, line, self._record_fault, chunk.normalized)
-        parsed, lengths = self._with_fitting_lengths(parsed, chunk)
+        parsed = self._select_lengths(parsed, chunk)
         if not parsed.ids:
             return
         contents = clusters.checksums(parsed.sequences)
@@ -320,29 +292,25 @@ class _Worker:
         keys = splits.keys(group, task.seed)
         encoded = records.encode(parsed)
         candidate = keys < np.uint64(task.holdout_below)
-        self.candidates.write_all([encoded[i] for i in np.flatnonzero(candidate).tolist()])
-        self.train.write_all([encoded[i] for i in np.flatnonzero(~candidate).tolist()])
+        self.candidates.write_all(list(compress(encoded, candidate.tolist())))
+        self.train.write_all(list(compress(encoded, (~candidate).tolist())))
         chunk.ids.append(clusters.digests(parsed.ids))
         chunk.contents.append(contents)
         chunk.keys.append(keys)
-        chunk.lengths.append(lengths)
+        chunk.lengths.append(np.fromiter(map(len, parsed.sequences), np.uint32))
         chunk.letters += records.composition(b"".join(parsed.sequences))
         chunk.sources[self.source] += len(keys)
 
-    def _with_fitting_lengths(
-        self, parsed: fasta.Records, chunk: Chunk
-    ) -> tuple[fasta.Records, np.ndarray]:
-        """The records between the bounds on lengths, and their lengths."""
-        task = self.task
-        lengths = np.fromiter(map(len, parsed.sequences), np.uint32, len(parsed.sequences))
-        short = lengths < task.min_length
-        long = np.zeros_like(short) if task.max_length is None else lengths > task.max_length
-        if not (short.any() or long.any()):
-            return parsed, lengths
-        chunk.skipped[f"shorter than {task.min_length}"] += int(short.sum())
-        chunk.skipped[f"longer than {task.max_length}"] += int(long.sum())
-        kept = np.flatnonzero(~(short | long))
-        return fasta.Records(*([part[i] for i in kept.tolist()] for part in parsed)), lengths[kept]
+    def _select_lengths(self, parsed: fasta.Records, chunk: Chunk) -> fasta.Records:
+        """The records between the bounds on lengths; the others are counted."""
+        least, most = self.task.min_length, self.task.max_length or fasta.MAX_RECORD
+        lengths = list(map(len, parsed.sequences))
+        if least <= min(lengths, default=least) and max(lengths, default=0) <= most:
+            return parsed
+        chunk.skipped[f"shorter than {least}"] += sum(n < least for n in lengths)
+        chunk.skipped[f"longer than {most}"] += sum(n > most for n in lengths)
+        fits = [least <= n <= most for n in lengths]
+        return fasta.Records(*(list(compress(part, fits)) for part in parsed))
 
     def _end_chunk(self) -> None:
         if self.chunk is None:
@@ -353,9 +321,7 @@ class _Worker:
                 writer.path.unlink()
         self.chunk.candidates = self.candidates.count
         if self.train.count:
-            try:
+            with records.disk_errors(self.train.path):
                 self.chunk.sha256 = records.file_checksum(self.train.path)
-            except OSError as error:
-                raise records.disk_error(self.train.path, error) from error
         self.connection.send(("chunk", self.chunk))
         self.chunk = None

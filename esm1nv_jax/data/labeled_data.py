@@ -77,8 +77,8 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
 
     Args:
       path: CSV, plain or compressed.
-      name: one of TASKS. A label is a letter a residue, a class, or a number.
-      limit: at most so many proteins of each split, always the same ones.
+      name: one of TASKS. A label is a letter per residue, a class, or a number.
+      limit: the largest number of proteins of each split; they are the same in every call.
 
     Raises UserError that names the line at fault.
     """
@@ -115,25 +115,25 @@ def read(path: str, name: str, limit: int | None = None) -> Task:
         elif not label:
             raise UserError(f"{path}, line {line}: the label is empty")
         rows[split].append((sequence, label, mask or ""))
-    for split, found in rows.items():
-        if len(found) < 2:
-            raise UserError(f"{path} has {len(found)} rows of split {split}; a probe needs some")
-        if name == "secondary_structure" and not any("1" in mask for _, _, mask in found):
+    for split, content in rows.items():
+        if len(content) < 2:
+            raise UserError(f"{path} has {len(content)} rows of split {split}; a probe needs more")
+        if name == "secondary_structure" and not any("1" in mask for _, _, mask in content):
             raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
     digest = hashlib.sha256()
     for sequence, label, _ in rows["test"]:
         digest.update(b"%b %b\n" % (sequence, label.encode()))
-    for split, found in rows.items():
-        n = len(found)
+    for split, content in rows.items():
+        n = len(content)
         if limit is not None and limit < n:
             chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
-            rows[split] = [found[i] for i in sorted(chosen.tolist())]
-    labels = (row[1] for found in rows.values() for row in found)
+            rows[split] = [content[i] for i in sorted(chosen.tolist())]
+    labels = (row[1] for content in rows.values() for row in content)
     kinds = tuple(sorted(set("".join(labels) if name == TASKS[0] else labels)))
     if len(kinds) < 2:
         raise UserError(f"{path}: every label is {kinds[0]!r}; there is nothing to learn")
     classes = kinds if name != "regression" else ()
-    splits = {split: _split(found, name, classes) for split, found in rows.items()}
+    splits = {split: _split(content, name, classes) for split, content in rows.items()}
     return Task(name, classes, **splits, fingerprint=digest.hexdigest()[:16])
 
 

@@ -67,13 +67,11 @@ def fingerprint(checksums: list[str]) -> str:
 def write(folder: Path, manifest: dict) -> None:
     """Writes the manifest, with the checksum of every file that is not a shard."""
     shards = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
-    try:
+    with records.disk_errors(folder):
         others = sorted(p for p in folder.iterdir() if p.name not in shards and p.name != FILE)
         manifest["files"] = {path.name: records.file_checksum(path) for path in others}
         text = json.dumps(manifest, indent=1) + "\n"
         (folder / FILE).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise records.disk_error(folder, error) from error
 
 
 def read(folder: Path) -> dict:

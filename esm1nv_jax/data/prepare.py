@@ -28,7 +28,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.files import try_lock
 from esm1nv_jax.data import clusters, first_pass, manifest, proteins, splits
 from esm1nv_jax.data.compression import regular_file
-from esm1nv_jax.data.records import disk_error
+from esm1nv_jax.data.records import disk_errors
 from esm1nv_jax.data.splits import Size, SplitAssignment
 from esm1nv_jax.data.writer import SplitWriter, finalize, write_splits
 
@@ -249,21 +249,18 @@ def _unfinished_folder(out: Path) -> Iterator[tuple[Path, int]]:
         )
     out = out.resolve()  # a link to a folder would not be replaced by a rename
     prefix = f".{out.name}.unfinished-"
-    try:
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for old in out.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_if_abandoned(old)
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         folder.chmod(0o755)
         lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise disk_error(out, error) from error
     try:
-        try_lock(lock, folder)
-        yield folder, lock
-        folder.rename(out)
-    except OSError as error:
-        raise disk_error(out, error) from error
+        with disk_errors(out):
+            try_lock(lock, folder)
+            yield folder, lock
+            folder.rename(out)
     except MemoryError:
         raise UserError("memory ran out; free some, or try fewer --workers") from None
     finally:

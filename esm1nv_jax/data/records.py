@@ -9,8 +9,11 @@ from __future__ import annotations
 import errno
 import functools
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
@@ -21,6 +24,7 @@ from esm1nv_jax.data.tokenizer import LETTERS, RESIDUES
 
 FEATURES = ("id", "sequence", "description")
 _OPTIONS = "group_size:1,uncompressed"  # records are read one at a time, at random
+_ARRAY_RECORD_ERRORS = (OSError, RuntimeError, ValueError)
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _LETTER_CODES = np.frombuffer(LETTERS.encode(), np.uint8)
 _FREQUENT_FIRST = [LETTERS.index(a) for a in RESIDUES + "J*"]
@@ -81,17 +85,21 @@ def open_shard(path: Path) -> ArrayRecordReader:
         raise UserError(f"cannot read {path}: {reason}; run esm1nv prepare --verify") from error
 
 
-def disk_error(path: Path, error: Exception) -> UserError:
-    """The UserError for a failure to write: one line that says what to do."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        word in str(error) for word in ("No space left", "quota", "File too large")
-    )
-    if full:
-        return UserError(
-            f"no space left to write {path}; free some, or give --out on a larger disk"
-            " (UniRef50 takes about 30 GB)"
+@contextmanager
+def disk_errors(path: Path, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Turns one of `errors` into a UserError which says that `path` could not be written."""
+    try:
+        yield
+    except errors as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+            words in str(error) for words in ("No space left", "quota", "File too large")
         )
-    return UserError(f"cannot write {path}: {str(error).splitlines()[0]}")
+        if full:
+            raise UserError(
+                f"no space left to write {path}; free some, or give --out on a larger disk"
+                " (UniRef50 takes about 30 GB)"
+            ) from error
+        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 class ShardWriter:
@@ -99,38 +107,58 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path, self.count = path, 0
-        try:
+        with disk_errors(path, _ARRAY_RECORD_ERRORS):
             self._writer = ArrayRecordWriter(str(path), _OPTIONS)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise disk_error(path, error) from error
 
     def write_all(self, records: Sequence[bytes]) -> None:
-        write = self._writer.write
-        try:
+        with disk_errors(self.path, _ARRAY_RECORD_ERRORS):
             for record in records:
-                write(record)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise disk_error(self.path, error) from error
+                self._writer.write(record)
         self.count += len(records)
 
     def close(self) -> None:
-        try:
+        with disk_errors(self.path, _ARRAY_RECORD_ERRORS):
             self._writer.close()
-        except (RuntimeError, ValueError, OSError) as error:
-            raise disk_error(self.path, error) from error
 
 
 def check_shard(path: Path, count: int) -> None:
-    """Raises UserError where a shard does not read back with as many records as were written.
-
-    The first reader in a process starts 64 threads (array_record 0.8), so workers do not call this.
-    """
-    try:
+    """Raises UserError where a shard does not read back with as many records as were written."""
+    with disk_errors(path, _ARRAY_RECORD_ERRORS):
         found = ArrayRecordReader(str(path), _RANDOM_ACCESS).num_records()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise disk_error(path, error) from error
     if found != count:
         raise UserError(f"{path} holds {found} of {count} records; no space left on its disk?")
+
+
+def check_threads(context: Any, folder: Path, seconds: float = 30) -> None:
+    """Raises UserError where this process could not read a shard, and would wait for ever.
+
+    The first reader of a process starts 64 threads (array_record 0.8), and never returns where it
+    gets fewer. `context`: of multiprocessing, with fork. `seconds`: it takes milliseconds.
+    """
+    path = folder / "trial"
+    writer = ShardWriter(path)
+    writer.write_all([b"trial"])
+    writer.close()
+    process = context.Process(target=_exit_after_reading, args=(path,), daemon=True)
+    with suppress(OSError):
+        process.start()
+        process.join(seconds)
+        path.unlink()
+        if process.exitcode == 0:
+            return
+        process.kill()
+        process.join()
+    raise UserError(
+        "cannot start the 64 threads that reading a shard takes, of 1.6 GB of virtual memory; "
+        "raise the limits on memory and processes (ulimit -v, ulimit -u)"
+    )
+
+
+def _exit_after_reading(path: Path) -> None:
+    with suppress(UserError):
+        check_shard(path, 1)
+        os._exit(0)
+    os._exit(1)
 
 
 def composition(sequences: bytes) -> np.ndarray:

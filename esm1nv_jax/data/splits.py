@@ -47,7 +47,7 @@ def keys(digests: np.ndarray, seed: int) -> np.ndarray:
 
 
 def resolve_sizes(sequences: int, validation: Size, test: Size) -> tuple[int, int]:
-    """The numbers of sequences to hold out for validation and test, of so many in all.
+    """The numbers of sequences to hold out for validation and test, of `sequences` in all.
 
     The default is the card's size, at most 5 % of the sequences and, from three on, at least one.
     Raises UserError, with sizes that fit, where nothing would be left to train on.

@@ -64,7 +64,7 @@ class SplitWriter:
         self._bytes += sum(map(len, encoded))
 
     def end_shard(self, at_least: int = 0) -> None:
-        """Closes the shard being written, if it holds `at_least` so many bytes."""
+        """Closes the shard being written, if it holds at least `at_least` bytes."""
         if self._open is not None and self._bytes >= at_least:
             self._open.close()
             path, count, self._open = self._open.path, self._open.count, None
@@ -156,7 +156,7 @@ def finalize(folder: Path, writers: dict[str, SplitWriter], with_clusters: bool)
     import tensorflow_datasets as tfds  # 0.3 s to import
 
     infos = []
-    try:
+    with records.disk_errors(folder):
         for writer in writers.values():
             for i, shard in enumerate(writer.shards):
                 name = f"{DATASET}-{writer.name}.array_record-{i:05d}-of-{len(writer.shards):05d}"
@@ -182,5 +182,3 @@ def finalize(folder: Path, writers: dict[str, SplitWriter], with_clusters: bool)
             check_data=False,
             description="Protein sequences, prepared by `esm1nv prepare`.",
         )
-    except OSError as error:
-        raise records.disk_error(folder, error) from error

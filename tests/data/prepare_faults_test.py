@@ -184,6 +184,9 @@ def prepare_patched(tmp_path, patch, limit=""):
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+SHORT = "first_pass.records.check_threads.__defaults__ = (5,)"
+
+
 def one_line(done, words):
     output = done.stdout + done.stderr
     assert done.returncode == EXIT_USER, output
@@ -215,8 +218,7 @@ def test_the_parent_without_memory_ends_the_command_with_one_line(tmp_path):
 
 def test_a_limit_on_virtual_memory_is_one_line_and_no_hang(tmp_path):
     """array_record's reader waits for ever for threads that it does not get."""
-    patch = "first_pass._THREADS_SECONDS = 5"
-    one_line(prepare_patched(tmp_path, patch, "ulimit -v 1000000"), "raise the limits on memory")
+    one_line(prepare_patched(tmp_path, SHORT, "ulimit -v 1000000"), "raise the limits on memory")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
@@ -232,7 +234,7 @@ def test_a_limit_on_processes_is_one_line_and_no_hang(tmp_path, processes, words
     limit = "export OPENBLAS_NUM_THREADS=1; exec setpriv --reuid=54321 --clear-groups "
     limit += f"{allowed} bash -c 'ulimit -u {processes}"
     limit += '; exec "$@"\' bash "$@"'
-    done = prepare_patched(tmp_path, "first_pass._THREADS_SECONDS = 5", limit)
+    done = prepare_patched(tmp_path, SHORT, limit)
     if "setpriv" in done.stderr:
         pytest.skip(done.stderr)
     one_line(done, words)
