@@ -10,6 +10,7 @@ import errno
 import functools
 import hashlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,12 +30,28 @@ _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _LETTER_CODES = np.frombuffer(LETTERS.encode(), np.uint8)
 _FREQUENT_FIRST = [LETTERS.index(a) for a in RESIDUES + "J*"]
 _CACHED = 1 << 16  # bytes that stay in the processor's cache
+_IMPORT = threading.Lock()
+_proto: Any = None
+
+
+def _tf_example_pb2():
+    """TFDS's protobuf module, which takes 0.3 s to import.
+
+    By one thread at a time: threads that import TFDS at once can wait for each other for ever, and
+    Grain's DataLoader reads the first records in sixteen.
+    """
+    global _proto
+    if _proto is None:
+        with _IMPORT:
+            from tensorflow_datasets.proto import tf_example_pb2
+
+            _proto = tf_example_pb2
+    return _proto
 
 
 def encode(records: Records) -> list[bytes]:
     """Serialized Examples. Map entries are sorted by key, so that the sequence comes last."""
-    from tensorflow_datasets.proto import tf_example_pb2  # 0.3 s to import
-
+    tf_example_pb2 = _tf_example_pb2()
     # Reusing one message is three times as fast. It frees no value before it is freed itself, so
     # it serves one call only.
     example = tf_example_pb2.Example()
@@ -50,9 +67,7 @@ def encode(records: Records) -> list[bytes]:
 
 def decode(record: bytes) -> tuple[bytes, bytes, bytes]:
     """(id, sequence, description) of a record."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    feature = tf_example_pb2.Example.FromString(record).features.feature
+    feature = _tf_example_pb2().Example.FromString(record).features.feature
     name, sequence, description = (feature[k].bytes_list.value[0] for k in FEATURES)
     return name, sequence, description
 
@@ -60,9 +75,7 @@ def decode(record: bytes) -> tuple[bytes, bytes, bytes]:
 @functools.cache
 def _sequence_head(length: int) -> bytes:
     """The bytes that precede a sequence of `length` residues in its record."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    features = tf_example_pb2.Example().features
+    features = _tf_example_pb2().Example().features
     features.feature["sequence"].bytes_list.value.append(bytes(length))
     return features.SerializeToString()[: -length or None]
 
