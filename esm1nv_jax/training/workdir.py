@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -15,7 +14,6 @@ from typing import Any
 from etils import epath
 
 from esm1nv_jax.common import config_file, files
-from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning
@@ -71,7 +69,7 @@ def check_shared(run_dir: epath.Path, group: ProcessGroup) -> None:
 def _locked(run_dir: epath.Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if "://" in str(run_dir):
+        if files.is_remote(run_dir):
             lock = None
         else:
             lock = open(run_dir / LOCK, "a+", encoding="utf-8")  # noqa: SIM115, closed below
@@ -84,18 +82,11 @@ def _locked(run_dir: epath.Path) -> Iterator[None]:
         yield
         return
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if files.try_lock(lock.fileno(), f"workdir {run_dir}") is False:
             lock.seek(0)
             raise UserError(
                 f"workdir {run_dir} is in use by a live run ({lock.read().strip() or 'unknown'}); "
                 "stop it, or choose another with --workdir=DIR"
-            ) from None
-        except OSError as error:  # a network file system without locks
-            console.print(
-                f"workdir {run_dir} cannot be locked ({error.strerror}): nothing stops another "
-                "run from using it too"
             )
         lock.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -136,7 +127,8 @@ def write_or_check_config(
                 "choose another with --workdir=DIR"
             )
     files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
-    files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
+    if not (run_dir / DATA).exists():  # other data than the run began with are refused later
+        files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
