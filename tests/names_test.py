@@ -11,7 +11,7 @@ MODULES = [path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_
 # Names of earlier modules that said little, or that a better one has replaced.
 FORBIDDEN_MODULES = """
 archive averaging between checkpoint cluster cluster_watchdog common config configuration curves
-dataset doctor downstream encode estimate figures fitness flash folder foreign heads helpers hosts
+dataset doctor downstream encode estimate figures fitness flash folder foreign helpers hosts
 keys layout leaves leaving masks metadata misc output page process products program pseudo report
 request rows saving scan settings sources spool tally utils weights workers writers
 """
