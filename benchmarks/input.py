@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax.data import packing, tokenizer
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import prefetch, train_dataset
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import StreamConfig
 
 ROWS = 256
 NEEDED = {512: 25_000, 1152: 20_000}  # sequences a core-second, by tokens in a row

@@ -70,9 +70,9 @@ def seconds(arguments: str, fields: list[str], steps: int) -> tuple[float, float
     import jax
 
     from esm1nv_jax.common import config_file
+    from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.data.pipeline import train_dataset
     from esm1nv_jax.data.source import open_split
-    from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.planning import chips
     from esm1nv_jax.planning.plan import plan
     from esm1nv_jax.training import sharding, step

@@ -32,7 +32,7 @@ def start(path: str) -> dict[str, float]:
     import jax
 
     from esm1nv_jax.common import config_file
-    from esm1nv_jax.data.stream_config import stream_config
+    from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.training import sharding, step, train
     from esm1nv_jax.training.run_config import RunConfig
 

@@ -33,10 +33,10 @@ from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import arguments, runtime
 from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.packing import evaluation_stream, stream_config
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import evaluation_stream, stream_config
 from esm1nv_jax.interchange import convert
 from esm1nv_jax.model import encoder, masking
 from esm1nv_jax.model.encoder_config import EncoderConfig

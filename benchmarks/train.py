@@ -33,9 +33,9 @@ from esm1nv_jax.common import arguments, config_file, runtime
 from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.packing import stream_config
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import stream_config
 from esm1nv_jax.training import sharding, step, train
 from esm1nv_jax.training.run_config import RunConfig
 

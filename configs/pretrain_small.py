@@ -52,7 +52,7 @@ from ml_collections import config_dict
 
 from esm1nv_jax.common.config_file import arguments
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.vocabulary import ESM1NV
+from esm1nv_jax.data.tokenizer import ESM1NV
 
 CHOICES = (("card", "shipped"), ("phase1", "phase2"), ("padded",), ("hf",))
 STOPS = {"phase1": 349_500, "phase2": 957_610}

@@ -25,7 +25,7 @@ VERBS = {
     "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
-    "doctor": ("esm1nv_jax.checkpoints.verify", "check the checkpoints of a run, byte for byte"),
+    "doctor": ("esm1nv_jax.checkpoints.step_folder", "verify every byte of a run's checkpoints"),
     "convert": ("esm1nv_jax.interchange.convert", "to and from Hugging Face transformers"),
 }
 

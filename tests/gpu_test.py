@@ -88,7 +88,7 @@ STEPS = """
 import json, sys, jax
 from esm1nv_jax.common import config_file
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import stream_config
+from esm1nv_jax.data.packing import stream_config
 from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.training import sharding, step
 from esm1nv_jax.training.run_config import RunConfig

@@ -10,9 +10,8 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold, fold_all, purpose
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.packing import PackedWindow
+from esm1nv_jax.data.packing import SPECIALS, PackedWindow, StreamConfig
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import SPECIALS, StreamConfig
 
 # The arrays of a batch by name, each [rows, row_length]:
 #   tokens       int32   ids of `tokenizer`, <s> and </s> around each sequence

@@ -22,7 +22,7 @@ import numpy as np
 
 from esm1nv_jax.common.console import bar
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import clusters, fasta, records, splits
+from esm1nv_jax.data import fasta, records, splits
 from esm1nv_jax.data.compression import DecompressedFile
 from esm1nv_jax.data.tokenizer import LETTERS
 
@@ -38,7 +38,7 @@ class WorkerTask:
 
     names: what messages call the sources. holdout_below: sequences with smaller keys are holdout
     candidates and go to shards of their own; only when all is read is it known which of them are
-    held out. cluster_table: file of the array of `clusters.load_table`.
+    held out. cluster_table: file of the array of `splits.load_table`.
     """
 
     sources: tuple[Path, ...]
@@ -283,10 +283,10 @@ class _Worker:
         parsed = self._select_lengths(parsed, chunk)
         if not parsed.ids:
             return
-        contents = clusters.checksums(parsed.sequences)
+        contents = splits.checksums(parsed.sequences)
         group = contents
         if self.table is not None:
-            cluster, found = clusters.look_up(self.table, parsed.ids)
+            cluster, found = splits.look_up(self.table, parsed.ids)
             group = np.where(found, cluster, contents)
             chunk.without_cluster += int(np.count_nonzero(~found))
         keys = splits.keys(group, task.seed)
@@ -294,7 +294,7 @@ class _Worker:
         candidate = keys < np.uint64(task.holdout_below)
         self.candidates.write_all(list(compress(encoded, candidate.tolist())))
         self.train.write_all(list(compress(encoded, (~candidate).tolist())))
-        chunk.ids.append(clusters.digests(parsed.ids))
+        chunk.ids.append(splits.digests(parsed.ids))
         chunk.contents.append(contents)
         chunk.keys.append(keys)
         chunk.lengths.append(np.fromiter(map(len, parsed.sequences), np.uint32))

@@ -18,9 +18,9 @@ from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import manifest, tokenizer
 from esm1nv_jax.data.fill import Batch
+from esm1nv_jax.data.packing import StreamConfig, rows_for, stream_config
 from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.data.source import SAMPLE, SPLITS, Source, open_split
-from esm1nv_jax.data.stream_config import StreamConfig, rows_for, stream_config
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue")
 _BAR = 40  # characters

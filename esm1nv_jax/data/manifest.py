@@ -11,7 +11,7 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import records, writer
-from esm1nv_jax.data.clusters import digests
+from esm1nv_jax.data.splits import digests
 from esm1nv_jax.data.tokenizer import LETTERS
 
 FILE = "manifest.json"

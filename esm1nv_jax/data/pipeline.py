@@ -27,9 +27,14 @@ from absl import flags
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.fill import Batch, ReadRows, batch_of, read_rows
-from esm1nv_jax.data.packing import EvaluationWindows, PackedWindow, TrainingWindows, gather_rows
+from esm1nv_jax.data.packing import (
+    EvaluationWindows,
+    PackedWindow,
+    StreamConfig,
+    TrainingWindows,
+    gather_rows,
+)
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import StreamConfig
 
 State = dict[str, Any]  # of a Grain iterator; JSON
 

@@ -26,7 +26,7 @@ from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.files import try_lock
-from esm1nv_jax.data import clusters, first_pass, manifest, proteins, splits
+from esm1nv_jax.data import first_pass, manifest, proteins, splits
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.records import disk_errors
 from esm1nv_jax.data.splits import Size, SplitAssignment
@@ -133,7 +133,7 @@ def _save_table(groups: str | None, folder: Path) -> Path | None:
     """Reads the clusters once, for all workers to map into their memory."""
     if groups is None:
         return None
-    table, mmseqs = clusters.load_table(Path(groups))
+    table, mmseqs = splits.load_table(Path(groups))
     if mmseqs:
         console.print(f"{groups} is read as MMseqs2 writes it: representative, tab, member")
     path = folder / "clusters.npy"

@@ -16,8 +16,8 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta
-from esm1nv_jax.data.clusters import digests
 from esm1nv_jax.data.compression import DecompressedFile, TemporaryCopy, regular_file
+from esm1nv_jax.data.splits import digests
 
 DUPLICATE, CONFLICT = "duplicate record", "duplicate id, other sequence"
 

@@ -13,9 +13,9 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data import fasta, manifest, writer
-from esm1nv_jax.data.clusters import Groups
 from esm1nv_jax.data.records import decode, open_shard, sequence_of
 from esm1nv_jax.data.splits import NAMES as SPLITS
+from esm1nv_jax.data.splits import Groups
 
 SAMPLE = "sample"
 _SAMPLE_HELD_OUT = 500  # sequences in each of validation and test of the bundled sample

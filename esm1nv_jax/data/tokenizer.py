@@ -1,13 +1,21 @@
-"""The vocabulary of ESM-1nv: 30 tokens, one token per residue; and which letters are residues.
+"""The tokens of ESM-1nv, one a residue; which letters are residues; other models' vocabularies.
 
 Ids equal those of the released model's tokenizer wherever a sequence holds residues only. Where it
 does not, the released tokenizer merges runs of unknown characters into one `<unk>` and does not
 convert lower case, so that rows of an embedding no longer line up with residues. Here a sequence is
 normalized or refused, and every letter of it is one token.
+
+Token ids are ours everywhere, so that the input stream, masking and every command work with any
+model. `EncoderConfig.vocabulary` lists the model's tokens in the order of its ids. Its embedding
+rows are in our order: a token that we have is at our id, any other (ESM-2's `.`, `-` and
+`<null_1>`) in a row after ours. A residue without a token (AntiBERTy has none for X, B, Z, U and O)
+is read as `<unk>` and never predicted.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import string
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -70,24 +78,19 @@ def normalize(sequence: bytes | str, keep: bytes = b"") -> Normalized:
         if isinstance(character, bytes):
             character = character.decode("latin-1")
         raise InvalidResidueError(character, index)
-    changes = []
-    if upper != text:
-        changes.append("lower case")
     joined = upper.translate(None, _LINE_ENDS)
     compact = joined.translate(None, _WHITE_SPACE)
-    if len(compact) != len(joined):
-        changes.append("white space")
     ungapped = compact.translate(None, _GAPS)
-    if len(ungapped) != len(compact):
-        changes.append("gaps")
     residues = ungapped.rstrip(b"*")
-    if len(residues) != len(ungapped):
-        changes.append("final stop")
-    if b"*" in residues:
-        changes.append("inner stop, kept as <unk>")
-    if b"J" in residues:
-        changes.append("letter J, kept as <unk>")
-    return Normalized(residues, tuple(changes))
+    changes = {
+        "lower case": upper != text,
+        "white space": compact != joined,
+        "gaps": ungapped != compact,
+        "final stop": residues != ungapped,
+        "inner stop, kept as <unk>": b"*" in residues,
+        "letter J, kept as <unk>": b"J" in residues,
+    }
+    return Normalized(residues, tuple(name for name, changed in changes.items() if changed))
 
 
 def residue_ids(sequence: bytes) -> np.ndarray:
@@ -111,3 +114,75 @@ def decode(ids: Sequence[int] | np.ndarray) -> str:
     if ids.size and (ids.min() < 0 or ids.max() >= VOCABULARY):
         raise ValueError(f"token ids lie in 0..{VOCABULARY - 1}, found {ids.min()}..{ids.max()}")
     return "".join(TOKENS[i] for i in ids)
+
+
+# Our names of the special tokens of ESM-2 and BERT.
+ALIASES = {
+    "<cls>": "<s>",
+    "<eos>": "</s>",
+    "[UNK]": "<unk>",
+    "[CLS]": "<s>",
+    "[SEP]": "</s>",
+    "[PAD]": "<pad>",
+    "[MASK]": "<mask>",
+}
+ESM1NV = " ".join(TOKENS)
+# `transformers.models.esm.configuration_esm.get_default_vocab_list`
+ESM2 = (
+    "<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z O . - <null_1> <mask>"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokens and where they are in the embedding.
+
+    tokens: by the model's id. rows: the embedding row of each token. size: rows of the embedding, a
+    multiple of 128. missing: ids of ours that the model has no token for.
+    """
+
+    tokens: tuple[str, ...]
+    rows: tuple[int, ...]
+    size: int
+    missing: tuple[int, ...]
+
+    def own_id(self, row: int) -> int:
+        """The model's id of one of our ids; that of its `<unk>` where it has none."""
+        return self.rows.index(UNK if row in self.missing else row)
+
+    def predicted(self) -> np.ndarray:
+        """Which rows hold a token, and so have a probability: bool [size]."""
+        return np.isin(np.arange(self.size), self.rows)
+
+
+@functools.cache
+def vocabulary(text: str) -> Vocabulary:
+    """Parses tokens in the order of the model's ids, separated by single blanks.
+
+    Raises UserError where a special token or a standard amino acid is not among them.
+    """
+    tokens = tuple(text.split(" "))
+    known = {name: i for i, name in enumerate(TOKENS)}
+    rows, end = [], len(known)
+    for token in tokens:
+        row = known.get(ALIASES.get(token, token))
+        if row is None:
+            row, end = end, end + 1
+        rows.append(row)
+    repeated = [token for i, token in enumerate(tokens) if rows[i] in rows[:i] or not token]
+    repeated += [token for i, token in enumerate(tokens) if token in tokens[:i]]
+    if repeated:
+        raise UserError(
+            f"model.vocabulary has {repeated[0]!r} twice, under this or another name; list each "
+            "token once, separated by single blanks"
+        )
+    missing = tuple(sorted(set(known.values()) - set(rows)))
+    required = range(FIRST_RESIDUE + STANDARD)
+    absent = [TOKENS[i] for i in missing if i in required]
+    if absent:
+        raise UserError(
+            f"model.vocabulary ({len(tokens)} tokens) has no {', '.join(absent)}; the 20 standard "
+            "amino acids and unknown, start, end, padding and mask tokens must be among them"
+        )
+    multiple = PADDED_VOCABULARY
+    return Vocabulary(tokens, tuple(rows), -(-end // multiple) * multiple, missing)

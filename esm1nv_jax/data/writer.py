@@ -10,9 +10,8 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import records, splits
-from esm1nv_jax.data.clusters import Groups
 from esm1nv_jax.data.first_pass import Chunk
-from esm1nv_jax.data.splits import SplitAssignment
+from esm1nv_jax.data.splits import Groups, SplitAssignment
 from esm1nv_jax.data.tokenizer import LETTERS
 
 DATASET = "proteins"  # TFDS wants a name in the name of every file

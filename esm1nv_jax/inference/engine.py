@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.stream_config import SPECIALS
+from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.row_shapes import (
     RowBatch,
     RowShapes,

@@ -21,9 +21,9 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fill import Batch
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import MemorySource, Source
-from esm1nv_jax.data.stream_config import StreamConfig
 from esm1nv_jax.model import esm2, masking
 from esm1nv_jax.model.masking import Masked, MaskingConfig
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.stream_config import SPECIALS
+from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.inference.variant_scores import MODES, parse_mutants, score_mutants

@@ -16,10 +16,10 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import Batch
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import StreamConfig
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.inference.engine import run_batches
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.model import baselines

@@ -19,8 +19,7 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD, vocabulary
 from esm1nv_jax.inference.engine import DeviceModel, LogProbQuery, run_queries
 from esm1nv_jax.inference.row_shapes import centered_window
 

@@ -15,8 +15,7 @@ from safetensors.numpy import save as save_safetensors
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints.model_folder import Weights, flatten, unflatten
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
 from esm1nv_jax.interchange import model_card, tensor_names, tensors, tokenizer_files
 from esm1nv_jax.interchange.tensor_names import BERT, ESM, Family
 from esm1nv_jax.model import esm2

@@ -14,8 +14,7 @@ import numpy as np
 
 from esm1nv_jax.checkpoints.model_folder import flatten
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.tokenizer import PAD
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import PAD, vocabulary
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder_config import EncoderConfig
 

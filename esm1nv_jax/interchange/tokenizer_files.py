@@ -12,8 +12,7 @@ import json
 from etils import epath
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, RESIDUES, UNK
-from esm1nv_jax.data.vocabulary import ESM1NV, ESM2, vocabulary
+from esm1nv_jax.data.tokenizer import BOS, EOS, ESM1NV, ESM2, MASK, PAD, RESIDUES, UNK, vocabulary
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
 MAX_UNUSED_ROWS = 1024  # rows of an embedding that no token has: makers of models round sizes up

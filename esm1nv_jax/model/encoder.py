@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.model import dropout as drop
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.attention import attention

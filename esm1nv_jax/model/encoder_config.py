@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.vocabulary import ESM1NV, vocabulary
+from esm1nv_jax.data.tokenizer import ESM1NV, vocabulary
 from esm1nv_jax.model.attention import AUTO, BACKENDS
 from esm1nv_jax.model.kernels.matmul import EMULATED_BFLOAT16
 from esm1nv_jax.model.kernels.remat import KEPT

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax.data.tokenizer import MASK, UNK
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import MASK, UNK, vocabulary
 
 ROPE_THETA = 10_000.0
 TRAINED_MASK_SHARE = 0.15 * 0.8  # of `<mask>` in the training of every ESM with token dropout

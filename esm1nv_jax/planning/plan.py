@@ -147,8 +147,8 @@ def miscounted(program, useful: float, mfu: float) -> str:
 
 def stream_load(run, source, rows: int, devices: int):
     """The `roofline.Load` of a device with `rows` rows: the mean over many rows of the stream."""
+    from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.data.pipeline import train_dataset
-    from esm1nv_jax.data.stream_config import stream_config
     from esm1nv_jax.model.kernels.flash_gpu import Blocks
     from esm1nv_jax.planning.roofline import load_of, mean_load
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-from esm1nv_jax.data.vocabulary import vocabulary
+from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
 # Dense bf16 peak, FLOP/s a device, by `jax.Device.device_kind` (vendors' data sheets).

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from esm1nv_jax.checkpoints.manager import CheckpointConfig
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.stream_config import rows_for, stream_config
+from esm1nv_jax.data.packing import rows_for, stream_config
 from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16

@@ -14,9 +14,9 @@ from esm1nv_jax.checkpoints.step_folder import FOLDER, steps
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.console import console
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training.monitor import NonfiniteStep

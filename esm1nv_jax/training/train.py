@@ -15,8 +15,8 @@ from esm1nv_jax.checkpoints.step_folder import read_metadata
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
+from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, stream_config
 from esm1nv_jax.data.source import Source, open_split, subset
-from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream, stream_config
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.training import process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log

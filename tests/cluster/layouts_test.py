@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import StreamConfig
 from tests.cluster.runs import Run, losses, parameters
 
 pytestmark = pytest.mark.integration

@@ -9,10 +9,10 @@ from esm1nv_jax.cli import dispatch
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import EXIT_USER
 from esm1nv_jax.data import inspect, tokenizer
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import train_dataset
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.data.stream_config import StreamConfig
 from esm1nv_jax.model import masking
 from tests.data.made_up import fasta, made_up
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold, fold_all, purpose
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.clusters import Groups
+from esm1nv_jax.data.packing import StreamConfig, rows_for
 from esm1nv_jax.data.pipeline import evaluation_batches, prefetch, train_dataset
 from esm1nv_jax.data.source import MemorySource, open_split
-from esm1nv_jax.data.stream_config import StreamConfig, rows_for
+from esm1nv_jax.data.splits import Groups
 
 CONFIG = StreamConfig(seed=5, rows=88, row_length=512, max_residues=510)
 ARRAYS = ("tokens", "segment_ids", "positions", "example_ids", "mask_bits")

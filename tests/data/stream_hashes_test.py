@@ -13,10 +13,10 @@ import pytest
 
 from esm1nv_jax.common.hashing import fold, fold_all
 from esm1nv_jax.data import packing, tokenizer
-from esm1nv_jax.data.clusters import Groups
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import evaluation_batches, train_dataset
 from esm1nv_jax.data.source import MemorySource, open_split
-from esm1nv_jax.data.stream_config import StreamConfig
+from esm1nv_jax.data.splits import Groups
 
 ARRAYS = ("tokens", "segment_ids", "positions", "example_ids", "mask_bits")
 PROCESSES = (1, 2, 3, 5)

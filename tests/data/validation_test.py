@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from esm1nv_jax.data.packing import StreamConfig, evaluation_stream
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import open_split, subset
-from esm1nv_jax.data.stream_config import StreamConfig, evaluation_stream
 
 STREAM = StreamConfig(seed=3, rows=8, row_length=128, max_residues=126, crop="random")
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from absl import flags
 
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.data.pipeline import prefetch, train_dataset
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import MemorySource, open_split
-from esm1nv_jax.data.stream_config import StreamConfig
 from tests.data.made_up import fasta, made_up
 
 CONFIG = StreamConfig(seed=3, rows=50, row_length=512, max_residues=400, crop="random")

@@ -16,7 +16,7 @@ from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.source import MemorySource, open_split
-from esm1nv_jax.data.vocabulary import ESM1NV
+from esm1nv_jax.data.tokenizer import ESM1NV
 from esm1nv_jax.inference import fixed_masks
 from esm1nv_jax.inference.evaluate import evaluate_model, read_groups, to_json
 from esm1nv_jax.inference.evaluation_report import ORDER, blosum62, compare_with_blosum62

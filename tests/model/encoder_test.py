@@ -9,7 +9,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.vocabulary import ESM2
+from esm1nv_jax.data.tokenizer import ESM2
 from esm1nv_jax.model import encoder
 from tests.model import reference
 from tests.model.rows import pack, random_tokens

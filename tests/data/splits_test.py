@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import clusters, prepare
+from esm1nv_jax.data import prepare, splits
 from esm1nv_jax.data.prepare import Preparation
 from tests.data.made_up import fasta, made_up
 
@@ -35,32 +35,32 @@ def table(tmp_path, text, name="clusters.tsv"):
     ],
 )
 def test_ids_are_found_by_their_accessions(tmp_path, name, accession):
-    mapped, _ = clusters.load_table(table(tmp_path, accession + b"\tC\nX1\tD\n"))
-    cluster, found = clusters.look_up(mapped, [b"other", name])
+    mapped, _ = splits.load_table(table(tmp_path, accession + b"\tC\nX1\tD\n"))
+    cluster, found = splits.look_up(mapped, [b"other", name])
     assert found.tolist() == [False, True]
-    assert cluster[1] == clusters.digests([b"C"])[0]
+    assert cluster[1] == splits.digests([b"C"])[0]
 
 
 @pytest.mark.parametrize(
     "name", [b"gnl|extdb|x", b"|", b"a||", b"sp|", b"gi|", b"AATM_RABIT", b"."]
 )
 def test_ids_that_the_table_does_not_name_are_not_found(tmp_path, name):
-    mapped, _ = clusters.load_table(table(tmp_path, b"extdb\tC\nsp\tD\nAATM\tD\n"))
-    assert not clusters.look_up(mapped, [name])[1].any()
+    mapped, _ = splits.load_table(table(tmp_path, b"extdb\tC\nsp\tD\nAATM\tD\n"))
+    assert not splits.look_up(mapped, [name])[1].any()
 
 
 def test_the_whole_id_goes_before_its_accession(tmp_path):
-    mapped, _ = clusters.load_table(table(tmp_path, b"P1\tA\nsp|P1|X\tB\n"))
-    cluster, _ = clusters.look_up(mapped, [b"sp|P1|X", b"sp|P1|Y"])
-    assert cluster.tolist() == clusters.digests([b"B", b"A"]).tolist()
+    mapped, _ = splits.load_table(table(tmp_path, b"P1\tA\nsp|P1|X\tB\n"))
+    cluster, _ = splits.look_up(mapped, [b"sp|P1|X", b"sp|P1|Y"])
+    assert cluster.tolist() == splits.digests([b"B", b"A"]).tolist()
 
 
 @pytest.mark.parametrize("name", ["out_cluster.tsv", "any.tsv"])
 def test_the_columns_of_mmseqs2_are_recognized(tmp_path, name):
     text = b"".join(b"P%d\tP%d\n" % (i // 4 * 4, i) for i in range(40))
-    mapped, swapped = clusters.load_table(table(tmp_path, text, name))
+    mapped, swapped = splits.load_table(table(tmp_path, text, name))
     assert swapped
-    cluster, found = clusters.look_up(mapped, [b"sp|P%d|X" % i for i in range(40)])
+    cluster, found = splits.look_up(mapped, [b"sp|P%d|X" % i for i in range(40)])
     assert found.all()
     assert len(np.unique(cluster)) == 10
     assert (cluster.reshape(10, 4) == cluster[::4, None]).all()
@@ -68,7 +68,7 @@ def test_the_columns_of_mmseqs2_are_recognized(tmp_path, name):
 
 def test_the_documented_order_is_not_taken_for_mmseqs2(tmp_path):
     text = b"".join(b"P%d\tP%d\n" % (i, i // 4 * 4) for i in range(40))
-    _, swapped = clusters.load_table(table(tmp_path, text))
+    _, swapped = splits.load_table(table(tmp_path, text))
     assert not swapped
 
 
@@ -84,7 +84,7 @@ def test_the_documented_order_is_not_taken_for_mmseqs2(tmp_path):
 )
 def test_tables_that_cannot_be_used(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
-        clusters.load_table(table(tmp_path, text))
+        splits.load_table(table(tmp_path, text))
 
 
 def prepare_with(tmp_path, listed, of=40):

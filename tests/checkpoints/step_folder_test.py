@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esm1nv_jax.checkpoints import model_folder, step_folder, verify
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.common.errors import UserError
 from tests.checkpoints.policies import checkpoint_config
@@ -26,7 +26,7 @@ def run(tmp_path):
 
 
 def test_a_whole_run(run, capsys):
-    assert verify.main([str(run)]) == 0
+    assert step_folder.main([str(run)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "checkpoints/1  whole",
         "checkpoints/2  whole",
@@ -40,7 +40,7 @@ def test_damage_and_leftovers(run, capsys):
     os.truncate(run / "checkpoints" / "3" / "data_state" / "data_state.json", 1)
     (run / "checkpoints" / "2" / step_folder.CHECKSUMS).unlink()
     before = sorted(path.stat().st_mtime_ns for path in run.rglob("*"))
-    assert verify.main([str(run)]) == verify.EXIT_DAMAGED
+    assert step_folder.main([str(run)]) == step_folder.EXIT_DAMAGED
     lines = capsys.readouterr().out.splitlines()
     assert (
         lines[1] == "checkpoints/3  DAMAGED: data_state/data_state.json has 1 bytes, 2 were written"
@@ -55,7 +55,7 @@ def test_leftovers_are_told_from_foreign_files(run, capsys):
         (run / "checkpoints" / name).mkdir()
     for name in (".DS_Store", "._4.orbax-checkpoint-tmp", ".nfs0001", "notes.txt"):
         (run / "checkpoints" / name).write_text("x")
-    assert verify.main([str(run)]) == 0
+    assert step_folder.main([str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[3:5] == [
         "checkpoints/4.orbax-checkpoint-tmp  leftover, may be removed: a save was cut short",
@@ -72,7 +72,7 @@ def run_of_another(run):
         os.chmod(folder, 0o755)
         shutil.copytree(run, f"{folder}/run")
         os.chmod(f"{folder}/run", 0o755)
-        verify.main([f"{folder}/run"])  # imports what it needs, as root
+        step_folder.main([f"{folder}/run"])  # imports what it needs, as root
         yield Path(folder) / "run", lambda: os.seteuid(65534) if root else None
         if root:
             os.seteuid(0)
@@ -95,10 +95,10 @@ def test_what_may_not_be_read(run_of_another, capsys, path, line):
     drop_rights()
     if not line:
         with pytest.raises(UserError, match="checkpoints cannot be read: Permission denied"):
-            verify.main([str(run)])
+            step_folder.main([str(run)])
         return
     capsys.readouterr()
-    assert verify.main([str(run)]) == verify.EXIT_DAMAGED
+    assert step_folder.main([str(run)]) == step_folder.EXIT_DAMAGED
     assert line in capsys.readouterr().out.splitlines()[1]
     with pytest.raises(UserError, match=r"checkpoint 2 of .* is damaged: .*Permission denied"):
         model_folder.read(str(run / "checkpoints" / "2"))
@@ -109,7 +109,7 @@ def test_names_from_outside_are_printed_as_they_stand(run, capsys):
     for folder in ("checkpoints", "best"):
         shutil.copytree(run / folder, hostile / folder)
     (hostile / "checkpoints" / "4.orbax-checkpoint-tmp[bold]").mkdir()
-    assert verify.main([str(hostile)]) == 0
+    assert step_folder.main([str(hostile)]) == 0
     assert "checkpoints/4.orbax-checkpoint-tmp[bold]" in capsys.readouterr().out
     os.truncate(hostile / "best" / "2" / "metadata" / "metadata.json", 1)
     RunCheckpoints(hostile, checkpoint_config())
@@ -118,4 +118,4 @@ def test_names_from_outside_are_printed_as_they_stand(run, capsys):
 
 def test_no_run(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoints"):
-        verify.main([str(tmp_path)])
+        step_folder.main([str(tmp_path)])
