@@ -10,7 +10,6 @@ from esm1nv_jax.common import runtime
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-runtime.hide_unusable_plugins()
 runtime.keep_compiled_programs()
 
 import jax  # noqa: E402, it reads the environment

@@ -42,10 +42,11 @@ def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
     options = ("--config.steps=80", "--config.checkpoint.every=5")
     with Run(tmp_path / "straight", 2, *options) as run:
         assert run.wait() == 0, run.text
-    slow = processes.slow_data(tmp_path / "slow", seconds=0.1)  # the kill comes before the end
-    with Run(tmp_path / "killed", 2, *options, restarts=2, PYTHONPATH=slow) as run:
-        run.until(lambda: run.steps() >= 8)
+    path, release = processes.held_data(tmp_path / "held", after=20)
+    with Run(tmp_path / "killed", 2, *options, restarts=2, PYTHONPATH=path) as run:
+        run.until(lambda: step_folder.steps(run.workdir))
         run.signal(1, signal.SIGKILL)
+        release.touch()
         assert run.wait() == 0, run.text
         assert "starting again (1 of 2)" in run.text and "resuming" in run.text
     assert same_bits(parameters(tmp_path / "killed", 80), parameters(tmp_path / "straight", 80))

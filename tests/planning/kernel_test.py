@@ -1,6 +1,5 @@
 """What a probability costs in flash attention, counted in the PTX that is compiled for an A100."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -43,10 +42,6 @@ def loops(ptx: str) -> list[int]:
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
-    reason="compiling for GPUs needs jax-cuda12-plugin (the extra `plan`)",
-)
 @pytest.mark.parametrize("rate, stated", [(0.1, DROPOUT_OPERATIONS), (0.0, 0)])
 def test_a_probability_takes_the_operations_of_the_estimate(tmp_path, rate, stated):
     ended = subprocess.run(

@@ -34,6 +34,20 @@ def slow_data(folder: Path, seconds: float, process: int = 0, after: int = 0) ->
 
     What is in the batches stays as it is.
     """
+    return _before_each_batch(folder, process, after, f"time.sleep({seconds})")
+
+
+def held_data(folder: Path, after: int) -> tuple[str, Path]:
+    """A PYTHONPATH under which process 0 gets no batch but the first `after`, and a file.
+
+    Once the file is there, all batches come.
+    """
+    release = folder / "release"
+    wait = f"while not os.path.exists({str(release)!r}): time.sleep(0.05)"
+    return _before_each_batch(folder, 0, after, wait), release
+
+
+def _before_each_batch(folder: Path, process: int, after: int, statement: str) -> str:
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         "import itertools, os, time\n"
@@ -41,7 +55,8 @@ def slow_data(folder: Path, seconds: float, process: int = 0, after: int = 0) ->
         "    from esm1nv_jax.data import pipeline\n"
         "    real, count = pipeline.train_dataset, itertools.count()\n"
         "    def drag(batch):\n"
-        f"        if next(count) >= {after}: time.sleep({seconds})\n"
+        f"        if next(count) >= {after}:\n"
+        f"            {statement}\n"
         "        return batch\n"
         "    pipeline.train_dataset = lambda *args: real(*args).map(drag)\n"
     )

@@ -80,10 +80,11 @@ def test_a_run_leaves_what_it_promises(straight):
 )
 def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, status):
     run = tmp_path / "run"
-    slow = processes.slow_data(tmp_path / "slow", seconds=0.5)  # the signal comes before the end
-    process = processes.start(f"--workdir={run}", PYTHONPATH=slow)
+    path, release = processes.held_data(tmp_path / "held", after=10)
+    process = processes.start(f"--workdir={run}", PYTHONPATH=path)
     processes.wait_until(lambda: step_folder.steps(run), process)
     process.send_signal(number)
+    release.touch()
     output = process.communicate(timeout=120)[0]
     assert process.returncode == status, output
     reached = step_folder.steps(run)[-1]
