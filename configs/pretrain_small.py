@@ -80,8 +80,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = args["seed"]  # of initial weights, order of the data, crops, masks and dropout
     config.steps = args["steps"]  # training stops after this step; the schedule does not follow it
+    config.minutes = 0.0  # training also stops after so much time, validations included; 0: never
     config.platform = "auto"  # auto, cpu, gpu or tpu
     config.init_from = ""  # start from the weights of this run, step, model or transformers folder
+    # start from the whole state of this run or step: weights, optimizer, step, place in the data
+    config.fork_from = ""
 
     config.data = {
         "path": "",  # a data set made by `esm1nv prepare`, or "sample" for the bundled sample
@@ -131,10 +134,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config.optimizer = {
         "peak_lr": 2e-4,  # learning rate after the warm-up
         "min_lr": 2e-5,  # learning rate at the end
-        "warmup": 500,  # steps of linear increase from 0
-        "constant": 50_000,  # steps at a constant rate
+        "warmup": 500.0,  # steps of linear increase from 0; below 1: a share of config.steps
+        "constant": 50_000.0,  # steps at a constant rate; below 1: a share of config.steps
         "constant_at": "min_lr",  # where they stand: min_lr, at the end, as the original; or peak
-        "horizon": 1_000_000,  # steps of the whole schedule; after it the rate stays at min_lr
+        # steps of the schedule, then min_lr; up to 1: a share of config.steps
+        "horizon": 1_000_000.0,
         "beta1": 0.9,  # decay of Adam's first moment
         "beta2": 0.98,  # decay of Adam's second moment
         "epsilon": 1e-8,  # in the denominator of Adam

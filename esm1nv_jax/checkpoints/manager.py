@@ -158,19 +158,12 @@ class RunCheckpoints:
         """
         manager = self._managers[FOLDER]
         manager.reload()  # process 0 may have renamed steps since this process listed them
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params),
-            optimizer=ocp.args.StandardRestore(optimizer),
-            data_state=ocp.args.JsonRestore(),
-        )
         try:
-            restored = manager.restore(step, args=items)
-        except (KeyError, ValueError) as error:  # of items, names or shapes: bytes were verified
+            return _restore(manager, step, params, optimizer)
+        except ValueError as error:
             raise UserError(
-                f"checkpoint {step} of {self.workdir} was saved by another version or model: "
-                f"{' '.join(str(error).split())[:200]}; choose another --workdir=DIR"
+                f"checkpoint {step} of {self.workdir} {error}; choose another --workdir=DIR"
             ) from None
-        return restored["params"], restored["optimizer"], restored["data_state"]
 
     def _start(self, folder: str, step: int, params, optimizer, data_state, metadata) -> None:
         self._report(folder)
@@ -226,6 +219,32 @@ class RunCheckpoints:
             if self.config.on_error == "stop":
                 raise SaveError(f"{error}; {newest}; make room and start again") from None
             console.print(f"{error}; {newest}; training goes on and saves again when next due")
+
+
+def restore_from(
+    workdir: epath.Path, step: int, folder: str, params, optimizer
+) -> tuple[Any, Any, dict]:
+    """As `RunCheckpoints.restore`, of a run that is not this one and stays untouched."""
+    manager = _open(workdir / folder, policies.FixedIntervalPolicy(1), policies.LatestN(1))
+    try:
+        return _restore(manager, step, params, optimizer)
+    except ValueError as error:
+        raise UserError(f"checkpoint {step} of {workdir} {error}") from None
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, params, optimizer) -> tuple[Any, Any, dict]:
+    """Raises ValueError, with the rest of a sentence, where other arrays were saved."""
+    items = ocp.args.Composite(
+        params=ocp.args.StandardRestore(params),
+        optimizer=ocp.args.StandardRestore(optimizer),
+        data_state=ocp.args.JsonRestore(),
+    )
+    try:
+        restored = manager.restore(step, args=items)
+    except (KeyError, ValueError) as error:  # of items, names or shapes: bytes were verified
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"was saved by another version or model: {reason}") from None
+    return restored["params"], restored["optimizer"], restored["data_state"]
 
 
 @dataclasses.dataclass

@@ -48,17 +48,38 @@ def read(path: str) -> Weights:
         raise UserError(f"checkpoint {path} does not exist; give a run, a step or a model folder")
     if (folder / DESCRIPTION).exists():
         return _read_model(folder)
-    if folder.name.isdecimal() and folder.parent.name in (FOLDER, BEST):
-        return _read_step(folder.parent.parent, int(folder.name), folder.parent.name)
-    if folder.name in (FOLDER, BEST) and (steps := step_folder.steps(folder.parent, folder.name)):
-        return _read_step(folder.parent, steps[-1], folder.name)
-    if steps := step_folder.steps(folder):
-        return _read_step(folder, steps[-1], FOLDER)
-
+    if (found := find_step(path)) is not None:
+        return _read_step(*found)
     raise UserError(
         f"{path} holds no model: neither {DESCRIPTION}, {FOLDER}/STEP nor a config.json "
         "of transformers was found there"
     )
+
+
+def find_step(path: epath.PathLike) -> tuple[epath.Path, int, str] | None:
+    """(run, step, folder in it) of the step that `path` names: itself, or the newest of a run or
+    of its folders `checkpoints` and `best`; None where there is none."""
+    folder = epath.Path(path)
+    if folder.name.isdecimal() and folder.parent.name in (FOLDER, BEST):
+        return folder.parent.parent, int(folder.name), folder.parent.name
+    if folder.name in (FOLDER, BEST) and (steps := step_folder.steps(folder.parent, folder.name)):
+        return folder.parent, steps[-1], folder.name
+    steps = step_folder.steps(folder)
+    return (folder, steps[-1], FOLDER) if steps else None
+
+
+def check_step(run: epath.Path, step: int, folder: str, items: tuple[str, ...] = ()) -> None:
+    """Raises UserError where a step was never finished, or one of `items` (all) is damaged."""
+    if step not in step_folder.steps(run, folder):
+        raise UserError(
+            f"checkpoint {step} of {run} was never finished; take another, or {run} for the newest"
+        )
+    errors = step_folder.verify(run, step, folder, items)
+    if errors:
+        raise UserError(
+            f"checkpoint {step} of {run} is damaged: {'; '.join(errors)}; give an older one, "
+            f"such as {run / folder / 'STEP'} (esm1nv doctor {run} checks all)"
+        )
 
 
 def write(path: str, weights: Weights) -> None:
@@ -95,16 +116,7 @@ def _read_model(folder: epath.Path) -> Weights:
 
 
 def _read_step(run: epath.Path, step: int, folder: str) -> Weights:
-    if step not in step_folder.steps(run, folder):
-        raise UserError(
-            f"checkpoint {step} of {run} was never finished; take another, or {run} for the newest"
-        )
-    errors = step_folder.verify(run, step, folder, items=("params", "metadata"))
-    if errors:
-        raise UserError(
-            f"checkpoint {step} of {run} is damaged: {'; '.join(errors)}; give an older one, "
-            f"such as {run / folder / 'STEP'} (esm1nv doctor {run} checks all)"
-        )
+    check_step(run, step, folder, items=("params", "metadata"))
     try:
         metadata = step_folder.read_metadata(run, step, folder)
         params = step_folder.read_params(run, step, folder)

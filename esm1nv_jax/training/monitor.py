@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
@@ -41,6 +42,7 @@ class RunMonitor:
       log: of this host.
       mesh: the devices of the run.
       step: steps done so far.
+      seconds: that they took, validations and saves included.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class RunMonitor:
         log: TextIO,
         mesh: jax.sharding.Mesh,
         step: int,
+        seconds: float = 0.0,
     ):
-        self._config, self._log, self._watchdog = config, log, watchdog
+        self._config, self._group, self._log, self._watchdog = config, group, log, watchdog
+        self._seconds_before, self._started = seconds, time.monotonic()
+        self._finished_at: int | None = None
         primary = group.is_primary
         self._writer = MetricsWriter(run_dir, step, primary)
         self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective.metrics)
@@ -62,7 +67,8 @@ class RunMonitor:
         self._profiler = StepProfiler(
             *(config.profile_steps if primary else (0, 0)), run_dir / "profile"
         )
-        self._bar = bar("training", config.steps, "steps", primary, start=step)
+        total = None if config.minutes else config.steps
+        self._bar = bar("training", total, "steps", primary, start=step)
         self._preemption = PreemptionHandler(group.size)
         self._stack = contextlib.ExitStack()
 
@@ -82,6 +88,7 @@ class RunMonitor:
 
     def start(self) -> None:
         """Begin to measure throughput, and lower the stall timeout from that of the start-up."""
+        self._started = time.monotonic()
         self._window.restart()
         self._clock.restart()
         self._watchdog.stall_timeout = self._config.cluster.stall_timeout
@@ -102,7 +109,7 @@ class RunMonitor:
         if values["halted"]:
             raise NonfiniteStep(step, batch, values)
         self._window.add(values)
-        if step % self._config.log.every == 0 or step == self._config.steps:
+        if step % self._config.log.every == 0 or step == self._finished_at:
             norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
             train = self._window.take() | {name: values[name] for name in (*norms, "nonfinite")}
             self._writer.write(step, "train", train)
@@ -126,6 +133,24 @@ class RunMonitor:
 
     def write_validation(self, step: int, metrics: dict[str, float]) -> None:
         self._writer.write(step, "validation", metrics)
+
+    @property
+    def seconds(self) -> float:
+        """The time that all steps so far took, from the first start of the run on."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def finished(self, step: int) -> bool:
+        """Return whether the run ends, done, after `step`: the same on every process.
+
+        Call it once a step; with a limit of time, process 0's clock decides for all.
+        """
+        limit = 60 * self._config.minutes
+        done = step >= self._config.steps
+        if limit and not done:
+            over = self._group.broadcast(f"time/{step}", lambda: str(self.seconds >= limit))
+            done = over == "True"
+        self._finished_at = step if done else None
+        return done
 
     def should_stop(self, step: int) -> bool:
         """Return whether a signal asks to stop after `step`; call it once a step."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,24 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
+
+
+def resolve_shares(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the fields of an OptimizerConfig with the lengths of its phases in whole steps.
+
+    A warm-up and a constant phase below 1, and a horizon of at most 1, are shares of `steps`,
+    rounded down.
+    """
+    resolved = dict(values)
+    for name in ("warmup", "constant", "horizon"):
+        length = values.get(name, 0)
+        if 0 < length < 1 or (name == "horizon" and length == 1):
+            length = int(length * steps + 1e-6)
+        elif length % 1:
+            raise UserError(f"optimizer.{name}={length} is neither whole nor a share of steps")
+        if name in values:
+            resolved[name] = int(length)
+    return resolved
 
 
 def phases(config: OptimizerConfig) -> list[tuple[str, int, int]]:

@@ -27,7 +27,7 @@ from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
-from esm1nv_jax.training.optimizer import OptimizerConfig
+from esm1nv_jax.training.optimizer import OptimizerConfig, resolve_shares
 from esm1nv_jax.training.step import StepConfig
 
 REDUCE_DTYPES = ("float32", "bfloat16")
@@ -51,6 +51,7 @@ MINIMUM = {  # that a field may be
 # data set is identified by its content, not by its path.
 IRRELEVANT_TO_LEARNING = (
     "steps",
+    "minutes",
     "platform",
     "profile",
     "log.",
@@ -135,8 +136,10 @@ class RunConfig:
 
     seed: int
     steps: int
+    minutes: float
     platform: str
     init_from: str
+    fork_from: str
     data: DataConfig
     batch: BatchConfig
     masking: MaskingChoice
@@ -160,11 +163,18 @@ class RunConfig:
         for name, minimum in MINIMUM.items():
             if name in values and values[name] < minimum:
                 raise UserError(f"{name}={values[name]} must be at least {minimum}")
-        return _build(cls, config.to_dict(), "")
+        nested = config.to_dict()
+        if "optimizer" in nested and "steps" in nested:
+            nested["optimizer"] = resolve_shares(nested["optimizer"], nested["steps"])
+        return _build(cls, nested, "")
 
     def __post_init__(self):
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed={self.seed} must lie in 0..2**63 - 1")
+        if not self.minutes >= 0:
+            raise UserError(f"minutes={self.minutes} must be at least 0; 0 is no limit")
+        if self.init_from and self.fork_from:
+            raise UserError("init_from and fork_from exclude each other; take one")
         if self.data.max_residues + 2 > self.model.positions:
             raise UserError(
                 f"data.max_residues={self.data.max_residues} needs {self.data.max_residues + 2} "

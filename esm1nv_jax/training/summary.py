@@ -95,8 +95,9 @@ def print_results(
         values = (f"{metrics[key]:.2f}" for key in ("perplexity", "perplexity_mask"))
         table.add_row(name, *values, style=style)
 
-    if validated[0]["step"] == 0:
-        add_model("before this run" if config.init_from else "untrained model", validated[0])
+    if validated[0]["step"] == 0 or config.fork_from:
+        known = config.init_from or config.fork_from
+        add_model("before this run" if known else "untrained model", validated[0])
     table.add_row("unigram: residue frequencies", "", f"{baseline['unigram']:.2f}")
     table.add_row("composition of each protein", "", f"{baseline['composition']:.2f}")
     add_model(f"this model, step {validated[-1]['step']:,}", validated[-1], "bold")
@@ -109,11 +110,13 @@ def print_results(
     else:
         verdict = "not below the unigram baseline yet: train longer"
     console.print(f"On <mask> positions this model is {verdict}.")
-    steps = max(config.steps, validated[-1]["step"])
+    more = f"steps={2 * max(config.steps, validated[-1]['step'])}"
+    if config.minutes and validated[-1]["step"] < config.steps:
+        more = f"minutes={2 * config.minutes:g}"
     console.print(
         f"\ncheckpoints  {run_dir / 'checkpoints'}\n"
         f"metrics      {run_dir / metrics_log.FILE}, TensorBoard: {run_dir / 'tensorboard'}\n"
-        f"continue     the same command with --config.steps={2 * steps}"
+        f"continue     the same command with --config.{more}"
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 
 import grain
 import jax
+from etils import epath
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.checkpoints.manager import RunCheckpoints
-from esm1nv_jax.checkpoints.step_folder import read_metadata
+from esm1nv_jax.checkpoints import model_folder, step_folder
+from esm1nv_jax.checkpoints.manager import RunCheckpoints, restore_from
+from esm1nv_jax.common import config_file
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
@@ -24,7 +26,7 @@ from esm1nv_jax.training.memory import check_memory, device_memory
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
-from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.run_config import RunConfig, changes_learning
 from esm1nv_jax.training.step import (
     StepConfig,
     TrainState,
@@ -43,9 +45,9 @@ def train(config: RunConfig, workdir: str, strict: bool = False) -> int:
     With several processes each calls this. `strict` stops at a damaged checkpoint, where otherwise
     the run falls back to an older one.
 
-    Returns the exit status: 0 when `config.steps` steps are done; 75 or 130 when a signal ended
-    the run early, saved; 1 when a step was not finite. Raises UserError, before anything is
-    written, where the config does not fit the data or the devices.
+    Returns the exit status: 0 when `config.steps` steps are done or `config.minutes` have passed;
+    75 or 130 when a signal ended the run early, saved; 1 when a step was not finite. Raises
+    UserError, before anything is written, where the config does not fit the data or the devices.
     """
     timeouts = config.cluster
     with process_group.join(timeouts.start_timeout, timeouts.stall_timeout) as (group, watchdog):
@@ -67,6 +69,7 @@ def run(
     available = device_memory(mesh.local_devices[0])
     check_memory(step_config, stream.rows // mesh.size, stream.row_length, available)
     pretrained = load_pretrained(config)
+    fork = find_fork(config, workdir)
     fingerprints = {"train": train_source.fingerprint, "validation": validation_source.fingerprint}
     watchdog.hosts = process_group.assert_equal_across_processes(
         group, mesh.size, config.flat(), " ".join(fingerprints.values())
@@ -80,8 +83,8 @@ def run(
         metadata = {"config": config.to_dict(), "code": __version__, "layout": layout}
 
         watchdog.heartbeat("restoring the checkpoint")
-        state, data_state, saved_layout = restore_or_initialize(
-            step_config, mesh, checkpoints, train_source, pretrained, group
+        state, data_state, saved = restore_or_initialize(
+            config, step_config, mesh, checkpoints, train_source, pretrained, fork, group
         )
         step = int(state.step)  # steps done
         watchdog.heartbeat("compiling")
@@ -92,11 +95,22 @@ def run(
             summary.print_start(
                 config, step_config, stream, train_source, mesh, watchdog.hosts, run_dir, step
             )
-            if saved_layout not in (None, layout):
-                summary.print_layout_change(saved_layout, layout)
+            if fork and not saved:
+                goes_on = "goes on there" if data_state is not None else "begins anew"
+                console.print(f"forked     from {config.fork_from}; the data stream {goes_on}")
+            if saved.get("layout") not in (None, layout):
+                summary.print_layout_change(saved["layout"], layout)
 
         monitor = RunMonitor(
-            config, step_config.objective, run_dir, group, watchdog, log, mesh, step
+            config,
+            step_config.objective,
+            run_dir,
+            group,
+            watchdog,
+            log,
+            mesh,
+            step,
+            saved.get("seconds", 0.0),
         )
         batches = training_batches(
             train_source, stream, step_config.objective, mesh, config.data.workers, data_state
@@ -106,11 +120,11 @@ def run(
         )
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
-                if step == 0:
+                if step == 0 or (fork and not saved):
                     validate(eval_step, state.params, step)
                 monitor.start()
                 pending = None
-                stop = step >= config.steps
+                finished = stop = monitor.finished(step)
                 while not stop:
                     with monitor.waiting_for_batch(step + 1, state):
                         batch, device_batch = next(batches)
@@ -121,15 +135,19 @@ def run(
                         monitor.process_metrics(*pending)
                     pending = (step, batch, metrics)
                     checkpoints.check()
-                    stop = monitor.should_stop(step) or step == config.steps
-                    evaluate_now = step % config.evaluation.every == 0 or (step == config.steps)
+                    finished = monitor.finished(step)
+                    stop = monitor.should_stop(step) or finished
+                    evaluate_now = step % config.evaluation.every == 0 or finished
                     save_now = stop or checkpoints.should_save(step)
                     if not (evaluate_now or save_now):
                         continue
                     monitor.process_metrics(*pending)
                     pending = None
                     with monitor.pause():
-                        items = checkpoint_items(state, batches.get_state(), train_source, metadata)
+                        seconds = {"seconds": monitor.seconds}
+                        items = checkpoint_items(
+                            state, batches.get_state(), train_source, metadata | seconds
+                        )
                         if evaluate_now:
                             validation = validate(eval_step, state.params, step)
                             checkpoints.save_if_best(validation["loss_mask"], step, *items)
@@ -144,7 +162,7 @@ def run(
         checkpoints.wait()
         group.barrier("saved", config.cluster.stall_timeout)
         watchdog.disable()
-        if monitor.stop_status is not None and step < config.steps:
+        if monitor.stop_status is not None and not finished:
             if group.is_primary:
                 console.print(
                     f"saved step {step} in {run_dir}; the same command resumes from there"
@@ -179,18 +197,63 @@ def load_pretrained(config: RunConfig) -> dict | None:
     return weights.params
 
 
+def find_fork(config: RunConfig, workdir: str) -> tuple[epath.Path, int, str] | None:
+    """Return (run, step, folder in it) of `config.fork_from`; it is whole and of this model.
+
+    None where the config names none, or where this run has checkpoints of its own.
+    """
+    if not config.fork_from or step_folder.steps(os.path.expanduser(workdir)):
+        return None
+    found = model_folder.find_step(config.fork_from)
+    if found is None:
+        raise UserError(
+            f"fork_from={config.fork_from} is no run with checkpoints and no step of one; for the "
+            "weights of a model alone, take init_from"
+        )
+    model_folder.check_step(*found)
+    run, step, folder = found
+    there = step_folder.read_metadata(run, step, folder)["config"]["model"]
+    here = config.to_dict()["model"]
+    if there != here:
+        differing = ", ".join(name for name in here if here[name] != there.get(name))
+        raise UserError(f"fork_from={config.fork_from} has another model: {differing} differ")
+    return found
+
+
+def restore_fork(
+    config: RunConfig, fork: tuple[epath.Path, int, str], shapes: TrainState, source: Source
+) -> tuple[TrainState, pipeline.State | None]:
+    """Return the state of the step that a run is forked from, and that of its data stream.
+
+    The latter is None, so that the stream begins anew, where this run reads other data or in
+    another order.
+    """
+    run, step, folder = fork
+    params, rest, data = restore_from(run, step, folder, *split_state(shapes))
+    there = config_file.flat(step_folder.read_metadata(run, step, folder)["config"])
+    same_stream = data["data"] == source.fingerprint and all(
+        there.get(name) == value
+        for name, value in config.flat().items()
+        if name == "seed" or (name.startswith("data.") and changes_learning(name))
+    )
+    return TrainState(params=params, **rest), data.get("stream", {}) if same_stream else None
+
+
 def restore_or_initialize(
+    config: RunConfig,
     step_config: StepConfig,
     mesh: jax.sharding.Mesh,
     checkpoints: RunCheckpoints,
     source: Source,
     pretrained: dict | None,
+    fork: tuple[epath.Path, int, str] | None,
     group: process_group.ProcessGroup,
-) -> tuple[TrainState, pipeline.State | None, dict | None]:
-    """Return the state to start from, the state of the data stream, and the layout it was saved on.
+) -> tuple[TrainState, pipeline.State | None, dict]:
+    """Return the state to start from, that of the data stream, and the metadata of the checkpoint.
 
-    In order of precedence: this run's newest valid checkpoint, pretrained parameters, random
-    parameters. The last two start the data stream anew: its state is None.
+    In order of precedence: this run's newest valid checkpoint, the step that it is forked from,
+    pretrained parameters, random parameters. The metadata are empty but for the first. The last two
+    start the data stream anew: its state is None.
     """
     replicated = sharding.sharding(mesh, "state")
 
@@ -199,22 +262,24 @@ def restore_or_initialize(
         return "" if latest is None else str(latest)
 
     chosen = group.broadcast("checkpoint", choose)
+    shapes = abstract_state(step_config, mesh)
     if chosen:
-        shapes = abstract_state(step_config, mesh)
         params, rest, data = checkpoints.restore(int(chosen), *split_state(shapes))
         if data["data"] != source.fingerprint:
             raise UserError(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
-        saved_layout = read_metadata(checkpoints.workdir, int(chosen)).get("layout")
-        return TrainState(params=params, **rest), data.get("stream", {}), saved_layout
+        saved = step_folder.read_metadata(checkpoints.workdir, int(chosen))
+        return TrainState(params=params, **rest), data.get("stream", {}), saved
+    if fork is not None:
+        return *restore_fork(config, fork, shapes, source), {}
     if pretrained is not None:
         params = sharding.place_state(pretrained, mesh)
         create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
-        return create(step_config, params), None, None
+        return create(step_config, params), None, {}
     create = jax.jit(create_state, static_argnums=0, out_shardings=replicated)
-    return create(step_config), None, None
+    return create(step_config), None, {}
 
 
 def split_state(state: TrainState) -> tuple[dict, dict]:

@@ -122,9 +122,11 @@ def write_or_check_config(
         changed = differing_fields(previous, config.flat())
         if changed:
             listed = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)
+            names = [name for name, _, _ in changed]
+            fork = f", with --config.fork_from={run_dir} to go on from its state"
             raise UserError(
-                f"workdir {run_dir} holds another run, which differs in {listed}; "
-                "choose another with --workdir=DIR"
+                f"workdir {run_dir} holds another run, which differs in {listed}; choose another "
+                f"with --workdir=DIR{'' if any(n.startswith('model.') for n in names) else fork}"
             )
     files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
     if not (run_dir / DATA).exists():  # other data than the run began with are refused later

@@ -5,10 +5,8 @@ import sys
 
 import pytest
 
-from esm1nv_jax import main
-from esm1nv_jax.common import arguments, config_file, runtime
+from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training import sharding
 from esm1nv_jax.training.run_config import MINIMUM, RunConfig
 from tests.training import processes
 
@@ -57,6 +55,10 @@ def get_config(arg=""):
         (["--config.profile=often"], "--config.profile=20-24"),
         (["--config.profile=5-3"], "names no steps"),
         (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
+        (["--config.optimizer.warmup=1.5"], "warmup=1.5 is neither whole nor a share of steps"),
+        (["--config.minutes=-1"], "minutes=-1.0 must be at least 0"),
+        (["--config.fork_from=/nowhere"], "is no run with checkpoints"),
+        (["--config.fork_from=/a", "--config.init_from=/b"], "exclude each other"),
         (["--config.optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be above 0"),
         (["--config.model.norm_epsilon=0"], "model.norm_epsilon=0.0 must be above 0"),
         (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1 must be at least 0"),
@@ -84,20 +86,6 @@ def test_of_options(tmp_path, train_here, options, words):
 def test_of_sizes_that_no_device_holds(tmp_path, train_here, options):
     assert_refused(train_here(f"--workdir={tmp_path / 'run'}", *options), "GiB a device (")
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-@pytest.fixture
-def train_here(monkeypatch, capfd):
-    """Runs `esm1nv train` in this process, on one device: a start takes seconds."""
-    devices_of = sharding.devices_of
-    monkeypatch.setattr(sharding, "devices_of", lambda platform: devices_of(platform)[:1])
-    monkeypatch.setattr(runtime, "set_up", lambda: None)
-
-    def run(*options, config=processes.TINY):
-        status = arguments.run(main.main, [f"--config={config}", *options])
-        return subprocess.CompletedProcess(options, status, *capfd.readouterr())
-
-    return run
 
 
 def test_in_a_process_of_its_own(tmp_path):

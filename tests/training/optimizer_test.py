@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training.optimizer import OptimizerConfig, decays, optimizer, phases, schedule
+from esm1nv_jax.training.optimizer import (
+    OptimizerConfig,
+    decays,
+    optimizer,
+    phases,
+    resolve_shares,
+    schedule,
+)
 
 CARD = OptimizerConfig()
 
@@ -117,6 +124,16 @@ def test_biases_and_norms_do_not_decay():
         "lm_head/dense/kernel",
         *(f"blocks/0/{n}/kernel" for n in ("qkv", "out_proj", "fc1", "fc2")),
     }
+
+
+def test_lengths_may_be_shares_of_the_steps():
+    shares = {"warmup": 0.05, "constant": 0.29, "horizon": 1.0, "peak_lr": 0.5}
+    whole = {"warmup": 5, "constant": 29, "horizon": 100, "peak_lr": 0.5}
+    assert resolve_shares(shares, 100) == whole
+    assert resolve_shares(whole | {"warmup": 1.0}, 7) == whole | {"warmup": 1}
+    assert resolve_shares({"warmup": 0.5, "constant": 0.5, "horizon": 1}, 11)["horizon"] == 11
+    with pytest.raises(UserError, match=r"horizon=100\.5 is neither whole"):
+        resolve_shares(whole | {"horizon": 100.5}, 100)
 
 
 @pytest.mark.parametrize(

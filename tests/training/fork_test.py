@@ -1,0 +1,80 @@
+"""Runs that end by the clock, and runs that are forked from a step of another."""
+
+import itertools
+import types
+
+import numpy as np
+import pytest
+
+from esm1nv_jax.checkpoints import model_folder, step_folder
+from esm1nv_jax.common import metrics_log
+from esm1nv_jax.training import monitor
+from esm1nv_jax.training.optimizer import OptimizerConfig, schedule
+
+
+def params(run, step):
+    return model_folder.flatten(step_folder.read_params(run, step))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def lines(run, kind):
+    return [line for line in metrics_log.read(run) if line["kind"] == kind]
+
+
+def train(train_here, run, *options):
+    done = train_here(f"--workdir={run}", *options)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.integration
+def test_a_run_ends_by_time_as_by_steps_and_goes_on_bit_for_bit(tmp_path, train_here, monkeypatch):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    train(train_here, straight)
+    ticks = itertools.count(step=10)  # every look at the clock takes ten seconds
+    clock = types.SimpleNamespace(monotonic=lambda: next(ticks))
+    monkeypatch.setattr(monitor, "time", clock)
+    output = train(train_here, run, "--config.minutes=1")
+    last = step_folder.steps(run)[-1]
+    assert 1 < last < 12 and "--config.minutes=2" in output
+    assert [lines(run, kind)[-1]["step"] for kind in ("train", "validation")] == [last, last]
+    assert step_folder.read_metadata(run, last)["seconds"] >= 60
+    train(train_here, run, "--config.minutes=1")
+    assert step_folder.steps(run)[-1] == last
+    train(train_here, run, "--config.minutes=1000")
+    assert step_folder.steps(run)[-1] == 12
+    assert_same(params(run, 12), params(straight, 12))
+
+
+@pytest.mark.integration
+def test_a_fork_keeps_the_whole_state_under_a_new_schedule(tmp_path, train_here):
+    origin = tmp_path / "origin"
+    train(train_here, origin)
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in origin.rglob("*"))
+    fork = f"--config.fork_from={origin / 'checkpoints' / '8'}"
+    output = train(train_here, tmp_path / "same", fork)
+    assert "the data stream goes on there" in output
+    assert_same(params(tmp_path / "same", 12), params(origin, 12))
+    assert [x["step"] for x in lines(tmp_path / "same", "validation")] == [8, 12]
+
+    cooled = tmp_path / "cooled"
+    options = (fork, "--config.optimizer.horizon=1", "--config.optimizer.min_lr=0")
+    train(train_here, cooled, *options, "--config.steps=10")
+    whole = schedule(OptimizerConfig(4e-3, 0.0, warmup=2, constant=0, horizon=10))
+    rates = [line["learning_rate"] for line in lines(cooled, "train")]
+    assert rates == pytest.approx([float(whole(9))])
+    resumed = train_here(f"--workdir={cooled}", *options, "--config.steps=12")
+    assert resumed.returncode == 2 and "optimizer.horizon: 10 there, 12 here" in resumed.stderr
+    assert f"--config.fork_from={cooled}" in resumed.stderr
+
+    output = train(train_here, tmp_path / "seed", fork, "--config.seed=1", "--config.steps=9")
+    assert "the data stream begins anew" in output
+    wider = train_here(f"--workdir={tmp_path / 'wider'}", fork, "--config.model.width=32")
+    assert wider.returncode == 2 and "has another model: width differ" in wider.stderr
+    assert not (tmp_path / "wider").exists()
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in origin.rglob("*")) == before
