@@ -35,6 +35,7 @@ from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import remat
 from esm1nv_jax.model.kernels.matmul import matmul
 from esm1nv_jax.model.layers import LayerNorm, Linear, add_residual, gelu
+from esm1nv_jax.model.lora import LoraBlock, LoraConfig
 
 INIT_STD = 0.02
 PADDING_LOGIT = -1e30  # of rows of the vocabulary that hold no token
@@ -66,32 +67,39 @@ class Block(nnx.Module):
         self.fc2 = Linear(F, D, compute, rngs)
         self.config, self.compute, self.layer = config, compute, layer
 
-    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None):
+    def linear(self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None):
+        y_BTN = getattr(self, name)(x_BTK)
+        if lora is None:
+            return y_BTN
+        return lora.add(name, y_BTN, x_BTK, key, self.layer, self.compute.operand_dtype)
+
+    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
         (B, T, D), N = x_BTD.shape, self.config.heads
         dtype, rate = self.compute.operand_dtype, self.config.attention_dropout
-        qkv_BTCNH = checkpoint_name(self.qkv(x_BTD).reshape(B, T, 3, N, D // N), remat.QKV)
+        qkv_BTCNH = self.linear("qkv", x_BTD, key, lora).reshape(B, T, 3, N, D // N)
+        qkv_BTCNH = checkpoint_name(qkv_BTCNH, remat.QKV)
         if rope is not None:
             qkv_BTCNH = esm2.apply_rope(qkv_BTCNH, rope)
         keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         backend = self.compute.attention
         out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend)
-        return self.out_proj(out_BTNH.reshape(B, T, D))
+        return self.linear("out_proj", out_BTNH.reshape(B, T, D), key, lora)
 
-    def ffn(self, x_BTD):
-        x_BTF = checkpoint_name(self.fc1(x_BTD), remat.FC1)
-        return self.fc2(gelu(self.config.ffn_activation, x_BTF))
+    def ffn(self, x_BTD, key: DropoutKey | None, lora):
+        x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
+        return self.linear("fc2", gelu(self.config.ffn_activation, x_BTF), key, lora)
 
-    def __call__(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None):
+    def __call__(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora=None):
         def add(x_BTD, branch_BTD, site):
             return add_residual(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
-            branch_BTD = self.attention(self.attention_norm(x_BTD), segment_ids_BT, rope, key)
+            branch_BTD = self.attention(self.attention_norm(x_BTD), segment_ids_BT, rope, key, lora)
             x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
-            return add(x_BTD, self.ffn(self.ffn_norm(x_BTD)), drop.FFN_OUTPUT)
-        branch_BTD = self.attention(x_BTD, segment_ids_BT, rope, key)
+            return add(x_BTD, self.ffn(self.ffn_norm(x_BTD), key, lora), drop.FFN_OUTPUT)
+        branch_BTD = self.attention(x_BTD, segment_ids_BT, rope, key, lora)
         x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
-        return self.ffn_norm(add(x_BTD, self.ffn(x_BTD), drop.FFN_OUTPUT))
+        return self.ffn_norm(add(x_BTD, self.ffn(x_BTD, key, lora), drop.FFN_OUTPUT))
 
 
 class LMHead(nnx.Module):
@@ -139,7 +147,7 @@ class Encoder(nnx.Module):
             x_BTD = self.embedding_norm(x_BTD)
         return add_residual(0.0, x_BTD, config.dropout, key, 0, drop.EMBEDDING)
 
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, key, predictions_BM, layers):
+    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, key, predictions_BM, layers, lora):
         """As `forward`."""
         rope = None
         if self.config.position_kind == "rotary":
@@ -147,7 +155,8 @@ class Encoder(nnx.Module):
         x_BTD = self.embed(tokens_BT, segment_ids_BT, positions_BT, key)
         hidden = {0: x_BTD}
         for i, block in enumerate(self.blocks):
-            x_BTD = hidden[i + 1] = run_block(block, x_BTD, segment_ids_BT, rope, key)
+            block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
+            x_BTD = hidden[i + 1] = run_block(block, x_BTD, segment_ids_BT, rope, key, block_lora)
         final_norm = self.final_norm if self.config.norm == "pre" else lambda x_BTD: x_BTD
         x_BMD = hidden[-1] = final_norm(x_BTD)
         if predictions_BM is not None:  # the LayerNorm, too, at these positions only
@@ -156,17 +165,24 @@ class Encoder(nnx.Module):
         return EncoderOutput(logits, {layer: hidden[layer] for layer in layers})
 
 
-def run_block(block: Block, x_BTD, segment_ids_BT, rope, key: DropoutKey | None):
-    """The block's output; the backward computes again what `compute.remat` does not keep."""
+def run_block(
+    block: Block, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora: LoraBlock | None = None
+):
+    """The block's output; the backward computes again what `compute.remat` does not keep.
+
+    With `lora` the block's own parameters get no gradient.
+    """
     graph, params = nnx.split(block)
 
     def run(differentiable, others):
-        (params, x_BTD, rope), (segment_ids_BT, key) = differentiable, others
-        return nnx.merge(graph, params)(x_BTD, segment_ids_BT, rope, key)
+        (trained, x_BTD, rope), (frozen, segment_ids_BT, key) = differentiable, others
+        params, lora = (trained, None) if frozen is None else (frozen, trained)
+        return nnx.merge(graph, params)(x_BTD, segment_ids_BT, rope, key, lora)
 
     if block.compute.remat != "none":
         run = remat.checkpoint_block(run, block.compute.remat)
-    return run((params, x_BTD, rope), (segment_ids_BT, key))
+    trained, frozen = (params, None) if lora is None else (lora, params)
+    return run((trained, x_BTD, rope), (frozen, segment_ids_BT, key))
 
 
 def forward(
@@ -180,6 +196,7 @@ def forward(
     dropout_key: DropoutKey | None = None,
     prediction_positions_BM=None,
     hidden_layers: tuple[int, ...] = (),
+    lora: tuple[LoraConfig, dict] | None = None,
 ) -> EncoderOutput:
     """Runs the encoder over packed rows; pure, for use inside `jax.jit`.
 
@@ -193,11 +210,18 @@ def forward(
       dropout_key: no dropout where None.
       prediction_positions_BM: int32; if given, logits only at these columns of each row.
       hidden_layers: which hidden states to return, 0..layers or -1.
+      lora: a config of LoRA and its parameters, not merged into `params`.
     """
     graph, _ = _split(config, compute)
     state = nnx.State(jax.tree.map(nnx.Param, nnx.restore_int_paths(params)))
     return nnx.merge(graph, state)(
-        tokens_BT, segment_ids_BT, positions_BT, dropout_key, prediction_positions_BM, hidden_layers
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        dropout_key,
+        prediction_positions_BM,
+        hidden_layers,
+        lora,
     )
 
 
