@@ -103,12 +103,8 @@ _TPU_SLICES |= {128: "8x16", 256: "16x16"}
 
 
 def chip(name: str) -> Chip:
-    """The chip of a name. Raises UserError with the names that are known."""
-    if name == THIS_CPU:
-        return measured_cpu()
-    if name not in CHIPS:
-        raise UserError(f"chip {name!r} is unknown; there are {', '.join((*CHIPS, THIS_CPU))}")
-    return CHIPS[name]
+    """The chip of a name, one of CHIPS or THIS_CPU."""
+    return measured_cpu() if name == THIS_CPU else CHIPS[name]
 
 
 def prepare_environment(name: str) -> str:
@@ -118,10 +114,9 @@ def prepare_environment(name: str) -> str:
     os.environ["JAX_PLATFORMS"] = "cpu"  # planning never takes a device
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if name.startswith("tpu"):
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-        os.environ.setdefault("TPU_WORKER_ID", "0")
+        tpu = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-8"}
+        for variable, value in (tpu | {"WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}).items():
+            os.environ.setdefault(f"TPU_{variable}", value)
     elif name != THIS_CPU:
         os.environ.setdefault("XLA_FLAGS", " ".join(launch_flags()))
     with _quiet_stderr():
@@ -152,9 +147,7 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
         return jax.devices("cpu")[:count]
     if chip.platform == "tpu" and count not in _TPU_SLICES:
         slices = ", ".join(map(str, _TPU_SLICES))
-        raise UserError(
-            f"{count} devices of {chip.name} make no slice; there are slices of {slices}"
-        )
+        raise UserError(f"{count} of {chip.name} make no slice; there are slices of {slices}")
     plugin = {"gpu": "jax_cuda12_plugin", "tpu": "libtpu"}[chip.platform]
     if importlib.util.find_spec(plugin) is None:
         package = f"jax-cuda12-plugin=={jax.__version__}" if chip.platform == "gpu" else "libtpu"
@@ -166,14 +159,10 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
 
     with _quiet_stderr():
         if chip.platform == "tpu":
-            grid = f"v5e:{_TPU_SLICES[count]}"
-            return list(topologies.get_topology_desc(platform="tpu", topology_name=grid).devices)
-        topology = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name=chip.name,
-            topology=f"1x{hosts}x{per_host}",
-            target_config=chip.target,
-        )
+            topology = topologies.get_topology_desc(f"v5e:{_TPU_SLICES[count]}", "tpu")
+        else:
+            shape = {"topology": f"1x{hosts}x{per_host}", "target_config": chip.target}
+            topology = topologies.get_topology_desc(chip.name, "cuda", **shape)
     return list(topology.devices)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import itertools
 import math
 import re
@@ -19,22 +18,18 @@ from collections.abc import Iterator
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "c64": 8}
 _BYTES |= {f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)}
-_NO_WORK = set(
-    "parameter constant tuple get-tuple-element bitcast bitcast-convert partition-id replica-id "
-    "iota after-all opt-barrier".split()
-)
-_TRANSCENDENTAL = set(
-    "exponential tanh erf log log-plus-one exponential-minus-one rsqrt sqrt power logistic "
-    "divide".split()
-)
-_ARITHMETIC = set(
-    "add subtract multiply maximum minimum select compare and or xor not negate abs convert "
-    "shift-right-logical shift-left clamp reduce reduce-window".split()
-)
-_MOVES = set(
-    "copy transpose concatenate pad slice reshape parameter bitcast fusion broadcast constant "
-    "dynamic-slice dynamic-update-slice copy-start slice-start".split()
-)
+_NO_WORK = """
+parameter constant tuple get-tuple-element bitcast bitcast-convert partition-id replica-id iota
+after-all opt-barrier""".split()
+_TRANSCENDENTAL = """
+exponential tanh erf log log-plus-one exponential-minus-one rsqrt sqrt power logistic divide
+""".split()
+_ARITHMETIC = """
+add subtract multiply maximum minimum select compare and or xor not negate abs convert
+shift-right-logical shift-left clamp reduce reduce-window""".split()
+_MOVES = """
+copy transpose concatenate pad slice reshape parameter bitcast fusion broadcast constant
+dynamic-slice dynamic-update-slice copy-start slice-start""".split()
 _PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they return
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -69,12 +64,11 @@ class _Instruction:
     rest: str  # everything after the operands; of parameters and constants, the operand too
 
     def attribute(self, key: str) -> str:
-        match = re.search(rf"\b{key}=%?([\w.$-]+)", self.rest)
-        return match.group(1) if match else ""
+        return _find(rf"\b{key}=%?([\w.$-]+)", self.rest)
 
     @property
     def op(self) -> str:
-        return _text_between(self.rest, 'op_name="', '"')
+        return _find(r'op_name="([^"]*)', self.rest)
 
     @property
     def phase(self) -> str:
@@ -100,21 +94,7 @@ class Program:
 
     def saved_activations(self) -> float:
         """Bytes of results of the forward pass that the backward pass reads."""
-        return max(self._saved_in(computation) for computation in self.computations.values())
-
-    def _saved_in(self, scope: _Computation) -> float:
-        saved: dict[str, float] = {}
-        for it in scope.values():
-            if it.opcode in _NO_WORK or it.phase != "backward":
-                continue
-            for operand in it.operands:
-                source, sized = _source(operand, scope), operand
-                if source is not None and source.opcode == "get-tuple-element":
-                    sized, source = source.name, _source(source.operands[0], scope)
-                if source is None or source.opcode in _NO_WORK or source.phase != "forward":
-                    continue
-                saved[f"{source.name} {scope[sized].shape}"] = size(scope[sized].shape)
-        return sum(saved.values())
+        return max(map(_saved_activations, self.computations.values()))
 
     def _walk(self, computation: str, times: int, asynchronous: bool) -> None:
         scope = self.computations[computation]
@@ -139,8 +119,8 @@ class Program:
 
     def _iterations(self, loop: _Instruction, scope: _Computation) -> int:
         """Of a loop over a counter: as XLA states it, else from its condition `counter < limit`."""
-        if stated := re.search(r'known_trip_count"?[:=]\{"n":"?(\d+)', loop.rest):
-            return int(stated[1])
+        if stated := _find(r'known_trip_count"?[:=]\{"n":"?(\d+)', loop.rest):
+            return int(stated)
         condition = self.computations.get(loop.attribute("condition"), {})
         initial = scope.get(loop.operands[0])
 
@@ -149,8 +129,8 @@ class Program:
             it = condition.get(name)
             if it is not None and it.opcode == "get-tuple-element" and initial is not None:
                 it = _source(initial.operands[int(it.attribute("index"))], scope, ("copy",))
-            match = re.match(r"(-?\d+)\)", it.rest) if it and it.opcode == "constant" else None
-            return int(match[1]) if match else None
+            text = _find(r"^(-?\d+)\)", it.rest) if it and it.opcode == "constant" else ""
+            return int(text) if text else None
 
         compares = [it for it in condition.values() if it.opcode == "compare"]
         if len(compares) == 1 and "direction=LT" in compares[0].rest:
@@ -160,23 +140,20 @@ class Program:
         self.uncounted_loops.append(loop.name)
         return 1
 
-    def _nested(self, computation: str) -> Iterator[_Instruction]:
-        """Instructions of a computation and of the fusions inside it."""
-        for it in self.computations.get(computation, {}).values():
-            yield it
-            if it.opcode == "fusion":
-                yield from self._nested(it.attribute("calls"))
-
-    def _flops(self, it: _Instruction, scope: _Computation) -> float:
-        if it.opcode != "fusion":
-            return _product_flops(it, scope)
-        inner = self.computations.get(it.attribute("calls"), {})
-        return sum(self._flops(i, inner) for i in inner.values())
+    def _nested(
+        self, it: _Instruction, scope: _Computation
+    ) -> Iterator[tuple[_Instruction, _Computation]]:
+        """An instruction and those of the fusions in it, each with its computation."""
+        yield it, scope
+        if it.opcode == "fusion":
+            inner = self.computations.get(it.attribute("calls"), {})
+            for instruction in inner.values():
+                yield from self._nested(instruction, inner)
 
     def _kernel(self, it: _Instruction, scope, times: int, asynchronous: bool) -> Kernel:
-        collective = next((c for c in COLLECTIVES if it.opcode.startswith(c)), "")
-        inner = list(self._nested(it.attribute("calls"))) if it.opcode == "fusion" else []
-        flops = self._flops(it, scope)
+        collective = it.opcode.startswith(COLLECTIVES)
+        nested = list(self._nested(it, scope))
+        flops = sum(_product_flops(*pair) for pair in nested)
         if collective:
             # What one device adds to the sum; a start names operands and results both.
             sources = (_source(operand, scope) for operand in it.operands)
@@ -185,18 +162,17 @@ class Program:
             moved = self._read(it, scope) + size(it.shape.split(", ")[0])
         else:
             moved = self._read(it, scope) + size(it.shape)
-        elements = {i.name: i for i in inner} or scope
         started = (asynchronous or it.opcode.endswith("-start")) and '"is_sync":true' not in it.rest
         return Kernel(
             name=it.name,
             opcode=it.opcode,
-            kind="collective" if collective else _kind(it, {i.opcode for i in inner}, flops),
+            kind="collective" if collective else _kind(it, {i.opcode for i, _ in nested}, flops),
             phase=it.phase,
             op=it.op,
             shape=re.sub(r"\{[\d,:A-Z()]*\}", "", it.shape),
             bytes=moved * times,
             flops=flops * times,
-            vector=sum(_vector_operations(i, elements) for i in inner or [it]) * times,
+            vector=sum(_vector_operations(*pair) for pair in nested) * times,
             times=times,
             asynchronous=started,
         )
@@ -222,6 +198,23 @@ class Program:
         return total
 
 
+def _saved_activations(scope: _Computation) -> float:
+    saved: dict[str, float] = {}
+    for it in scope.values():
+        if it.opcode in _NO_WORK or it.phase != "backward":
+            continue
+        for operand in it.operands:
+            source, shape = (
+                _source(operand, scope),
+                scope[operand].shape if operand in scope else "",
+            )
+            if source is not None and source.opcode == "get-tuple-element":
+                shape, source = source.shape, _source(source.operands[0], scope)
+            if source and source.opcode not in _NO_WORK and source.phase == "forward":
+                saved[f"{source.name} {shape}"] = size(shape)
+    return sum(saved.values())
+
+
 def size(shape: str, on_chip: bool = False) -> float:
     """Bytes of a shape, or of all arrays of a tuple, in main memory (or also `on_chip`)."""
     return sum(
@@ -231,10 +224,10 @@ def size(shape: str, on_chip: bool = False) -> float:
     )
 
 
-@functools.cache
 def _dimensions(shape: str) -> tuple[int, ...]:
+    """Of an array, or of the first one of a tuple."""
     match = _ARRAY.search(shape)
-    return tuple(int(n) for n in match.group(2).split(",") if n) if match else ()
+    return tuple(int(n) for n in match[2].split(",") if n) if match else ()
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -274,19 +267,17 @@ def _product_flops(it: _Instruction, scope: _Computation) -> float:
     """FLOPs of a dot, a cuBLAS call or a convolution, as which TPUs compute products."""
     if it.opcode == "convolution":
         return _convolution_flops(it, scope)
-    shape = it.shape
     if it.opcode == "custom-call" and "gemm" in it.rest[:200]:
-        shape = shape.strip("()").split(", ")[0]
-        contracting = _text_between(it.rest, '"lhs_contracting_dimensions":[', "]")
+        contracting = _find(r'"lhs_contracting_dimensions":\[([^\]]*)', it.rest)
     elif it.opcode == "dot":
-        contracting = _text_between(it.rest, "lhs_contracting_dims={", "}")
+        contracting = _find(r"lhs_contracting_dims=\{([^}]*)", it.rest)
     else:
         return 0.0
     if it.operands[0] not in scope:
         return 0.0
     left = _dimensions(scope[it.operands[0]].shape)
     depth = math.prod(left[int(i)] for i in re.findall(r"\d+", contracting))
-    return 2.0 * depth * math.prod(_dimensions(shape))
+    return 2.0 * depth * math.prod(_dimensions(it.shape))
 
 
 def _convolution_flops(it: _Instruction, scope: _Computation) -> float:
@@ -297,7 +288,7 @@ def _convolution_flops(it: _Instruction, scope: _Computation) -> float:
         return 0.0
     left, right, out = labels.groups()
     shapes = [_dimensions(scope[name].shape) for name in it.operands[:2]] + [_dimensions(it.shape)]
-    window = dict(re.findall(r"(\w+)=([\dx_]+)", _text_between(it.rest, "window={", "}")))
+    window = dict(re.findall(r"(\w+)=([\dx_]+)", _find(r"window=\{([^}]*)", it.rest)))
 
     def values(key: str, i: int, default: str) -> list[int]:
         text = window[key].split("x")[i] if key in window else default
@@ -317,16 +308,13 @@ def _convolution_flops(it: _Instruction, scope: _Computation) -> float:
 
 def _vector_operations(it: _Instruction, scope: _Computation) -> float:
     """Operations on elements; a transcendental counts as the instructions it takes, about 12."""
-    shape = it.shape
-    if it.opcode in ("reduce", "reduce-window"):
-        first = scope.get(it.operands[0])
-        shape = first.shape if first else shape
     cost = 12 if it.opcode in _TRANSCENDENTAL else 1 if it.opcode in _ARITHMETIC else 0
-    return float(cost * math.prod(_dimensions(shape))) if cost else 0.0
+    sized = scope.get(it.operands[0], it) if it.opcode in ("reduce", "reduce-window") else it
+    return float(cost * math.prod(_dimensions(sized.shape))) if cost else 0.0
 
 
-def _kind(it: _Instruction, inner: set[str], flops: float) -> str:
-    target, opcodes = it.attribute("custom_call_target") or it.rest[:300], {it.opcode} | inner
+def _kind(it: _Instruction, opcodes: set[str], flops: float) -> str:
+    target = it.attribute("custom_call_target") or it.rest[:300]
     fused = it.opcode == "custom-call" and ("flash_" in it.op or "splash" in it.op)
     if fused or "fmha" in target:
         return "attention"
@@ -336,9 +324,10 @@ def _kind(it: _Instruction, inner: set[str], flops: float) -> str:
         return "other"
     if opcodes & {"reduce", "reduce-window"}:
         return "reduction"
-    return "copy" if opcodes <= _MOVES else "elementwise"
+    return "copy" if opcodes <= set(_MOVES) else "elementwise"
 
 
-def _text_between(text: str, start: str, end: str) -> str:
-    at = text.find(start)
-    return "" if at < 0 else text[at + len(start) :].split(end, 1)[0]
+def _find(pattern: str, text: str) -> str:
+    """The first group of a pattern where it matches, else an empty text."""
+    match = re.search(pattern, text)
+    return match[1] if match else ""

@@ -7,21 +7,20 @@ reads memory, kernels and collectives out of the program.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import re
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from esm1nv_jax.common import arguments, metrics_log
-from esm1nv_jax.common.console import console
-from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.planning import chips, plan_report
-from esm1nv_jax.planning.plan_report import Plan
+from rich.table import Table
 
-SAMPLED_ROWS, SAMPLED_DEVICES = 16_384, 64  # whose mean is the load of a device
+from esm1nv_jax.common import arguments, metrics_log
+from esm1nv_jax.common.console import console, stdout
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.planning import chips
+
+SPARE = 0.10  # of a device's memory that should stay free
 VARIANTS = {
     "remat": ("compute.remat", ("none", "dots", "block")),
     "attention": ("compute.attention", ("auto", "xla")),
@@ -33,6 +32,13 @@ SAVING = (  # changes that save memory, tried in this order where a plan does no
     {"compute.remat": "block"},
     {"batch.microbatches": 4, "compute.remat": "block"},
 )
+LEFT_OUT = (
+    "An estimate of this compiled program, not a measurement. Left out: XLA's autotuning (a live "
+    "chip may choose other kernels and fusions), workspaces of cuDNN and cuBLAS, buffers of NCCL, "
+    "the CUDA context (about 1 GiB together), input, evaluation and checkpoints."
+)
+
+Plan = dict[str, Any]
 
 
 class DoesNotFit(UserError):
@@ -41,6 +47,11 @@ class DoesNotFit(UserError):
 
 def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     """Compiles the step of `config` for `hosts` x `per_host` chips and reads it.
+
+    Returns sizes in bytes, of one device, and times in seconds, of one step: `seconds` at the mean
+    of the chip's efficiencies, `fastest` and `slowest` at the highest and lowest; `exposed`, of
+    collectives that nothing overlaps. `busiest_device` is the expected attention work of the
+    busiest device over that of the mean one; `miscounted` says why times are not to be believed.
 
     Raises UserError where the target's compiler is not installed or the config is wrong, DoesNotFit
     where the compiler itself finds too little memory.
@@ -57,105 +68,64 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     devices = chips.devices(chip, hosts, per_host)
     run = RunConfig.from_config_dict(config)
     settings = run.step_config(devices[0])
+    model, compute = settings.model, settings.compute
     source = open_split(run.data.path or SAMPLE, "train")
-    rows = run.global_rows(source.lengths, len(devices))
-    check_memory(settings, rows // len(devices), run.data.row_length, chip.memory)
-    load = stream_load(run, source, rows // len(devices), len(devices))
+    global_rows, count = run.global_rows(source.lengths, len(devices)), len(devices)
+    rows = global_rows // count
+    check_memory(settings, rows, run.data.row_length, chip.memory)
+    load = roofline.stream_load(run, source, rows, count)
 
     mesh = sharding.make_mesh(devices)
-    state, compiled, seconds = compile_step(settings, mesh, rows, run.data.row_length)
+    state, compiled, seconds = compile_step(settings, mesh, global_rows, run.data.row_length)
     program = Program(compiled.as_text())
-    step = roofline.Step(
-        attention=settings.compute.attention,
-        heads=settings.model.heads,
-        head_size=settings.model.width // settings.model.heads,
-        dropout=settings.model.attention_dropout,
-        microbatches=settings.microbatches,
-        hosts=hosts,
-        per_host=per_host,
-    )
+    step = roofline.Step(model, compute.attention, settings.microbatches, hosts, per_host)
     slow, expected, fast = (
         roofline.estimate(program, chip, efficiency, load, step)
         for efficiency in (chip.low, chip.low.mean(chip.high), chip.high)
     )
-    memory = memory_of(compiled, program, state)
-    useful = training_flops(settings.model, load.tokens, load.squares, load.selected)
-    mfu = useful / expected.seconds / chip.flops
-    return Plan(
-        chip=chip.name,
-        hosts=hosts,
-        devices=len(devices),
-        attention=settings.compute.attention,
-        remat=settings.compute.remat,
-        microbatches=settings.microbatches,
-        rows=rows // len(devices),
-        row_length=run.data.row_length,
-        memory=memory,
-        peak=sum(memory.values()),
-        budget=chip.memory,
-        collectives=[
-            {
-                "kind": re.sub("-start$", "", t.kernel.opcode),
-                "bytes": t.kernel.bytes,
-                "asynchronous": t.kernel.asynchronous,
-                "seconds": t.seconds,
-                "dtype": t.kernel.shape.lstrip("(").split("[")[0],
-            }
-            for t in expected.kernels
-            if t.kernel.kind == "collective"
-        ],
-        kernels=sorted(
-            (
-                {"phase": phase, "kind": kind} | total
-                for (phase, kind), total in expected.by_class().items()
-            ),
-            key=lambda total: -float(total["seconds"]),
-        ),
-        bytes_per_token=sum(t.kernel.bytes for t in expected.kernels) / load.slots,
-        seconds=expected.seconds,
-        fastest=fast.seconds,
-        slowest=slow.seconds,
-        exposed=expected.exposed,
-        mfu=mfu,
-        residues_per_second=load.residues * len(devices) / expected.seconds,
-        sequences_per_step=load.sequences * len(devices),
-        busiest_device=load.slowest,
-        days=run.steps * expected.seconds / 86400,
-        device_hours=run.steps * expected.seconds / 3600 * len(devices),
-        data=run.data.path or f"{SAMPLE} (config.data.path is empty)",
-        efficiencies={
+    memory = roofline.memory_of(compiled, program, state)
+    peak = sum(memory.values())
+    useful = training_flops(model, load.tokens, load.squares, load.selected)
+    return {
+        "chip": chip.name,
+        "hosts": hosts,
+        "devices": count,
+        "attention": compute.attention,
+        "remat": compute.remat,
+        "microbatches": settings.microbatches,
+        "rows": rows,
+        "row_length": run.data.row_length,
+        "memory": memory,
+        "peak": peak,
+        "budget": chip.memory,
+        "fits": fits(peak, chip.memory),
+        "collectives": expected.collectives(),
+        "kernels": expected.by_class(),
+        "bytes_per_token": sum(kernel.bytes for kernel, _ in expected.kernels) / load.slots,
+        "seconds": expected.seconds,
+        "fastest": fast.seconds,
+        "slowest": slow.seconds,
+        "exposed": expected.exposed,
+        "mfu": useful / expected.seconds / chip.flops,
+        "residues_per_second": load.residues * count / expected.seconds,
+        "sequences_per_step": load.sequences * count,
+        "busiest_device": load.slowest,
+        "days": run.steps * expected.seconds / 86400,
+        "device_hours": run.steps * expected.seconds / 3600 * count,
+        "data": run.data.path or f"{SAMPLE} (config.data.path is empty)",
+        "efficiencies": {
             "low": dataclasses.asdict(chip.low),
             "high": dataclasses.asdict(chip.high),
             "source": chip.source,
         },
-        compile_seconds=seconds,
-        miscounted=miscounted(program, useful, max(mfu, useful / fast.seconds / chip.flops)),
-    )
+        "compile_seconds": seconds,
+        "miscounted": roofline.miscounted(program, useful, useful / fast.seconds / chip.flops),
+        "note": LEFT_OUT,
+    }
 
 
-def miscounted(program, useful: float, mfu: float) -> str:
-    """Why a program cannot have been read rightly, or an empty text."""
-    if program.uncounted_loops:
-        return f"iterations of {len(program.uncounted_loops)} loops of the program are not known"
-    if mfu > 1:
-        return f"the program was misread, for it would reach an MFU of {mfu:.0%}"
-    attention = bool(program.of_kind("attention"))  # its products are not in the text
-    if not attention and sum(k.flops for k in program.kernels) < 0.9 * useful:
-        return "fewer products were found in the program than the step needs"
-    return ""
-
-
-def stream_load(run, source, rows: int, devices: int):
-    """The `roofline.Load` of a device with `rows` rows: the mean over many rows of the stream."""
-    from esm1nv_jax.data.packing import stream_config
-    from esm1nv_jax.data.pipeline import train_dataset
-    from esm1nv_jax.model.kernels.flash_gpu import Blocks
-    from esm1nv_jax.planning.roofline import load_of, mean_load
-
-    batches = iter(train_dataset(source, stream_config(run, rows)))
-    sampled = max(min(SAMPLED_DEVICES, SAMPLED_ROWS // rows), 2)
-    loads = [load_of(b, run.masking.rate, Blocks()) for b in itertools.islice(batches, sampled)]
-    return mean_load(loads, devices)
+def fits(peak: float, budget: float) -> bool:
+    return peak <= budget * (1 - SPARE)
 
 
 def compile_step(settings, mesh, rows: int, row_length: int):
@@ -176,59 +146,25 @@ def compile_step(settings, mesh, rows: int, row_length: int):
     return state, compiled, time.perf_counter() - start
 
 
-def memory_of(compiled, program, state) -> dict[str, float]:
-    """Bytes by kind; their sum is the peak."""
-    import jax
-
-    parameters, optimizer = (
-        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (state.params, state.opt_state)
-    )
-    stats = compiled.memory_analysis()
-    inputs = stats.argument_size_in_bytes - parameters - optimizer
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    activations = min(program.saved_activations(), stats.temp_size_in_bytes)
-    return {
-        "parameters": parameters,
-        "optimizer": optimizer,
-        "batch": max(inputs, 0) + max(outputs, 0),
-        "activations": activations,
-        "temporaries": stats.temp_size_in_bytes - activations,
-    }
-
-
-def changed(config, changes: dict[str, Any]):
-    """A locked copy of `config` with other values of some fields."""
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        copy.update_from_flattened_dict(changes)
-    return copy.lock()
-
-
-def variants(config, field: str) -> list[tuple[str, Any]]:
-    """(what is changed, config) for each value of a field. Raises UserError on an unknown one."""
-    if field not in VARIANTS:
-        raise UserError(f"--compare={field} is unknown; there are {', '.join(VARIANTS)}")
-    name, values = VARIANTS[field]
-    return [(f"{field}={value}", changed(config, {name: value})) for value in values]
-
-
-def attempt(name: str, config, target: tuple[str, int, int]) -> tuple[str, Plan | str]:
-    """A plan, or why there is none: one variant that is refused must not hide the others."""
-    console.print(f"compiling {name}", markup=False)
+def attempt(config, changes: dict[str, Any], target: tuple[str, int, int]) -> Plan:
+    """A plan of `config` with other values of some fields, or {"refused": why there is none}."""
+    name = " ".join(f"--config.{field}={value}" for field, value in changes.items())
+    console.print(f"compiling {name}")
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
     try:
-        return name, plan(config, *target)
+        return {"variant": name} | plan(config.lock(), *target)
     except UserError as error:
-        return name, str(error)
+        return {"variant": name, "refused": str(error)}
 
 
 def advice(config, target: tuple[str, int, int]) -> str:
     """The first change of SAVING that fits, each compiled to see."""
     for changes in SAVING:
-        name = " ".join(f"--config.{field}={value}" for field, value in changes.items())
-        _, smaller = attempt(name, changed(config, changes), target)
-        if isinstance(smaller, Plan) and smaller.fits:
-            return f"{name} fits, in {smaller.peak / chips.GIB:.1f} GiB"
+        smaller = attempt(config, changes, target)
+        if smaller.get("fits"):
+            return f"{smaller['variant']} fits, in {smaller['peak'] / chips.GIB:.1f} GiB"
     return (
         "nor does it with 4 microbatches and compute.remat=block: take fewer rows, by "
         "--config.batch.sequences_per_device or --config.batch.rows"
@@ -268,6 +204,86 @@ def config_of(workdir: str):
     return config_dict.ConfigDict(json.loads(path.read_text(encoding="utf-8"))).lock()
 
 
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def print_plan(p: Plan) -> None:
+    """Tables of memory and kernels, and the estimate of time."""
+    stdout.print(
+        f"step       {p['devices']} x {p['chip']} on {p['hosts']} host(s); attention by "
+        f"{p['attention']}, remat {p['remat']}, {p['microbatches']} microbatch(es)\n"
+        f"batch      {p['rows']} rows of {p['row_length']} tokens a device, "
+        f"{p['sequences_per_step']:,.0f} sequences a step; lengths from {p['data']}\n"
+        f"compiled   in {p['compile_seconds']:.0f} s, XLA_FLAGS={p['flags'] or 'none'}"
+    )
+    table = _table("Memory of one device", "", "GiB")
+    for kind, size in (*p["memory"].items(), ("peak", p["peak"]), ("the device has", p["budget"])):
+        table.add_row(kind, f"{size / chips.GIB:.2f}", style="bold" if kind == "peak" else "")
+    stdout.print(table)
+    verdict = "fits" if p["fits"] else f"does not fit; {p['advice']}"
+    stdout.print(f"with {SPARE:.0%} to spare: {verdict}")
+    if p["miscounted"]:
+        stdout.print(f"no estimate of time: {p['miscounted']}")
+        return
+    slots = p["rows"] * p["row_length"]
+    table = _table("Kernels", "", "number", "bytes/token", "MFLOP/token", "ms", "share")
+    for k in p["kernels"]:
+        if k["kind"] != "collective":
+            table.add_row(
+                f"{k['phase']} {k['kind']}",
+                f"{k['kernels']:.0f}",
+                f"{k['bytes'] / slots:,.0f}",
+                f"{k['flops'] / slots / 1e6:.1f}",
+                f"{k['seconds'] * 1e3:.2f}",
+                f"{k['seconds'] / p['seconds']:.1%}",
+            )
+    stdout.print(table)
+    total = sum(c["bytes"] for c in p["collectives"])
+    overlap = sum(c["asynchronous"] for c in p["collectives"])
+    kinds = sorted({f"{c['kind']} of {c['dtype']}" for c in p["collectives"]})
+    low, high, source = p["efficiencies"].values()
+    shares = ", ".join(f"{name} {low[name]:.0%} to {high[name]:.0%}" for name in low)
+    stdout.print(
+        f"collectives  {len(p['collectives'])} ({', '.join(kinds) or 'none'}), "
+        f"{total / 1e6:.0f} MB, {overlap} may overlap with compute; "
+        f"{p['exposed'] * 1e3:.2f} ms are not overlapped\n"
+        f"estimate     {p['seconds'] * 1e3:.1f} ms a step ({p['fastest'] * 1e3:.0f} to "
+        f"{p['slowest'] * 1e3:.0f}), MFU {p['mfu']:.1%}, "
+        f"{p['residues_per_second']:,.0f} residues/s, {p['bytes_per_token']:,.0f} bytes/token; "
+        f"{p['days']:,.1f} days, {p['device_hours']:,.0f} device-hours for all steps\n"
+        f"             the busiest device has {p['busiest_device'] - 1:.0%} more attention than "
+        f"the mean\nefficiency   {shares}; {source}"
+    )
+    if run := p.get("measured"):
+        mfu = f", MFU {run['mfu']:.1%}" if "mfu" in run else ""
+        stdout.print(
+            f"measured     {run['seconds_per_step'] * 1e3:.1f} ms a step: "
+            f"{run['seconds_per_step'] / p['seconds']:.2f} times the estimate; "
+            f"{run['tokens_per_second']:,.0f} residues/s{mfu}"
+        )
+    stdout.print(LEFT_OUT)
+
+
+def print_comparison(plans: list[Plan]) -> None:
+    """One line a variant."""
+    table = _table("", "", "peak GiB", "", "ms", "MFU", "residues/s", "bytes/token")
+    for p in plans:
+        if "refused" in p:
+            table.add_row(p["variant"], "", p["refused"])
+            continue
+        times = (f"{p['seconds'] * 1e3:.1f}", f"{p['mfu']:.1%}")
+        times += (f"{p['residues_per_second']:,.0f}", f"{p['bytes_per_token']:,.0f}")
+        verdict = "fits" if p["fits"] else "does not fit"
+        shown = ("",) * 4 if p["miscounted"] else times
+        table.add_row(p["variant"], f"{p['peak'] / chips.GIB:.2f}", verdict, *shown)
+    stdout.print(table)
+    stdout.print(LEFT_OUT)
+
+
 def main(argv: list[str]) -> int:
     parser = arguments.Parser(
         "plan",
@@ -275,8 +291,9 @@ def main(argv: list[str]) -> int:
         "esm1nv plan --config=configs/pretrain_small.py --chip a100-80gb --hosts 22 "
         "--devices-per-host 8",
     )
+    names = (*chips.CHIPS, chips.THIS_CPU)
     parser.add_argument("--config", metavar="FILE[:ARGS]", help="a config file")
-    parser.add_argument("--chip", default="a100-80gb", help=", ".join((*chips.CHIPS, "this-cpu")))
+    parser.add_argument("--chip", default=names[0], choices=names)
     parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--devices-per-host", type=int, default=1)
     parser.add_argument("--compare", metavar="FIELDS", help=f"some of {','.join(VARIANTS)}")
@@ -287,8 +304,9 @@ def main(argv: list[str]) -> int:
         raise UserError("name a config: --config=configs/pretrain_small.py")
     if min(options.hosts, options.devices_per_host) < 1:
         raise UserError("--hosts and --devices-per-host must be at least 1")
-    if options.chip != chips.THIS_CPU:
-        chips.chip(options.chip)
+    fields = options.compare.split(",") if options.compare else []
+    if unknown := [field for field in fields if field not in VARIANTS]:
+        raise UserError(f"--compare={unknown[0]} is unknown; there are {', '.join(VARIANTS)}")
 
     from esm1nv_jax.common import config_file
 
@@ -296,27 +314,21 @@ def main(argv: list[str]) -> int:
         config = config_file.from_option(options.config, overrides)
     else:
         config = config_file.override(config_of(options.against), overrides)
-    timings = measured(options.against, config) if options.against else None
-    flags = chips.prepare_environment(options.chip)
+    result: dict[str, Any] = {}
+    if options.against:
+        result["measured"] = measured(options.against, config)
+    result["flags"] = chips.prepare_environment(options.chip)
     target = (options.chip, options.hosts, options.devices_per_host)
-    if options.compare:
-        fields = options.compare.split(",")
-        plans = [attempt(*v, target) for f in fields for v in variants(config, f)]
-        if options.json:
-            rows = [{"variant": name} | plan_report.as_dict(made) for name, made in plans]
-            print(json.dumps(rows, indent=1))
-        else:
-            plan_report.print_comparison(plans)
+    if fields:
+        changes = [{VARIANTS[f][0]: value} for f in fields for value in VARIANTS[f][1]]
+        plans = [attempt(config, change, target) for change in changes]
+        print(json.dumps(plans, indent=1)) if options.json else print_comparison(plans)
         return 0
     try:
-        made = plan(config, *target)
+        result |= plan(config, *target)
     except DoesNotFit as error:
         raise UserError(f"{error}; {advice(config, target)}") from None
-    if not made.fits:
-        made = dataclasses.replace(made, advice=advice(config, target))
-    if options.json:
-        extra = {"flags": flags} | ({"measured": timings} if timings else {})
-        print(json.dumps(plan_report.as_dict(made) | extra, indent=1))
-    else:
-        plan_report.print_plan(made, flags, timings)
+    if not result["fits"]:
+        result["advice"] = advice(config, target)
+    print(json.dumps(result, indent=1)) if options.json else print_plan(result)
     return 0

@@ -1,4 +1,4 @@
-"""Time of a compiled step, from its kernels and a chip's figures: a roofline.
+"""Time of a compiled step, from its kernels and a chip's figures: a roofline; and its memory.
 
 A kernel takes the longest of its products (FLOPs over peak), its other operations and its reading
 and writing (bytes over bandwidth), each at the chip's efficiency. Attention takes the sum of its
@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.planning.chips import Chip, Efficiency
 from esm1nv_jax.planning.hlo import Kernel, Program
 
 # Of each probability, each time it is computed: instructions in the PTX of the loops of flash_gpu.
 SOFTMAX_OPERATIONS = 10  # mask, scale, maximum, exponential, sum, rounding
 DROPOUT_OPERATIONS = 13  # the hash, its comparison, the selection
+SAMPLED_ROWS, SAMPLED_DEVICES = 16_384, 64  # whose mean is the load of a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,57 +50,60 @@ class Load:
 class Step:
     """What the kernels do not tell of the step they belong to."""
 
+    model: EncoderConfig
     attention: str  # backend
-    heads: int
-    head_size: int
-    dropout: float  # of attention
     microbatches: int
     hosts: int
     per_host: int  # devices
 
 
 @dataclasses.dataclass(frozen=True)
-class TimedKernel:
-    kernel: Kernel
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Estimate:
-    kernels: tuple[TimedKernel, ...]
+    kernels: list[tuple[Kernel, float]]  # with the seconds of each
     exposed: float  # seconds of collectives that nothing overlaps
 
     @property
     def seconds(self) -> float:
-        return sum(t.seconds for t in self.kernels if t.kernel.kind != "collective") + self.exposed
+        return sum(s for kernel, s in self.kernels if kernel.kind != "collective") + self.exposed
 
-    def by_class(self) -> dict[tuple[str, str], dict[str, float]]:
-        """By (phase, kind): number, bytes, FLOPs, seconds."""
-        classes: dict[tuple[str, str], dict[str, float]] = collections.defaultdict(
-            lambda: dict.fromkeys(("kernels", "bytes", "flops", "seconds"), 0.0)
-        )
-        for t in self.kernels:
-            total = classes[t.kernel.phase, t.kernel.kind]
-            total["kernels"] += t.kernel.times
-            total["bytes"] += t.kernel.bytes
-            total["flops"] += t.kernel.flops
-            total["seconds"] += t.seconds if t.kernel.kind != "collective" else 0.0
-        return dict(classes)
+    def by_class(self) -> list[dict[str, Any]]:
+        """Number, bytes, FLOPs and seconds by phase and kind, the slowest first."""
+        classes: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0.0] * 4)
+        for kernel, seconds in self.kernels:
+            seconds = seconds if kernel.kind != "collective" else 0.0
+            added = (kernel.times, kernel.bytes, kernel.flops, seconds)
+            sums = classes[kernel.phase, kernel.kind]
+            sums[:] = [total + x for total, x in zip(sums, added, strict=True)]
+        names = ("phase", "kind", "kernels", "bytes", "flops", "seconds")
+        rows = [dict(zip(names, (*key, *sums), strict=True)) for key, sums in classes.items()]
+        return sorted(rows, key=lambda row: -row["seconds"])
+
+    def collectives(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "kind": kernel.opcode.removesuffix("-start"),
+                "bytes": kernel.bytes,
+                "asynchronous": kernel.asynchronous,
+                "seconds": seconds,
+                "dtype": kernel.shape.lstrip("(").split("[")[0],
+            }
+            for kernel, seconds in self.kernels
+            if kernel.kind == "collective"
+        ]
 
 
 def estimate(
     program: Program, chip: Chip, efficiency: Efficiency, load: Load, step: Step
 ) -> Estimate:
     """Times every kernel; a collective overlaps with the kernels scheduled before its result."""
-    timed = [TimedKernel(k, _seconds(k, chip, efficiency, load, step)) for k in program.kernels]
+    timed = [(kernel, _seconds(kernel, chip, efficiency, load, step)) for kernel in program.kernels]
     exposed = 0.0
-    for i, t in enumerate(timed):
-        if t.kernel.kind != "collective":
-            continue
-        end = program.needed_at.get(t.kernel.name, i)
-        under = sum(o.seconds for o in timed[i + 1 : end] if o.kernel.kind != "collective")
-        exposed += t.seconds - (min(t.seconds, under) if t.kernel.asynchronous else 0.0)
-    return Estimate(tuple(timed), exposed)
+    for i, (kernel, seconds) in enumerate(timed):
+        if kernel.kind == "collective":
+            end = program.needed_at.get(kernel.name, i) if kernel.asynchronous else i
+            under = sum(s for other, s in timed[i + 1 : end] if other.kind != "collective")
+            exposed += max(seconds - under, 0.0)
+    return Estimate(timed, exposed)
 
 
 def _seconds(kernel: Kernel, chip: Chip, efficiency: Efficiency, load: Load, step: Step) -> float:
@@ -126,7 +133,7 @@ def attention_seconds(kernel: Kernel, chip: Chip, load: Load, step: Step) -> flo
         forward = backward = load.rows * load.row_length**2
     elif step.attention == "cudnn":  # one sequence a row, by its length
         forward = backward = load.squares
-    operations = SOFTMAX_OPERATIONS + (DROPOUT_OPERATIONS if step.dropout else 0)
+    operations = SOFTMAX_OPERATIONS + (DROPOUT_OPERATIONS if step.model.attention_dropout else 0)
     name = kernel.op.rsplit("/", 2)[-2] if "/" in kernel.op else kernel.op
     if kernel.phase == "backward" and "forward" not in name and "_fwd_" not in name:
         # Products of a score: the scores and dP again, dV, dK, dQ; for flash_gpu the first two
@@ -137,9 +144,55 @@ def attention_seconds(kernel: Kernel, chip: Chip, load: Load, step: Step) -> flo
         scores = backward
     else:
         products, passes, scores = 2, 1, forward
-    scores *= step.heads * load.slowest
-    seconds = scores * products * 2 * step.head_size / chip.flops
+    scores *= step.model.heads * load.slowest
+    head_size = step.model.width // step.model.heads
+    seconds = scores * products * 2 * head_size / chip.flops
     return seconds + (scores * passes * operations / chip.vector if chip.vector else 0.0)
+
+
+def miscounted(program, useful: float, mfu: float) -> str:
+    """Why a program cannot have been read rightly, or an empty text."""
+    if program.uncounted_loops:
+        return f"iterations of {len(program.uncounted_loops)} loops of the program are not known"
+    if mfu > 1:
+        return f"the program was misread, for it would reach an MFU of {mfu:.0%}"
+    attention = bool(program.of_kind("attention"))  # its products are not in the text
+    if not attention and sum(k.flops for k in program.kernels) < 0.9 * useful:
+        return "fewer products were found in the program than the step needs"
+    return ""
+
+
+def memory_of(compiled, program, state) -> dict[str, float]:
+    """Bytes by kind; their sum is the peak."""
+    import jax
+
+    parameters, optimizer = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        for tree in (state.params, state.opt_state)
+    )
+    stats = compiled.memory_analysis()
+    inputs = stats.argument_size_in_bytes - parameters - optimizer
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    activations = min(program.saved_activations(), stats.temp_size_in_bytes)
+    return {
+        "parameters": parameters,
+        "optimizer": optimizer,
+        "batch": max(inputs, 0) + max(outputs, 0),
+        "activations": activations,
+        "temporaries": stats.temp_size_in_bytes - activations,
+    }
+
+
+def stream_load(run, source, rows: int, devices: int) -> Load:
+    """The load of a device with `rows` rows: the mean over many rows of a run's input stream."""
+    from esm1nv_jax.data.packing import stream_config
+    from esm1nv_jax.data.pipeline import train_dataset
+    from esm1nv_jax.model.kernels.flash_gpu import Blocks
+
+    batches = iter(train_dataset(source, stream_config(run, rows)))
+    sampled = max(min(SAMPLED_DEVICES, SAMPLED_ROWS // rows), 2)
+    loads = [load_of(b, run.masking.rate, Blocks()) for b in itertools.islice(batches, sampled)]
+    return mean_load(loads, devices)
 
 
 def load_of(batch, rate: float, flash_blocks) -> Load:

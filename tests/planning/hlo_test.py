@@ -9,7 +9,8 @@ import pytest
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.planning.hlo import Program, size
-from esm1nv_jax.planning.plan import compile_step, miscounted
+from esm1nv_jax.planning.plan import compile_step
+from esm1nv_jax.planning.roofline import miscounted
 from esm1nv_jax.training import sharding
 from esm1nv_jax.training.run_config import RunConfig
 

@@ -15,8 +15,9 @@ import pytest
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.kernels.flash_gpu import Blocks
-from esm1nv_jax.planning import chips, hlo, plan_report, roofline
+from esm1nv_jax.planning import chips, hlo, roofline
 from esm1nv_jax.planning import plan as plan_module
 from tests.planning.run_plan import plan
 
@@ -249,7 +250,8 @@ def test_the_load_is_the_mean_and_the_slowest_device_is_waited_for():
 
 def test_attention_takes_the_head_size_of_the_model_and_waits_for_the_slowest():
     def seconds(head_size, slowest=1.0):
-        step = roofline.Step("pallas", 12, head_size, 0.0, 1, 1, 1)
+        model = EncoderConfig(width=12 * head_size, heads=12, attention_dropout=0.0)
+        step = roofline.Step(model, "pallas", 1, 1, 1)
         load = dataclasses.replace(made_up_load(1e9), slowest=slowest)
         return roofline.attention_seconds(KERNEL, dataclasses.replace(A100, vector=0.0), load, step)
 
@@ -270,16 +272,11 @@ def test_advice_is_compiled_before_it_is_given(monkeypatch):
         if config.batch.microbatches == 4:
             raise UserError("4 microbatches do not divide the rows")
         peak = 50 if config.compute.remat == "block" else 95
-        return dataclasses.replace(EMPTY_PLAN, peak=peak, budget=100)
+        return {"peak": peak, "fits": plan_module.fits(peak, budget=100)}
 
     monkeypatch.setattr(plan_module, "plan", plan_that_fits_with_block)
     assert "--config.compute.remat=block fits" in plan_module.advice(config, ("a100-80gb", 1, 8))
     assert tried == [(2, "none"), (4, "none"), (1, "block")]
-
-
-EMPTY_PLAN = plan_report.Plan(
-    **{field.name: 0 for field in dataclasses.fields(plan_report.Plan)}  # type: ignore[arg-type]
-)
 
 
 def write_run(folder, model):
