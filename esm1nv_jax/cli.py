@@ -24,12 +24,19 @@ VERBS = {
     "evaluate": ("esm1nv_jax.inference.evaluate", "perplexity beside baselines, and a report"),
     "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
+    "predict": ("esm1nv_jax.inference.predict", "labels of proteins, by a fine-tuned model"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
     "doctor": ("esm1nv_jax.checkpoints.step_folder", "verify every byte of a run's checkpoints"),
     "convert": ("esm1nv_jax.interchange.convert", "to and from Hugging Face transformers"),
 }
 
-COMPUTING = ("embed", "score", "evaluate", "probe")  # and train, which does the same by itself
+COMPUTING = (
+    "embed",
+    "predict",
+    "score",
+    "evaluate",
+    "probe",
+)  # and train, which does the same by itself
 
 
 def help_text() -> str:

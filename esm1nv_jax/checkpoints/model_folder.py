@@ -18,7 +18,8 @@ from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.model import encoder
+from esm1nv_jax.model import encoder, heads
+from esm1nv_jax.model.heads import HeadConfig
 
 PARAMETERS, DESCRIPTION = "parameters.safetensors", "model.json"
 
@@ -29,11 +30,21 @@ unflatten = functools.partial(traverse_util.unflatten_dict, sep="/")
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Parameters on the host with what they belong to."""
+    """Parameters on the host with what they belong to.
 
-    params: dict  # nested, NumPy float32
+    params: nested, NumPy float32; those of a fine-tuned model's `head` are under "head".
+    provenance: where they came from: run, steps, data, config, metrics, fine_tuned_from.
+    """
+
+    params: dict
     model: encoder.EncoderConfig
-    provenance: dict[str, Any]  # where they came from: run, steps, data, config, metrics
+    provenance: dict[str, Any]
+    head: HeadConfig | None = None
+
+    @property
+    def encoder_params(self) -> dict:
+        """The parameters without those of the head."""
+        return {name: value for name, value in self.params.items() if name != "head"}
 
 
 def read(path: str) -> Weights:
@@ -89,12 +100,19 @@ def write(path: str, weights: Weights) -> None:
     flat = {name: np.asarray(value) for name, value in flatten(weights.params).items()}
     (folder / PARAMETERS).write_bytes(save_safetensors(flat))
     description = {"model": dataclasses.asdict(weights.model), "provenance": weights.provenance}
+    if weights.head:
+        description["head"] = dataclasses.asdict(weights.head)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1))
 
 
-def check(params: dict, model: encoder.EncoderConfig, source: str) -> None:
+def check(
+    params: dict, model: encoder.EncoderConfig, source: str, head: HeadConfig | None = None
+) -> None:
     """Raises UserError that names the first array which is missing, extra or of a wrong shape."""
-    expected = {k: v.shape for k, v in flatten(encoder.abstract(model)).items()}
+    tree = encoder.abstract(model)
+    if head:
+        tree = tree | {"head": heads.abstract(head, model.width)}
+    expected = {k: v.shape for k, v in flatten(tree).items()}
     actual = {k: v.shape for k, v in flatten(params).items()}
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
@@ -108,11 +126,12 @@ def _read_model(folder: epath.Path) -> Weights:
     try:
         description = json.loads((folder / DESCRIPTION).read_text())
         model = encoder.EncoderConfig(**description["model"])
+        head = HeadConfig(**description["head"]) if "head" in description else None
         params = unflatten(load_safetensors(files.read_weights(folder / PARAMETERS)))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"model folder {folder} cannot be read: {error}") from None
-    check(params, model, str(folder))
-    return Weights(params, model, description.get("provenance", {}))
+    check(params, model, str(folder), head)
+    return Weights(params, model, description.get("provenance", {}), head)
 
 
 def _read_step(run: epath.Path, step: int, folder: str) -> Weights:

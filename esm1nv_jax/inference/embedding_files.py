@@ -145,7 +145,12 @@ def writer_for(path: Path) -> Callable[[Path, PartReader, dict[str, Any]], None]
         raise UserError(
             f"--out {path} ends in {path.suffix or 'nothing'}; it may end in {', '.join(FORMATS)}"
         )
+    require_package(path, ".npz")
+    return FORMATS[path.suffix]
+
+
+def require_package(path: Path, instead: str) -> None:
+    """Raises UserError where the optional package behind a file's extension is missing."""
     package = {".parquet": "pyarrow", ".h5": "h5py"}.get(path.suffix)
     if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"{path.suffix} needs {package}: pip install {package}, or write .npz")
-    return FORMATS[path.suffix]
+        raise UserError(f"{path.suffix} needs {package}: pip install {package}, or write {instead}")

@@ -26,20 +26,24 @@ from esm1nv_jax.inference.row_shapes import (
     pad_rows,
     split_into_windows,
 )
-from esm1nv_jax.model import encoder
+from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
+from esm1nv_jax.model.heads import HeadConfig
 
 IN_FLIGHT = 2  # batches dispatched before the first is fetched: the device never waits for the host
 KINDS = ("mean", "per_residue", "cls", "logits")
+PROJECTED = 128  # pooled proteins that a head reads at once: one shape, so the same bits for each
 
 
 @dataclasses.dataclass(frozen=True)
 class OutputSpec:
-    """What to give back: some of KINDS, for these layers; `dtype` is what leaves the device."""
+    """What to give back: some of KINDS, for these layers, or what a head reads of layer -1; `dtype`
+    is what leaves the device."""
 
     kinds: tuple[str, ...] = ("mean", "per_residue")
     layers: tuple[int, ...] = (-1,)
     dtype: str = "float32"  # of per_residue, cls and logits; means are taken in fp32 first
+    head: HeadConfig | None = None
 
     def names(self) -> list[str]:
         """Names of the arrays, such as `mean_-1`; `logits` belong to no layer."""
@@ -53,7 +57,8 @@ NOTHING_ELSE = OutputSpec((), ())
 
 @dataclasses.dataclass(frozen=True)
 class DeviceModel:
-    """A model on devices: replicated parameters, and how rows are spread over the devices."""
+    """A model on devices: replicated parameters, those of a head under "head", and how rows are
+    spread over the devices."""
 
     config: EncoderConfig
     compute: ComputeConfig
@@ -74,11 +79,12 @@ def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, output
 
     Returns `log_probs` fp32 [B, M, vocabulary] at `prediction_positions_BM` where it is given; sums
     over residues under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D],
-    `logits` [B, T, V].
+    `logits` [B, T, V]; of a head on residues `head` fp32 [B, T, K], of one on proteins `pool` fp32
+    [B, S, D + 2]: a `heads.Pool`, its three arrays side by side.
     """
     output = encoder.forward(
         config,
-        params,
+        {name: value for name, value in params.items() if name != "head"},
         batch["tokens_BT"],
         batch["segment_ids_BT"],
         batch["positions_BT"],
@@ -105,6 +111,16 @@ def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, output
             results[f"per_residue_{layer}"] = x_BTD.astype(outputs.dtype)
     if "logits" in outputs.kinds:
         results["logits"] = output.logits[..., : tokenizer.VOCABULARY].astype(outputs.dtype)
+    if (head := outputs.head) is not None and head.level == "residue":
+        results["head"] = heads.project(params["head"], output.hidden[-1])
+    elif head is not None:
+        slot_BT = batch["slot_BT"]
+        if head.pooling == "cls":
+            slot_BT = heads.pooled_slots(head, batch["segment_ids_BT"], batch["positions_BT"])
+        slots = batch["starts_BS"].shape[1]
+        pool = heads.pool(head, params["head"], output.hidden[-1], slot_BT, slots)
+        weights = [pool.weight_BS[..., None], pool.log_scale_BS[..., None]]
+        results["pool"] = jnp.concatenate([pool.sum_BSD, *weights], axis=-1)
     return results
 
 
@@ -225,7 +241,8 @@ def embed_sequences(
 
     Returns, under `outputs.names()`: `mean_*` and `cls_*` [sequences, D], `per_residue_*`
     [all residues, D] and `logits` [all residues, vocabulary], the residues of all sequences one
-    after another.
+    after another. With `outputs.head` also `head`, its logits: fp32 [all residues, K], or
+    [sequences, K] of a pool over the residues of all windows.
     """
     lengths = np.array([len(i) for i in ids], np.int64)
     windows = [(i, w) for i, n in enumerate(lengths) for w in split_into_windows(int(n), limit)]
@@ -254,9 +271,12 @@ def embed_sequences(
     for results, (at, token, residue) in run_batches(model, batches(), outputs):
         for name, value in results.items():
             by_protein = name.startswith(("mean", "cls"))
-            shape = (len(ids) if by_protein else int(lengths.sum()), value.shape[-1])
+            items = len(windows) if name == "pool" else int(lengths.sum())
+            shape = (len(ids) if by_protein else items, value.shape[-1])
             total = merged.setdefault(name, np.zeros(shape, value.dtype))
-            if not by_protein:
+            if name == "pool":
+                total[at.item] = value[at.row, at.slot]
+            elif not by_protein:
                 total[residue] = value.reshape(-1, value.shape[-1])[token]
             elif name.startswith("mean"):  # a long sequence adds up over its windows
                 np.add.at(total, owner[at.item], value[at.row, at.slot])
@@ -266,4 +286,37 @@ def embed_sequences(
     for name, value in merged.items():
         if name.startswith("mean"):
             value /= lengths[:, None].astype(np.float32)
-    return {name: merged[name] for name in outputs.names() if name in merged}
+    results = {name: merged[name] for name in outputs.names() if name in merged}
+    if outputs.head is not None and "pool" in merged:
+        pools = merged["pool"]
+        if outputs.head.pooling == "cls":  # the only <s> that a protein begins with
+            pools, owner = pools[start == 0], owner[start == 0]
+        merged["head"] = _project(model.params["head"], _pooled(pools, owner, len(ids)))
+    return results | ({"head": merged["head"]} if "head" in merged else {})
+
+
+def _pooled(pools: np.ndarray, owner: np.ndarray, n: int) -> np.ndarray:
+    """fp32 [n, D]: means over whole proteins from the pools of their windows [windows, D + 2]."""
+    sums, weight = pools[:, :-2], pools[:, -2]
+    log_scale = np.where(weight > 0, pools[:, -1], -np.inf)
+    highest = np.full(n, -np.inf, np.float32)
+    np.maximum.at(highest, owner, log_scale)
+    factor = np.exp(log_scale - highest[owner])
+    total = np.zeros((n, pools.shape[1] - 2), np.float32)
+    weights = np.zeros(n, np.float32)
+    np.add.at(total, owner, sums * factor[:, None])
+    np.add.at(weights, owner, weight * factor)
+    return total / weights[:, None]
+
+
+def _project(params: dict, pooled: np.ndarray) -> np.ndarray:
+    """Logits of a head on pooled states, in one shape, whatever else is there."""
+    parts = []
+    for begin in range(0, len(pooled), PROJECTED):
+        part = pooled[begin : begin + PROJECTED]
+        padded = np.pad(part, ((0, PROJECTED - len(part)), (0, 0)))
+        parts.append(np.asarray(_project_on_device(params, padded))[: len(part)])
+    return np.concatenate(parts)
+
+
+_project_on_device = jax.jit(heads.project)

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -26,10 +26,12 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
 from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.inference.sequence_input import as_list, residue_ids, residue_letters
 from esm1nv_jax.inference.variant_scores import MODES, parse_mutants, score_mutants
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput
+from esm1nv_jax.model.heads import HeadConfig, to_predictions
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 
@@ -59,14 +61,37 @@ class Prediction:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadPredictions:
+    """What the head of a fine-tuned model predicts for n sequences.
+
+    values: float32; `values[i]` is [residues of sequence i, K] of a head on residues, [K] of one on
+      proteins. Probabilities in the order of `head.classes`, which add up to 1 in "classification"
+      and are independent in "multilabel"; in "regression" K = 1, and it is the value itself.
+    """
+
+    head: HeadConfig
+    values: list[np.ndarray]
+
+    @property
+    def labels(self) -> list[list[str]]:
+        """Of each sequence the likeliest class of every residue, or of the protein."""
+        if self.head.kind != "classification":
+            raise UserError(f"a head for {self.head.kind} has no likeliest class; take .values")
+        best = [np.atleast_2d(value).argmax(axis=1) for value in self.values]
+        return [[self.head.classes[k] for k in classes] for classes in best]
+
+
+@dataclasses.dataclass(frozen=True)
 class Model:
     """Parameters, architecture and where they came from. Made by `load`."""
 
     config: EncoderConfig
-    params: dict  # jax arrays; for `apply`
+    params: dict  # jax arrays of the encoder; for `apply`
     provenance: dict[str, Any]
     precision: str = "fp32"
     max_residues: int | None = None  # read at once, instead of what `longest` would choose
+    head: HeadConfig | None = None  # of a fine-tuned model
+    head_params: dict | None = None
 
     @property
     def longest(self) -> int:
@@ -90,12 +115,12 @@ class Model:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of the names and values of all parameters."""
-        total = hashlib.blake2b(digest_size=16)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            total.update(jax.tree_util.keystr(path).encode())
-            total.update(np.ascontiguousarray(leaf).data)
-        return total.hexdigest()
+        """A hash of the names and values of the encoder's parameters."""
+        return _digest(self.params)
+
+    @functools.cached_property
+    def head_digest(self) -> str:
+        return _digest(self.head_params or {})
 
     @property
     def compute(self) -> ComputeConfig:
@@ -116,6 +141,8 @@ class Model:
         emulate_bfloat16 = not multiplies_bf16(devices[0].platform)
         compute = dataclasses.replace(self.compute, emulate_bfloat16=emulate_bfloat16)
         params = _kernels_in_bf16(self.params) if self.precision == "bf16" else self.params
+        if self.head_params is not None:  # which stays fp32
+            params = params | {"head": self.head_params}
         sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         tokens = TOKENS_CPU if cpu else TOKENS_ACCELERATOR
@@ -139,7 +166,7 @@ class Model:
         Raises UserError, a ValueError, for an unknown layer or for what is no sequence.
         """
         check_layers((layer,), self.config)
-        ids = [_residue_ids(s, f"sequence {i}") for i, s in enumerate(_as_list(sequences))]
+        ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
         if not ids:
             none = np.zeros((0, self.config.width), np.float32)
             return Embeddings([], none, none)
@@ -156,18 +183,48 @@ class Model:
 
         Columns are `esm1nv_jax.data.tokenizer.TOKENS`; `<mask>` may stand in a sequence.
         """
-        ids = [_residue_ids(s, f"sequence {i}") for i, s in enumerate(_as_list(sequences))]
+        ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
         if not ids:
             return []
         results = embed_sequences(self.on_devices, ids, OutputSpec(("logits",), ()), self.longest)
         return _split_by_sequence(results["logits"], ids)
+
+    def predict(
+        self, sequences: Iterable[str | bytes], deterministic: bool = False
+    ) -> HeadPredictions:
+        """What the head of a fine-tuned model predicts, of every residue or of every protein.
+
+        Proteins longer than `longest` residues are read in overlapping windows: a residue is taken
+        from the window in which it is farthest from a cut, and a protein is predicted from a pool
+        over the residues of all windows (of `cls`, from `<s>` of the first one).
+
+        Raises UserError where the model has no head.
+        """
+        head = self.require_head()
+        ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
+        if not ids:
+            return HeadPredictions(head, [])
+        outputs = OutputSpec((), head=head)
+        results = embed_sequences(self.on_devices, ids, outputs, self.longest, deterministic)
+        values = to_predictions(head, results["head"])
+        by_residue = head.level == "residue"
+        return HeadPredictions(head, _split_by_sequence(values, ids) if by_residue else [*values])
+
+    def require_head(self) -> HeadConfig:
+        """The head's config. Raises UserError where the model has none."""
+        if self.head is None:
+            raise UserError(
+                "this model predicts no labels, for it was not fine-tuned on any; make one that "
+                "does: esm1nv finetune --checkpoint MODEL --csv FILE --task TASK --out RUN"
+            )
+        return self.head
 
     def fill_mask(self, sequence: str, top: int = 5) -> list[Prediction]:
         """The `top` likeliest of the 20 standard residues at each `<mask>` of a sequence.
 
         Probabilities are among the 20.
         """
-        at = np.flatnonzero(_residue_ids(sequence, "the sequence") == tokenizer.MASK)
+        at = np.flatnonzero(residue_ids(sequence, "the sequence") == tokenizer.MASK)
         if not at.size:
             raise UserError("the sequence holds no <mask>; write one, as in MK<mask>V")
         first = tokenizer.FIRST_RESIDUE
@@ -225,8 +282,8 @@ class Model:
         for one window of a long protein.
         """
         self.check_mode(mode, force)
-        wild_type = _letters(sequence, "the sequence").decode()
-        parsed = parse_mutants(_as_list(mutants), wild_type, offset)
+        wild_type = residue_letters(sequence, "the sequence").decode()
+        parsed = parse_mutants(as_list(mutants), wild_type, offset)
         return score_mutants(
             self.on_devices, wild_type, parsed, self.longest, mode, additive, on_progress
         )
@@ -279,8 +336,17 @@ def load(path: str, precision: str = "fp32", max_residues: int | None = None) ->
             f"max_residues={max_residues}: this model has {weights.model.positions} positions; "
             f"give 1 to {room}"
         )
-    params = jax.device_put(weights.params)
-    return Model(weights.model, params, weights.provenance, precision, max_residues)
+    params = jax.device_put(weights.encoder_params)
+    head_params = jax.device_put(weights.params.get("head"))
+    return Model(
+        weights.model,
+        params,
+        weights.provenance,
+        precision,
+        max_residues,
+        weights.head,
+        head_params,
+    )
 
 
 def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:
@@ -292,50 +358,12 @@ def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:
             )
 
 
-def _as_list(texts: Iterable) -> list:
-    """Refuses one text, which is as many as it has letters, and what has no order of its own."""
-    if isinstance(texts, str | bytes | bytearray) or hasattr(texts, "seq") or _is_biopython(texts):
-        raise UserError(f"{str(texts)[:20]!r} is one text; give a list, as in [text]")
-    if isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable):
-        raise UserError(f"a {type(texts).__name__} is given; give a list of texts")
-    return list(texts)
-
-
-def _is_biopython(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] == "Bio"
-
-
-def _letters(sequence: object, name: str) -> bytes:
-    """A sequence as FASTA files are read, with `?` for `<mask>`.
-
-    Raises UserError, which begins with `name`, for what is no sequence of residue letters.
-    """
-    sequence = getattr(sequence, "seq", sequence)
-    if isinstance(sequence, bytes | bytearray):
-        sequence = sequence.decode("latin-1")
-    elif _is_biopython(sequence):
-        sequence = str(sequence)
-    if not isinstance(sequence, str):
-        raise UserError(
-            f"{name} is {str(sequence)[:20]}, a {type(sequence).__name__}; give residue letters as "
-            "str or bytes"
-        )
-    try:
-        tokenizer.normalize(sequence.replace("<mask>", " " * len("<mask>")))
-    except tokenizer.InvalidResidueError as error:
-        raise UserError(f"{name}: {error}; <mask> stands for an unknown residue") from None
-    letters, _ = tokenizer.normalize(sequence.replace("<mask>", "?"), keep=b"?")
-    if not letters:
-        raise UserError(f"{name} is empty; give at least one residue")
-    return letters
-
-
-def _residue_ids(sequence: object, name: str) -> np.ndarray:
-    """uint8 ids of the residues, `<mask>` included; no specials."""
-    letters = _letters(sequence, name)
-    ids = tokenizer.residue_ids(letters)
-    ids[np.frombuffer(letters, np.uint8) == ord("?")] = tokenizer.MASK
-    return ids
+def _digest(params: dict) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        total.update(jax.tree_util.keystr(path).encode())
+        total.update(np.ascontiguousarray(leaf).data)
+    return total.hexdigest()
 
 
 def _split_by_sequence(flat: np.ndarray, ids: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -98,7 +98,7 @@ class PartialResults:
         if not isinstance(settings, dict) or not all(
             type(settings.get(name)) is int and settings[name] > 0 for name in counts
         ):
-            raise UserError(f"{path} holds no settings of esm1nv embed; remove {self.folder}")
+            raise UserError(f"{path} holds no settings of unfinished work; remove {self.folder}")
         return settings
 
     @contextlib.contextmanager
@@ -159,7 +159,7 @@ class PartialResults:
             ) from None
 
     def clear(self) -> None:
-        """Removes what embed wrote, and the folder if that is all there is in it."""
+        """Removes what was written here, and the folder if that is all there is in it."""
         for path in self.folder.glob("*"):
             if _OURS.fullmatch(path.name):
                 path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 
@@ -85,9 +86,9 @@ def logits(config: HeadConfig, params: dict, x_BTD, segment_ids_BT, positions_BT
         a state of zeros.
     """
     if config.level == "residue":
-        return project(config, params, x_BTD)
+        return project(params, x_BTD)
     slot_BT = pooled_slots(config, segment_ids_BT, positions_BT)
-    return project(config, params, pool(config, params, x_BTD, slot_BT, num_segments).mean())
+    return project(params, pool(config, params, x_BTD, slot_BT, num_segments).mean())
 
 
 def pooled_slots(config: HeadConfig, segment_ids_BT, positions_BT):
@@ -130,11 +131,22 @@ def pool(config: HeadConfig, params: dict, x_BTD, slot_BT, num_slots: int) -> Po
     return Pool(sum_BSD, weight_BST.sum(axis=-1), shift_BS)
 
 
-def project(config: HeadConfig, params: dict, x):
+def project(params: dict, x):
     """Logits, fp32 [..., K], of states [..., D]: of residues, or pooled ones of proteins."""
     if "dense" in params:
         x = jnp.tanh(_linear(params["dense"], x))
     return _linear(params["out_proj"], x)
+
+
+def to_predictions(config: HeadConfig, logits: np.ndarray) -> np.ndarray:
+    """Probabilities of the classes, or the values of a regression: float32 [n, K] on the host."""
+    if config.kind == "regression":
+        return logits.astype(np.float32)
+    x = logits.astype(np.float64)
+    if config.kind == "multilabel":
+        return (0.5 + 0.5 * np.tanh(x / 2)).astype(np.float32)  # the sigmoid, without overflow
+    odds = np.exp(x - x.max(axis=-1, keepdims=True))
+    return (odds / odds.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def _linear(params: dict, x):

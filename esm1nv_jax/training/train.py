@@ -193,8 +193,9 @@ def load_pretrained(config: RunConfig) -> dict | None:
     if not config.init_from:
         return None
     weights = load_weights(config.init_from)
-    model_folder.check(weights.params, config.model, f"init_from={config.init_from}")
-    return weights.params
+    params = weights.encoder_params  # a head is no part of masked language modelling
+    model_folder.check(params, config.model, f"init_from={config.init_from}")
+    return params
 
 
 def find_fork(config: RunConfig, workdir: str) -> tuple[epath.Path, int, str] | None:

@@ -19,7 +19,7 @@ def model(model_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    from esm1nv_jax.inference import embed
+    from esm1nv_jax.inference import fasta_job
 
-    monkeypatch.setattr(embed, "PART_RESIDUES", 400)
-    monkeypatch.setattr(embed, "PART_BATCHES", 0)
+    monkeypatch.setattr(fasta_job, "PART_RESIDUES", 400)
+    monkeypatch.setattr(fasta_job, "PART_BATCHES", 0)

@@ -39,8 +39,8 @@ RUN = """
 import sys, time
 from esm1nv_jax import cli
 from esm1nv_jax.common import arguments
-from esm1nv_jax.inference import embed, partial_results
-embed.PART_RESIDUES, embed.PART_BATCHES = 300, 0
+from esm1nv_jax.inference import fasta_job, partial_results
+fasta_job.PART_RESIDUES, fasta_job.PART_BATCHES = 300, 0
 write = partial_results.PartialResults.write
 def slow(self, *args):
     write(self, *args)

@@ -198,8 +198,8 @@ def test_checking_a_file_holds_little_of_each_record(tmp_path):
 
 PEAK = """
 import re, sys
-from esm1nv_jax.inference import embed
-embed.PART_BYTES, embed.PART_RESIDUES, embed.PART_BATCHES = 1 << 22, 1 << 14, 0
+from esm1nv_jax.inference import embed, fasta_job
+fasta_job.PART_BYTES, fasta_job.PART_RESIDUES, fasta_job.PART_BATCHES = 1 << 22, 1 << 14, 0
 checkpoint, fasta, out = sys.argv[1:]
 embed.embed(embed.EmbedRequest(checkpoint, fasta, out, include=("per_residue", "mean")))
 # Not ru_maxrss, which begins with the memory of the process that forked this one.

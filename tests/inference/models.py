@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.model import encoder
+from esm1nv_jax.model import encoder, heads
 
 CONFIG = encoder.EncoderConfig(
     layers=2, width=32, heads=4, ffn=64, positions=66, dropout=0.0, attention_dropout=0.0
@@ -20,6 +20,20 @@ def make_model(path, recipe="card", config=CONFIG):
     data = {"max_residues": config.positions - 2, "crop": "prefix"}
     provenance = {"config": {"data": data, "masking": {"recipe": recipe, "rate": 0.15}}}
     model_folder.write(str(path), model_folder.Weights(params, config, provenance))
+    return str(path)
+
+
+def make_tuned(path, head, base):
+    """Writes the model of folder `base` with a head of random weights, and says where."""
+    weights = model_folder.read(base)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(
+        lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
+        heads.abstract(head, weights.model.width),
+    )
+    provenance = weights.provenance | {"fine_tuned_from": {"digest": "0"}}
+    tuned = model_folder.Weights(weights.params | {"head": params}, weights.model, provenance, head)
+    model_folder.write(str(path), tuned)
     return str(path)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference import embed as embed_lib
+from esm1nv_jax.inference import fasta_job
 from esm1nv_jax.inference.embed import embed, merge
 from esm1nv_jax.inference.partial_results import PartialResults
 from tests.inference.embed_jobs import PROTEINS, RUN, read_npz, request, start
@@ -165,7 +165,7 @@ def test_work_begun_on_other_devices_goes_on_in_its_parts(
     (tmp_path / "one").mkdir()
     alone = embed(request(model_path, tmp_path / "one"))
     embed(request(model_path, tmp_path, shard=(1, 2)))
-    monkeypatch.setattr(embed_lib, "PART_RESIDUES", 800)  # as more devices would have it
+    monkeypatch.setattr(fasta_job, "PART_RESIDUES", 800)  # as more devices would have it
     assert embed(request(model_path, tmp_path)) == alone
 
 
@@ -214,9 +214,9 @@ def swap(folder):
         (lambda f: change_settings(f, dtype="float16"), r"part-000000\.npz is no part 0"),
         (lambda f: change_settings(f, parts=2, count=3), r"part-000000\.npz is no part 0"),
         (lambda f: (f / "part-000001.npz").unlink(), r"parts are missing \(1\)"),
-        (lambda f: (f / "settings.json").write_text("[1]"), "holds no settings of esm1nv embed"),
-        (lambda f: change_settings(f, parts="2"), "holds no settings of esm1nv embed"),
-        (lambda f: change_settings(f, parts=-1), "holds no settings of esm1nv embed"),
+        (lambda f: (f / "settings.json").write_text("[1]"), "holds no settings of unfinished work"),
+        (lambda f: change_settings(f, parts="2"), "holds no settings of unfinished work"),
+        (lambda f: change_settings(f, parts=-1), "holds no settings of unfinished work"),
         (lambda f: (f / "settings.json").write_text("{" * 9999), "cannot be read"),
     ],
 )

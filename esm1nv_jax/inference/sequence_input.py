@@ -1,0 +1,56 @@
+"""Sequences as callers of the Python API give them: str, bytes, `Bio.Seq` or `SeqRecord`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+
+import numpy as np
+
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import tokenizer
+
+
+def as_list(texts: Iterable) -> list:
+    """Refuses one text, which is as many as it has letters, and what has no order of its own."""
+    if isinstance(texts, str | bytes | bytearray) or hasattr(texts, "seq") or _is_biopython(texts):
+        raise UserError(f"{str(texts)[:20]!r} is one text; give a list, as in [text]")
+    if isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable):
+        raise UserError(f"a {type(texts).__name__} is given; give a list of texts")
+    return list(texts)
+
+
+def _is_biopython(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] == "Bio"
+
+
+def residue_letters(sequence: object, name: str) -> bytes:
+    """A sequence as FASTA files are read, with `?` for `<mask>`.
+
+    Raises UserError, which begins with `name`, for what is no sequence of residue letters.
+    """
+    sequence = getattr(sequence, "seq", sequence)
+    if isinstance(sequence, bytes | bytearray):
+        sequence = sequence.decode("latin-1")
+    elif _is_biopython(sequence):
+        sequence = str(sequence)
+    if not isinstance(sequence, str):
+        raise UserError(
+            f"{name} is {str(sequence)[:20]}, a {type(sequence).__name__}; give residue letters as "
+            "str or bytes"
+        )
+    try:
+        tokenizer.normalize(sequence.replace("<mask>", " " * len("<mask>")))
+    except tokenizer.InvalidResidueError as error:
+        raise UserError(f"{name}: {error}; <mask> stands for an unknown residue") from None
+    letters, _ = tokenizer.normalize(sequence.replace("<mask>", "?"), keep=b"?")
+    if not letters:
+        raise UserError(f"{name} is empty; give at least one residue")
+    return letters
+
+
+def residue_ids(sequence: object, name: str) -> np.ndarray:
+    """uint8 ids of the residues, `<mask>` included; no specials."""
+    letters = residue_letters(sequence, name)
+    ids = tokenizer.residue_ids(letters)
+    ids[np.frombuffer(letters, np.uint8) == ord("?")] = tokenizer.MASK
+    return ids
