@@ -56,6 +56,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     Raises UserError where the target's compiler is not installed or the config is wrong, DoesNotFit
     where the compiler itself finds too little memory.
     """
+    from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.data.source import SAMPLE, open_split
     from esm1nv_jax.planning import roofline
     from esm1nv_jax.planning.hlo import Program
@@ -71,11 +72,11 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     model, compute = settings.model, settings.compute
     source = open_split(run.data.path or SAMPLE, "train")
     global_rows, count = run.global_rows(source.lengths, len(devices)), len(devices)
+    mesh = sharding.make_mesh(devices)
+    check_memory(settings, stream_config(run, global_rows), mesh, chip.memory)
     rows = global_rows // count
-    check_memory(settings, rows, run.data.row_length, chip.memory)
     load = roofline.stream_load(run, source, rows, count)
 
-    mesh = sharding.make_mesh(devices)
     state, compiled, seconds = compile_step(settings, mesh, global_rows, run.data.row_length)
     program = Program(compiled.as_text())
     step = roofline.Step(model, compute.attention, settings.microbatches, hosts, per_host)
@@ -275,7 +276,7 @@ def print_comparison(plans: list[Plan]) -> None:
         if "refused" in p:
             table.add_row(p["variant"], "", p["refused"])
             continue
-        times = (f"{p['seconds'] * 1e3:.1f}", f"{p['mfu']:.1%}")
+        times: tuple[str, ...] = (f"{p['seconds'] * 1e3:.1f}", f"{p['mfu']:.1%}")
         times += (f"{p['residues_per_second']:,.0f}", f"{p['bytes_per_token']:,.0f}")
         verdict = "fits" if p["fits"] else "does not fit"
         shown = ("",) * 4 if p["miscounted"] else times

@@ -7,6 +7,7 @@ import os
 import jax
 
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.training.step import StepConfig
 
 GIB = 2**30
@@ -33,9 +34,18 @@ def device_memory(device: jax.Device) -> float:
     return machine / jax.local_device_count(device.platform)
 
 
-def check_memory(config: StepConfig, rows: int, row_length: int, available: float) -> None:
-    """Raise UserError where a step on `rows` rows a device cannot fit in `available` bytes."""
-    parameters, activations = least_memory(config, rows, row_length)
+def check_memory(
+    config: StepConfig,
+    stream: StreamConfig,
+    mesh: jax.sharding.Mesh,
+    available: float | None = None,
+) -> None:
+    """Raise UserError where a step on the devices of `mesh` cannot fit in `available` bytes each:
+    by default what the first of this process has."""
+    rows = stream.rows // mesh.size
+    if available is None:
+        available = device_memory(mesh.local_devices[0])
+    parameters, activations = least_memory(config, rows, stream.row_length)
     if parameters + activations > available:
         total, one, other, has = (
             f"{x / GIB:,.1f}"
@@ -43,6 +53,6 @@ def check_memory(config: StepConfig, rows: int, row_length: int, available: floa
         )
         raise UserError(
             f"a step needs at least {total} GiB a device ({one} for parameters, gradients and "
-            f"Adam, {other} for {rows:,} rows of {row_length:,} tokens), and a device has {has}; "
-            "make the model or the batch smaller (model.*, batch.*, data.row_length)"
+            f"Adam, {other} for {rows:,} rows of {stream.row_length:,} tokens), and a device has "
+            f"{has}; make the model or the batch smaller (model.*, batch.*, data.row_length)"
         )

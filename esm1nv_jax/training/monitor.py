@@ -157,9 +157,9 @@ class RunMonitor:
         return self._preemption.should_stop(step)
 
     @property
-    def stop_status(self) -> int | None:
-        """The exit status that a signal asks for; None where none came."""
-        return self._preemption.exit_status if self._preemption.stopping else None
+    def stop_status(self) -> int:
+        """The exit status that a signal asks for; 0 where none came."""
+        return self._preemption.exit_status if self._preemption.stopping else 0
 
 
 class StepProfiler:

@@ -57,8 +57,10 @@ def print_start(
     )
 
 
-def print_layout_change(before: dict[str, int], now: dict[str, int]) -> None:
-    """Print that a run resumes on other devices than those that wrote its checkpoint."""
+def print_layout_change(before: dict[str, int] | None, now: dict[str, int]) -> None:
+    """Print that a run resumes on other devices than those that wrote its checkpoint, if so."""
+    if before in (None, now):
+        return
     layouts = [
         f"{layout['rows']} rows on {layout['devices']} device(s) in {layout['processes']} "
         "process(es)"
@@ -68,6 +70,11 @@ def print_layout_change(before: dict[str, int], now: dict[str, int]) -> None:
         f"changed    from {layouts[0]} to {layouts[1]}; the data stream resumes without a gap, "
         "the schedule by step"
     )
+
+
+def print_stopped(step: int, run_dir: epath.Path) -> None:
+    """Print that a signal ended the run at `step`."""
+    console.print(f"saved step {step} in {run_dir}; the same command resumes from there")
 
 
 def print_results(

@@ -20,12 +20,12 @@ from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, stream_config
 from esm1nv_jax.data.source import Source, open_split, subset
 from esm1nv_jax.interchange.loader import load_weights
-from esm1nv_jax.training import process_group, sharding, summary
+from esm1nv_jax.training import memory, process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log
-from esm1nv_jax.training.memory import check_memory, device_memory
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning
 from esm1nv_jax.training.step import (
     StepConfig,
@@ -55,19 +55,14 @@ def train(config: RunConfig, workdir: str, strict: bool = False) -> int:
 
 
 def run(
-    config: RunConfig,
-    workdir: str,
-    strict: bool,
-    group: process_group.ProcessGroup,
-    watchdog: Watchdog,
+    config: RunConfig, workdir: str, strict: bool, group: ProcessGroup, watchdog: Watchdog
 ) -> int:
     """Train in one process of `group`; see `train`."""
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
     step_config = config.step_config(mesh.devices.flat[0])
     train_source, validation_source = open_data(config)
     stream = stream_config(config, config.global_rows(train_source.lengths, mesh.size))
-    available = device_memory(mesh.local_devices[0])
-    check_memory(step_config, stream.rows // mesh.size, stream.row_length, available)
+    memory.check_memory(step_config, stream, mesh)
     pretrained = load_pretrained(config)
     fork = find_fork(config, workdir)
     fingerprints = {"train": train_source.fingerprint, "validation": validation_source.fingerprint}
@@ -98,8 +93,7 @@ def run(
             if fork and not saved:
                 goes_on = "goes on there" if data_state is not None else "begins anew"
                 console.print(f"forked     from {config.fork_from}; the data stream {goes_on}")
-            if saved.get("layout") not in (None, layout):
-                summary.print_layout_change(saved["layout"], layout)
+            summary.print_layout_change(saved.get("layout"), layout)
 
         monitor = RunMonitor(
             config,
@@ -162,15 +156,12 @@ def run(
         checkpoints.wait()
         group.barrier("saved", config.cluster.stall_timeout)
         watchdog.disable()
-        if monitor.stop_status is not None and not finished:
-            if group.is_primary:
-                console.print(
-                    f"saved step {step} in {run_dir}; the same command resumes from there"
-                )
-            return monitor.stop_status
-        if group.is_primary:
+        stop_status = 0 if finished else monitor.stop_status
+        if group.is_primary and stop_status:
+            summary.print_stopped(step, run_dir)
+        elif group.is_primary:
             summary.print_results(config, stream, train_source, validation_source, run_dir)
-    return 0
+        return stop_status
 
 
 def open_data(config: RunConfig) -> tuple[Source, Source]:
@@ -248,7 +239,7 @@ def restore_or_initialize(
     source: Source,
     pretrained: dict | None,
     fork: tuple[epath.Path, int, str] | None,
-    group: process_group.ProcessGroup,
+    group: ProcessGroup,
 ) -> tuple[TrainState, pipeline.State | None, dict]:
     """Return the state to start from, that of the data stream, and the metadata of the checkpoint.
 
