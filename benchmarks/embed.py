@@ -26,7 +26,7 @@ BATCH_TOKENS = 4_096
 
 def read(path: str, residues: int) -> list[bytes]:
     """Proteins from the start of a FASTA file, about so many residues in all."""
-    from esm1nv_jax.data.proteins import scan
+    from esm1nv_jax.data.fasta import scan
 
     taken, total = [], 0
     for _, sequence in scan(path, skip=True):

@@ -15,6 +15,9 @@ from etils import epath
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_TEXT = ("No space left", "quota", "File too large")
+
 
 def check(*paths: str | None) -> None:
     """Raises UserError where a file cannot be written, before the work; None asks for none."""
@@ -29,13 +32,19 @@ def check(*paths: str | None) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: epath.PathLike, kept: Path | None = None) -> Iterator[None]:
-    """A disk that refuses, as one line that names the file, and the folder of what is `kept`."""
+def writing(
+    path: epath.PathLike, kept: Path | None = None, errors: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[None]:
+    """A disk that refuses, as one line that names the file, and the folder of what is `kept`.
+
+    `errors` are what the writer of the file raises then, in words where it has no `errno`.
+    """
     try:
         yield
-    except OSError as error:
-        what = f"{path} cannot be written: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except errors as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        what = f"{path} cannot be written: {reason}"
+        if getattr(error, "errno", None) in _FULL or any(t in str(error) for t in _FULL_TEXT):
             what = f"no space left to write {path}"
         if kept is not None and kept.is_dir():
             what += f"; finished parts are kept in {kept}"

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import lzma
 import shutil
 import sys
 import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import zstandard
 from isal import igzip_lib
@@ -27,6 +25,7 @@ _COMPRESSED = 1 << 17  # compressed bytes read at a time: at most so much is los
 _ZSTD_PIECE = 1 << 10  # zstd has no bound on its output: a piece makes at most 32 MiB of text
 _MAX_TEXT = 1 << 29  # bytes of a text that is read as a whole
 _GZIP, _ZSTD, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00"
+_GZIP_FLAG = igzip_lib.DECOMP_GZIP
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a zstd frame without content; pzstd writes them
 _UNSUPPORTED = {
     b"BZh": "bzip2",
@@ -40,24 +39,6 @@ _UNSUPPORTED = {
 
 class DamagedFileError(Exception):
     """A compressed file that is truncated or damaged, or a record too long to be held in memory."""
-
-
-class _CountingFile(io.RawIOBase):
-    """Counts the bytes that are read from a file and computes their MD5 if asked to."""
-
-    def __init__(self, file: BinaryIO, md5: bool):
-        self._file, self.read_bytes = file, 0
-        self.md5 = hashlib.md5(usedforsecurity=False) if md5 else None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        n = self._file.readinto(buffer)  # type: ignore[attr-defined]
-        self.read_bytes += n
-        if self.md5 is not None:
-            self.md5.update(memoryview(buffer)[:n])
-        return n
 
 
 class DecompressedFile:
@@ -74,23 +55,26 @@ class DecompressedFile:
     """
 
     def __init__(self, path: Path, md5: bool = False, name: str = "", expected: str = "FASTA"):
-        self.name, self.expected = name or str(path), expected
+        self.name, self.expected, self.read_bytes = name or str(path), expected, 0
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
         try:
-            self._raw = _CountingFile(open(path, "rb", buffering=0), md5)  # noqa: SIM115
+            self._file = open(path, "rb", BLOCK)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot read {self.name}: {error.strerror}") from error
-        self._file = io.BufferedReader(self._raw, BLOCK)
 
-    @property
-    def read_bytes(self) -> int:
-        return self._raw.read_bytes
+    def _read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.read_bytes += len(data)
+        if self._md5 is not None:
+            self._md5.update(data)
+        return data
 
     def md5(self) -> str:
         """The checksum of the whole file; reads what follows a damage that was skipped."""
-        assert self._raw.md5 is not None
-        while self._file.read(BLOCK):
+        assert self._md5 is not None
+        while self._read(BLOCK):
             pass
-        return self._raw.md5.hexdigest()
+        return self._md5.hexdigest()
 
     def __iter__(self) -> Iterator[bytes]:
         head = self._file.peek(8)[:8]
@@ -102,13 +86,13 @@ class DecompressedFile:
                 )
         try:
             if head.startswith(_GZIP):
-                yield from _members(self._file, _gzip_decompressor)
+                yield from self._members(lambda: igzip_lib.IgzipDecompressor(flag=_GZIP_FLAG))
             elif head.startswith(_ZSTD) or head[1:4] == _SKIPPABLE:
-                yield from _members(self._file, _ZstdDecompressor)
+                yield from self._members(_ZstdDecompressor)
             elif head.startswith(_XZ):
-                yield from _members(self._file, _xz_decompressor)
+                yield from self._members(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
             else:
-                while block := self._file.read(BLOCK):
+                while block := self._read(BLOCK):
                     yield block
         except EOFError as error:
             raise DamagedFileError("the compressed file ends too early") from error
@@ -117,22 +101,40 @@ class DecompressedFile:
                 raise UserError(f"cannot read {self.name}: {error.strerror}") from error
             raise DamagedFileError(f"the compressed file is damaged ({error})") from error
 
+    def _members(self, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
+        """Yields the content of the members of a file in blocks, one member after another.
+
+        The file readers of these libraries take what follows a member of xz, and a truncated zstd
+        file, for the end. Here whatever follows a member is another member, zeros, or an error.
+        """
+        member = None
+        while data := self._read(_COMPRESSED):
+            while data:
+                if member is None:
+                    data = data.lstrip(b"\0")  # padding, which gzip and xz allow
+                    if not data:
+                        break
+                    member = new_decompressor()
+                yield member.decompress(data, BLOCK)
+                while not (member.needs_input or member.eof):
+                    yield member.decompress(b"", BLOCK)
+                if not member.eof:
+                    break
+                data, member = member.unused_data, None
+        if member is not None:
+            raise EOFError
+
 
 def read_text(path: str, expected: str) -> str:
-    """The whole text of a small UTF-8 file, plain or compressed.
-
-    Raises UserError, which asks for what was `expected`.
-    """
+    """The whole text of a small UTF-8 file, plain or compressed; errors ask for `expected`."""
     blocks, size = [], 0
     try:
         for block in DecompressedFile(Path(path), expected=expected):
             blocks.append(block)
             size += len(block)
             if size > _MAX_TEXT:
-                raise UserError(
-                    f"{path} holds more than {_MAX_TEXT >> 20} MiB of text; give {expected} in "
-                    "smaller parts"
-                )
+                most = f"more than {_MAX_TEXT >> 20} MiB of text"
+                raise UserError(f"{path} holds {most}; give {expected} in smaller parts")
         return b"".join(blocks).decode("utf-8-sig")
     except DamagedFileError as error:
         raise UserError(f"{path}: {error}; fetch or write it again") from error
@@ -140,25 +142,14 @@ def read_text(path: str, expected: str) -> str:
         raise UserError(f"{path} is not text in UTF-8 ({error}); give {expected}") from error
 
 
-class TemporaryCopy:
-    """A temporary file with the content of a pipe; it is removed with this object."""
-
-    def __init__(self, pipe: BinaryIO, folder: Path | None):
-        descriptor, name = tempfile.mkstemp(prefix="esm1nv-input-", dir=folder)
-        self.path = Path(name)
-        self.remove = weakref.finalize(self, self.path.unlink, missing_ok=True)
-        with open(descriptor, "wb") as file:
-            shutil.copyfileobj(pipe, file, BLOCK)
-
-
-def regular_file(name: str, folder: Path | None = None) -> tuple[Path, TemporaryCopy | None]:
+def regular_file(name: str, folder: Path | None = None) -> tuple[Path, IO[bytes] | None]:
     """A file that can be read more than once: `name` itself, or a copy of what a pipe holds.
 
     Args:
       name: a path, or "-" for standard input.
       folder: where a copy is made; the system's temporary folder by default.
 
-    Returns (path, copy): the copy lives as long as that object; it is None where none was made.
+    Returns (path, copy): the copy is removed with that object; it is None where none was made.
     """
     path = Path(name)
     if name == "-" and sys.stdin is None:
@@ -169,20 +160,14 @@ def regular_file(name: str, folder: Path | None = None) -> tuple[Path, Temporary
         raise UserError(f"cannot read {name}: it is a folder; give a file")
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe:
-            copy = TemporaryCopy(pipe, folder)
+            copy = tempfile.NamedTemporaryFile(prefix="esm1nv-input-", dir=folder)  # noqa: SIM115
+            shutil.copyfileobj(pipe, copy, BLOCK)
+            copy.flush()
     except OSError as error:
         where = folder or tempfile.gettempdir()
         hint = f"; no space is left in {where}" if error.errno == errno.ENOSPC else ""
         raise UserError(f"cannot read {name}: {error.strerror}{hint}") from error
-    return copy.path, copy
-
-
-def _gzip_decompressor() -> igzip_lib.IgzipDecompressor:
-    return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
-
-
-def _xz_decompressor() -> lzma.LZMADecompressor:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    return Path(copy.name), copy
 
 
 class _ZstdDecompressor:
@@ -214,27 +199,3 @@ class _ZstdDecompressor:
             out.append(self._frame.decompress(piece))
             length += len(out[-1])
         return b"".join(out)
-
-
-def _members(file: BinaryIO, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
-    """Yields the content of the members of a file in blocks, one member after another.
-
-    The file readers of these libraries take what follows a member of xz, and a truncated zstd file,
-    for the end. Here whatever follows a member is another member, zeros, or an error.
-    """
-    member = None
-    while data := file.read(_COMPRESSED):
-        while data:
-            if member is None:
-                data = data.lstrip(b"\0")  # padding, which gzip and xz allow
-                if not data:
-                    break
-                member = new_decompressor()
-            yield member.decompress(data, BLOCK)
-            while not (member.needs_input or member.eof):
-                yield member.decompress(b"", BLOCK)
-            if not member.eof:
-                break
-            data, member = member.unused_data, None
-    if member is not None:
-        raise EOFError

@@ -1,26 +1,37 @@
-"""Parses FASTA: blocks of bytes to text of whole records, text to records.
+"""Reads FASTA: bytes to text of whole records, text to records; and the proteins of a whole file.
 
 Every record is kept, or reported with its line and the reason; none is lost or merged with its
 neighbour in silence. What normalization changed is counted.
+
+`scan` checks a file to its end before the first protein is computed. Reading it twice costs
+seconds. In return a fault in the last record does not appear after hours of computing, the amount
+of work is known, and no list of all proteins is held in memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
-from typing import NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple
 
+import numpy as np
 from isal import igzip
 
+from esm1nv_jax.common.console import count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.compression import DamagedFileError
+from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile, regular_file
+from esm1nv_jax.data.splits import digests
 
 TEXT_SIZE = 1 << 20  # bytes of text parsed at a time
 MAX_RECORD = 1 << 26  # bytes; the longest known protein, titin, has 4e4 residues
 MAX_ID = 1000  # bytes
 NO_HEADER = "text before the first header"
+DUPLICATE, CONFLICT = "duplicate record", "duplicate id, other sequence"
 _RESIDUES = tokenizer.RESIDUES.encode()
 _PRINTABLE = bytes(range(0x21, 0x7F)).replace(b";", b"")
 _PIR_CODES = (b"P1;", b"F1;", b"DL;", b"DC;", b"RL;", b"RC;", b"N3;", b"N1;", b"XX;")
@@ -134,23 +145,17 @@ def parse(text: bytes, line: int, on_fault: OnFault, normalized: Counter) -> Rec
     parts = [record.partition(b"\n") for record in raw]
     headers = [part[0].split(None, 1) for part in parts]
     bodies = [part[2].replace(b"\n", b"") for part in parts]
-    if not all(headers) or not all(bodies) or not _plain(headers, bodies):
+    plain = all(headers) and all(bodies) and not b"".join(bodies).translate(None, _RESIDUES)
+    if plain:  # else every record is normalized and checked by itself
+        ids = [header[0] for header in headers]
+        plain = not b"".join(ids).translate(None, _PRINTABLE) and max(map(len, ids)) <= MAX_ID
+    if not plain:
         kept = list(_parse_one_by_one(parts, headers, line, on_fault, normalized))
         headers, bodies = [header for header, _ in kept], [body for _, body in kept]
     return Records(
         [header[0] for header in headers],
         [header[1].rstrip() if len(header) > 1 else b"" for header in headers],
         bodies,
-    )
-
-
-def _plain(headers: list[list[bytes]], bodies: list[bytes]) -> bool:
-    """Whether nothing needs to be normalized or checked record by record."""
-    ids = [header[0] for header in headers]
-    return not (
-        b"".join(bodies).translate(None, _RESIDUES)
-        or b"".join(ids).translate(None, _PRINTABLE)
-        or max(map(len, ids)) > MAX_ID
     )
 
 
@@ -212,3 +217,122 @@ def sample() -> Iterator[tuple[str, bytes]]:
 
     records = parse(text, 1, on_fault, Counter())
     return zip((name.decode() for name in records.ids), records.sequences, strict=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Proteins:
+    """The records of a FASTA file without duplicates, in the order of the file.
+
+    lengths: residues of each, uint32 [n]. digest: SHA-256 of ids and sequences. duplicates: indices
+    of records that repeat an earlier one. skipped, normalized: counts by reason.
+    """
+
+    path: Path
+    lengths: np.ndarray
+    digest: str
+    duplicates: frozenset[int]
+    skipped: Counter
+    normalized: Counter
+    copy: IO[bytes] | None
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        """Yields (id, sequence): the first word of the header, and a normalized sequence."""
+        index = 0
+        for records in _records(self.path, "", lambda *_: None, Counter()):
+            for name, sequence in zip(records.ids, records.sequences, strict=True):
+                if index not in self.duplicates:
+                    yield name.decode(), sequence
+                index += 1
+
+    def __str__(self) -> str:
+        residues = f"{self.lengths.sum():,} residues, the longest has {self.lengths.max():,}"
+        parts = [f"{count(len(self.lengths), 'protein')}, {residues}"]
+        for title, counts in (("normalized", self.normalized), ("skipped", self.skipped)):
+            if counts:
+                reasons = ", ".join(f"{reason} {n:,}" for reason, n in sorted(counts.items()))
+                parts.append(f"{title}: {reasons}")
+        return "; ".join(parts)
+
+
+def scan(path: str, skip: bool = False, advice: str = "fix it") -> Proteins:
+    """Reads the whole of a FASTA file, plain or compressed by gzip, zstd or xz; or a pipe.
+
+    Raises UserError at the first fault, with its line and `advice`; with `skip` faults are counted
+    instead. A record that repeats an earlier one is left out; one id for two sequences is a fault.
+    """
+    source, copy = regular_file(path)
+    name = "standard input" if path == "-" else path
+    skipped: Counter[str] = Counter()
+    normalized: Counter[str] = Counter()
+
+    def on_fault(line: int, kind: str, message: str) -> None:
+        if not skip:
+            raise UserError(f"{name}, line {line}: {message}; {advice}")
+        skipped[kind] += 1
+
+    none = np.zeros(0, np.uint64)
+    pieces = [(none, none, np.zeros(0, np.uint32))]  # 20 bytes a record
+    for records in _records(source, name, on_fault, normalized):
+        lengths = np.fromiter(map(len, records.sequences), np.uint32)
+        pieces.append((digests(records.ids), digests(records.sequences), lengths))
+    ids, sequences, lengths = map(np.concatenate, zip(*pieces, strict=True))
+    same, other = find_duplicates(ids, sequences)
+    if other.size and not skip:
+        raise conflict_error([(source, name)], ids[other[0]], advice)
+    skipped.update({DUPLICATE: same.size, CONFLICT: other.size})
+    kept = np.ones(len(ids), bool)
+    kept[same] = kept[other] = False
+    if not kept.any():
+        raise UserError(f"{name} holds no protein; is it FASTA?")
+    digest = hashlib.sha256(ids[kept].tobytes() + sequences[kept].tobytes()).hexdigest()
+    duplicates = frozenset(np.flatnonzero(~kept).tolist())
+    return Proteins(source, lengths[kept], digest, duplicates, +skipped, normalized, copy)
+
+
+def _records(path: Path, name: str, on_fault: OnFault, normalized: Counter) -> Iterator[Records]:
+    file = DecompressedFile(path, name=name)
+    for line, text in whole_records(file, on_fault, normalized):
+        yield parse(text, line, on_fault, normalized)
+
+
+def find_duplicates(ids: np.ndarray, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of records whose id occurred before: (with the same sequence, with another one).
+
+    Takes digests of ids and of sequences, uint64 [n]; returns ascending indices, int64.
+    """
+    ordered = np.sort(ids)
+    is_first = np.append(True, ordered[1:] != ordered[:-1])
+    if is_first.all():
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    order = np.argsort(ids, kind="stable")
+    first = order[np.flatnonzero(is_first)][np.cumsum(is_first) - 1]
+    repeated = order[~is_first]
+    same = sequences[repeated] == sequences[first[~is_first]]
+    return np.sort(repeated[same]), np.sort(repeated[~same])
+
+
+def conflict_error(sources: list[tuple[Path, str]], digest: np.uint64, advice: str) -> UserError:
+    """The error for an id, given by its digest, that two sequences have; names both lines.
+
+    Reads the input again, given as (path, name in messages), as only digests were kept.
+    """
+    first = None
+    for path, name in sources:
+        for line, text in whole_records(DecompressedFile(path), lambda *_: None, Counter()):
+            parts = [record.partition(b"\n") for record in text[1:].split(b"\n>")]
+            ids = [(header.split(None, 1) or [b""])[0] for header, _, _ in parts]
+            for i in np.flatnonzero(digests(ids) == digest).tolist():
+                before = sum(len(sep) + body.count(b"\n") + 1 for _, sep, body in parts[:i])
+                # A record that was skipped for a fault of its own gets no id and no sequence.
+                records = parse(b">" + b"".join(parts[i]), 0, lambda *_: None, Counter())
+                if not records.ids:
+                    continue
+                here = f"{name}, line {line + before}"
+                if first is None:
+                    first = here, records.sequences[0]
+                elif records.sequences[0] != first[1]:
+                    return UserError(
+                        f"{here}: id {ids[i].decode()!a} occurred before, with another sequence "
+                        f"({first[0]}); {advice}"
+                    )
+    raise RuntimeError("an id was found twice and then not again: did the input change?")

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from esm1nv_jax.common import files
 from esm1nv_jax.common.console import bar
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, records, splits
@@ -321,7 +322,7 @@ class _Worker:
                 writer.path.unlink()
         self.chunk.candidates = self.candidates.count
         if self.train.count:
-            with records.disk_errors(self.train.path):
+            with files.writing(self.train.path):
                 self.chunk.sha256 = records.file_checksum(self.train.path)
         self.connection.send(("chunk", self.chunk))
         self.chunk = None

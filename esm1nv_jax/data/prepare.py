@@ -22,15 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax import __version__
+from esm1nv_jax.common import files
 from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.files import try_lock
-from esm1nv_jax.data import first_pass, manifest, proteins, splits
+from esm1nv_jax.data import fasta, first_pass, manifest, splits
 from esm1nv_jax.data.compression import regular_file
-from esm1nv_jax.data.records import disk_errors
 from esm1nv_jax.data.splits import Size, SplitAssignment
-from esm1nv_jax.data.writer import SplitWriter, finalize, write_splits
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4 << 20, 128 << 20  # bytes of text in a chunk, and so in a shard
 _CHUNKS = 256  # enough to keep the workers busy, few enough to list the folder
@@ -106,13 +104,15 @@ def prepare(options: Preparation) -> dict:
             skipped, assigned = _assign(options, task, parsed)
             assert assigned is not None
         with bar("hold out", int(assigned.candidate.sum()), "sequences") as shown:
-            written = write_splits(folder, parsed.chunks, assigned, task.chunk_bytes, shown.advance)
+            written = manifest.write_splits(
+                folder, parsed.chunks, assigned, task.chunk_bytes, shown.advance
+            )
         if task.cluster_table:
             task.cluster_table.unlink()
         for _, copy in sources:
             if copy is not None:
-                copy.remove()
-        finalize(folder, written, with_clusters=task.cluster_table is not None)
+                copy.close()
+        manifest.finalize(folder, written, with_clusters=task.cluster_table is not None)
         content = _manifest(options, sizes, parsed, skipped, written)
         content["seconds"] = round(time.monotonic() - began, 1)
         manifest.write(folder, content)
@@ -146,10 +146,10 @@ def _assign(
 ) -> tuple[Counter, SplitAssignment | None]:
     """(counts of duplicates; the split of every sequence, or None with too few candidates)."""
     ids, contents = parsed.take("ids"), parsed.take("contents")
-    same, other = proteins.find_duplicates(ids, contents)
+    same, other = fasta.find_duplicates(ids, contents)
     if other.size and not task.skip:
         sources = list(zip(task.sources, task.names, strict=True))
-        raise proteins.conflict_error(sources, ids[other[0]], _ADVICE)
+        raise fasta.conflict_error(sources, ids[other[0]], _ADVICE)
     del ids, contents
     keys, lengths = parsed.take("keys"), parsed.take("lengths")
     kept = len(keys) - same.size - other.size
@@ -160,7 +160,7 @@ def _assign(
     split[same] = split[other] = splits.DROPPED
     candidate = keys < np.uint64(task.holdout_below)
     available = np.flatnonzero(candidate & (split != splits.DROPPED))
-    skipped = Counter({proteins.DUPLICATE: same.size, proteins.CONFLICT: other.size})
+    skipped = Counter({fasta.DUPLICATE: same.size, fasta.CONFLICT: other.size})
     if available.size < validation + test and task.holdout_below != first_pass.EVERY_KEY:
         return skipped, None
     for name, size, wanted in (
@@ -204,7 +204,7 @@ def _manifest(
     sizes: list[int],
     parsed: first_pass.FirstPass,
     duplicates: Counter,
-    written: dict[str, SplitWriter],
+    written: dict[str, manifest.SplitWriter],
 ) -> dict:
     parts = [parsed.whole_files, *parsed.chunks]
     sequences = sum((part.sources for part in parts), Counter())
@@ -229,10 +229,7 @@ def _manifest(
         content["clusters"] = {
             "file": options.groups,
             "sequences_without": parsed.without_cluster,
-            **{
-                name: len(np.unique(np.concatenate([*split.keys, np.zeros(0, np.uint64)])))
-                for name, split in written.items()
-            },
+            **{name: len(np.unique(split.keys)) for name, split in written.items()},
         }
     return content
 
@@ -249,7 +246,7 @@ def _unfinished_folder(out: Path) -> Iterator[tuple[Path, int]]:
         )
     out = out.resolve()  # a link to a folder would not be replaced by a rename
     prefix = f".{out.name}.unfinished-"
-    with disk_errors(out):
+    with files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         for old in out.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_if_abandoned(old)
@@ -257,8 +254,8 @@ def _unfinished_folder(out: Path) -> Iterator[tuple[Path, int]]:
         folder.chmod(0o755)
         lock = os.open(folder, os.O_RDONLY)
     try:
-        with disk_errors(out):
-            try_lock(lock, folder)
+        with files.writing(out):
+            files.try_lock(lock, folder)
             yield folder, lock
             folder.rename(out)
     except MemoryError:
@@ -272,7 +269,7 @@ def _remove_if_abandoned(old: Path) -> None:
     """Removes what a killed run left; a live run holds its lock."""
     lock = os.open(old, os.O_RDONLY)
     try:
-        locked = try_lock(lock, old)
+        locked = files.try_lock(lock, old)
     finally:
         os.close(lock)
     if locked is False:

@@ -6,30 +6,28 @@ writing it and doubles that of reading it at random.
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.fasta import Records
-from esm1nv_jax.data.tokenizer import LETTERS, RESIDUES
+from esm1nv_jax.data.tokenizer import LETTERS
 
 FEATURES = ("id", "sequence", "description")
 _OPTIONS = "group_size:1,uncompressed"  # records are read one at a time, at random
-_ARRAY_RECORD_ERRORS = (OSError, RuntimeError, ValueError)
+_ERRORS = (OSError, RuntimeError, ValueError)  # that array_record raises where a disk fails
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _LETTER_CODES = np.frombuffer(LETTERS.encode(), np.uint8)
-_FREQUENT_FIRST = [LETTERS.index(a) for a in RESIDUES + "J*"]
-_CACHED = 1 << 16  # bytes that stay in the processor's cache
 _IMPORT = threading.Lock()
 _proto: Any = None
 
@@ -93,26 +91,9 @@ def open_shard(path: Path) -> ArrayRecordReader:
     """A reader for random access. Raises UserError where the file cannot be opened."""
     try:
         return ArrayRecordReader(str(path), _RANDOM_ACCESS, file_reader_buffer_size=32_768)
-    except (RuntimeError, ValueError, OSError) as error:
+    except _ERRORS as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot read {path}: {reason}; run esm1nv prepare --verify") from error
-
-
-@contextmanager
-def disk_errors(path: Path, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
-    """Turns one of `errors` into a UserError which says that `path` could not be written."""
-    try:
-        yield
-    except errors as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            words in str(error) for words in ("No space left", "quota", "File too large")
-        )
-        if full:
-            raise UserError(
-                f"no space left to write {path}; free some, or give --out on a larger disk"
-                " (UniRef50 takes about 30 GB)"
-            ) from error
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 class ShardWriter:
@@ -120,23 +101,23 @@ class ShardWriter:
 
     def __init__(self, path: Path):
         self.path, self.count = path, 0
-        with disk_errors(path, _ARRAY_RECORD_ERRORS):
+        with files.writing(path, errors=_ERRORS):
             self._writer = ArrayRecordWriter(str(path), _OPTIONS)
 
     def write_all(self, records: Sequence[bytes]) -> None:
-        with disk_errors(self.path, _ARRAY_RECORD_ERRORS):
+        with files.writing(self.path, errors=_ERRORS):
             for record in records:
                 self._writer.write(record)
         self.count += len(records)
 
     def close(self) -> None:
-        with disk_errors(self.path, _ARRAY_RECORD_ERRORS):
+        with files.writing(self.path, errors=_ERRORS):
             self._writer.close()
 
 
 def check_shard(path: Path, count: int) -> None:
     """Raises UserError where a shard does not read back with as many records as were written."""
-    with disk_errors(path, _ARRAY_RECORD_ERRORS):
+    with files.writing(path, errors=_ERRORS):
         found = ArrayRecordReader(str(path), _RANDOM_ACCESS).num_records()
     if found != count:
         raise UserError(f"{path} holds {found} of {count} records; no space left on its disk?")
@@ -176,17 +157,7 @@ def _exit_after_reading(path: Path) -> None:
 
 def composition(sequences: bytes) -> np.ndarray:
     """How often each of LETTERS occurs: int64 [27]."""
-    counts = np.zeros(len(LETTERS), np.int64)
-    for start in range(0, len(sequences), _CACHED):
-        letters = np.frombuffer(sequences[start : start + _CACHED], np.uint8)
-        left = len(letters)
-        for i in _FREQUENT_FIRST:
-            if not left:  # most often before the rare letters' turn
-                break
-            n = int(np.count_nonzero(letters == _LETTER_CODES[i]))
-            counts[i] += n
-            left -= n
-    return counts
+    return np.bincount(np.frombuffer(sequences, np.uint8), minlength=256)[_LETTER_CODES]
 
 
 def file_checksum(path: Path) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold_all, permute, purpose
-from esm1nv_jax.data import fasta, manifest, writer
+from esm1nv_jax.data import fasta, manifest
 from esm1nv_jax.data.records import decode, open_shard, sequence_of
 from esm1nv_jax.data.splits import NAMES as SPLITS
 from esm1nv_jax.data.splits import Groups
@@ -91,11 +91,11 @@ class ShardSource:
                     f"{path} holds {reader.num_records():,} records, the manifest says {count:,};"
                     " it is cut short: copy or prepare the data set again"
                 )
-        self.lengths = _load(folder / writer.lengths_file(split))
+        self.lengths = _load(folder / manifest.lengths_file(split))
         if len(self.lengths) != entry["examples"]:
-            name = writer.lengths_file(split)
+            name = manifest.lengths_file(split)
             raise UserError(f"{folder / name} belongs to another data set; prepare it again")
-        first, member = (folder / name for name in writer.groups_files(split))
+        first, member = (folder / name for name in manifest.groups_files(split))
         self.groups = Groups(_load(first), _load(member)) if first.exists() else None
 
     def __reduce__(self):

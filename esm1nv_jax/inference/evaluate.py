@@ -17,7 +17,7 @@ from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import manifest
-from esm1nv_jax.data.proteins import scan
+from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.source import SAMPLE, SPLITS, MemorySource, Source, open_split
 from esm1nv_jax.inference import fixed_masks, perplexity
 from esm1nv_jax.inference.evaluation_report import build_report, compare_with_blosum62

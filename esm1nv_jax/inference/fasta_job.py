@@ -23,7 +23,7 @@ from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.proteins import Proteins, scan
+from esm1nv_jax.data.fasta import Proteins, scan
 from esm1nv_jax.inference.model import PRECISIONS, Model
 from esm1nv_jax.inference.partial_results import PartialResults, PartReader
 

@@ -15,8 +15,8 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.arguments import Parser
 from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.labeled_data import read_csv
-from esm1nv_jax.data.proteins import scan
 from esm1nv_jax.inference import variant_scores
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
 

@@ -97,7 +97,7 @@ def test_a_decompression_bomb_is_refused_in_little_memory(tmp_path, kind):
     path = bomb(tmp_path / "bomb", kind, 600)
     assert path.stat().st_size < 5_000_000
     program = (
-        "import re, sys\nfrom esm1nv_jax.data.proteins import scan\n"
+        "import re, sys\nfrom esm1nv_jax.data.fasta import scan\n"
         "try: scan(sys.argv[1])\nexcept ValueError as error: print(error)\n"
         # Not ru_maxrss, which begins with the memory of the process that forked this one.
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"

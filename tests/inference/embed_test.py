@@ -18,7 +18,7 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import arguments
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.proteins import scan
+from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.inference.embed import EmbedRequest, embed
 from tests.inference.embed_jobs import EVERYTHING, PROTEINS, by_protein, read_npz, request
 from tests.inference.models import make_proteins, write_fasta

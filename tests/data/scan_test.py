@@ -10,7 +10,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta as fasta_lib
-from esm1nv_jax.data.proteins import scan
+from esm1nv_jax.data.fasta import scan
 from tests.data.made_up import fasta, made_up
 
 
@@ -97,7 +97,7 @@ def test_a_fifo_is_read_once_and_its_copy_removed(tmp_path, monkeypatch):
 
 PROGRAM = """
 import sys
-from esm1nv_jax.data.proteins import scan
+from esm1nv_jax.data.fasta import scan
 found = scan(sys.argv[1])
 print(found, [name for name, _ in found], [name for name, _ in found])
 """
