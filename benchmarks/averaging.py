@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from esm1nv_jax.checkpoints import average, step_folder
+from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.manager import CheckpointConfig, RunCheckpoints
+from esm1nv_jax.inference import average
 from esm1nv_jax.model import encoder
 
 

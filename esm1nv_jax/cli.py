@@ -17,10 +17,7 @@ VERBS = {
     "plan": ("esm1nv_jax.planning.plan", "memory and time of a step on chips you do not have"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
     "compare": ("esm1nv_jax.training.compare", "set runs side by side: configs, curves, seeds"),
-    "average": (
-        "esm1nv_jax.inference.average_report",
-        "the mean of checkpoints, as a model folder",
-    ),
+    "average": ("esm1nv_jax.inference.average", "the mean of checkpoints, as a model folder"),
     "evaluate": ("esm1nv_jax.inference.evaluate", "perplexity beside baselines, and a report"),
     "probe": ("esm1nv_jax.inference.probe", "what a frozen encoder knows of a downstream task"),
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
@@ -30,13 +27,8 @@ VERBS = {
     "convert": ("esm1nv_jax.interchange.convert", "to and from Hugging Face transformers"),
 }
 
-COMPUTING = (
-    "embed",
-    "predict",
-    "score",
-    "evaluate",
-    "probe",
-)  # and train, which does the same by itself
+# And train, which does the same by itself.
+COMPUTING = ("embed", "predict", "score", "evaluate", "probe")
 
 
 def help_text() -> str:

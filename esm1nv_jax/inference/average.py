@@ -1,19 +1,30 @@
-"""`esm1nv average`: the mean of checkpoints as a model folder, and whether it is any better."""
+"""`esm1nv average`: the mean of checkpoints as a model folder, and whether it is any better.
+
+ESM-1nv was released as such a mean, of the last 47 checkpoints of its run. Members are added array
+by array in fp64, in the order of (run, step), so that neither the order of arguments nor rounding
+can matter; memory holds the sum and one array, whatever the number of members. Each member's
+parameters are checked against their checksums before they are added, while the member before it is
+read.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import tensorstore
 from etils import epath
 from rich.table import Table
 
-from esm1nv_jax.checkpoints import average, model_folder, step_folder
-from esm1nv_jax.checkpoints.average import Member
+from esm1nv_jax import __version__
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import arguments, files
 from esm1nv_jax.common.console import bar, console, stdout
 from esm1nv_jax.common.errors import UserError
@@ -22,6 +33,7 @@ from esm1nv_jax.data.source import MemorySource
 from esm1nv_jax.inference.evaluate import evaluate_model, open_source
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.perplexity import GroupedMean
+from esm1nv_jax.model import encoder
 
 COLUMNS = ("", "all selected", "<mask> only", "nats, average minus member")
 
@@ -57,11 +69,11 @@ def main(argv: list[str]) -> None:
         raise UserError(
             f"--steps {options.steps} is not a list of steps such as 1000,2000"
         ) from None
-    members = average.select(options.workdir, options.last or 0, steps, options.every)
+    members = select(options.workdir, options.last or 0, steps, options.every)
     source = _open_proteins(options, members[-1]) if options.report else None
 
     with bar("averaging", len(members), "checkpoints") as task:
-        weights = average.average(members, lambda member: task.advance(note=str(member.step)))
+        weights = average(members, lambda member: task.advance(note=str(member.step)))
     with files.writing(options.out):
         model_folder.write(options.out, weights)
     averaged = [member.step for member in members]
@@ -82,6 +94,137 @@ def main(argv: list[str]) -> None:
         stdout.print(verdict(rows))
         files.write(options.report, report(rows, name).to_html())
         console.print(f"report   {options.report}")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Member:
+    run: str
+    step: int
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.step} of {self.run}"
+
+
+def select(
+    runs: Iterable[str], last: int = 0, steps: tuple[int, ...] = (), every: int = 1
+) -> list[Member]:
+    """Members in order: of each run the given steps, or the `last` (0: all) of each `every`th.
+
+    `every` counts back from the newest. The best checkpoint, which lives apart, is no member.
+    Raises UserError where a run has fewer than asked for.
+    """
+    if last < 0 or every < 1:
+        raise UserError(f"--last {last} and --every {every} must be 1 or more")
+    members: list[Member] = []
+    for run in sorted({_absolute(run) for run in runs}):
+        saved = step_folder.steps(run)
+        if not saved:
+            raise UserError(f"{run} holds no finished checkpoint; is it the --workdir of a run?")
+        if missing := sorted(set(steps) - set(saved)):
+            raise UserError(
+                f"{run} has no checkpoint {', '.join(map(str, missing))}; it has {len(saved)}, "
+                f"from {saved[0]} to {saved[-1]}"
+            )
+        chosen = sorted(set(steps)) or saved[::-1][::every][: last or None][::-1]
+        if not steps and len(chosen) < last:
+            raise UserError(
+                f"{run} has {len(chosen)} checkpoints"
+                + (f" when one in {every} is taken" if every > 1 else "")
+                + f", --last {last} were asked for; take --last {len(chosen)}, or train with "
+                f"--config.checkpoint.keep={last * every}"
+            )
+        members += [Member(run, step) for step in chosen]
+    return members
+
+
+def average(
+    members: list[Member], on_progress: Callable[[Member], None] = lambda member: None
+) -> model_folder.Weights:
+    """The mean of the members' parameters, fp32. Calls `on_progress` with each member added.
+
+    Raises UserError that names the member, and the field or parameter, where one is damaged or not
+    of the same model as the first.
+    """
+    members = sorted(set(members))
+    model, opened = _open_alike(members)
+    sums: dict[str, np.ndarray] = {}
+    with ThreadPoolExecutor(1) as thread:  # hashing and reading release the interpreter's lock
+        checks = [
+            thread.submit(step_folder.verify, m.run, m.step, items=("params",)) for m in members
+        ]
+        try:
+            for member, arrays, check in zip(members, opened, checks, strict=True):
+                if errors := check.result():
+                    raise UserError(f"{member} is damaged: {'; '.join(errors)}; leave it out")
+                for name, array in arrays.items():
+                    value = np.asarray(array.read().result())
+                    if name in sums:
+                        sums[name] += value
+                    else:
+                        sums[name] = value.astype(np.float64)
+                on_progress(member)
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+    means = {name: (total / len(members)).astype(np.float32) for name, total in sums.items()}
+    return model_folder.Weights(model_folder.unflatten(means), model, _provenance(members))
+
+
+def _open_alike(
+    members: list[Member],
+) -> tuple[encoder.EncoderConfig, list[dict[str, tensorstore.TensorStore]]]:
+    """The members' one architecture, and every member's parameters, opened but not read."""
+    first, model, opened = members[0], _model(members[0]), []
+    for member in members:
+        for name, value in dataclasses.asdict(_model(member)).items():
+            if value != (expected := getattr(model, name)):
+                raise UserError(
+                    f"{member} has model.{name}={value}, {first} has {expected}; only "
+                    "checkpoints of one model can be averaged"
+                )
+        try:
+            opened.append(step_folder.open_params(member.run, member.step))
+        except Exception as error:  # tensorstore raises many kinds
+            reason = str(error).splitlines()[0][:200]
+            raise UserError(f"{member} cannot be read ({reason}); leave it out") from None
+        model_folder.check(opened[-1], model, str(member))
+    return model, opened
+
+
+def _model(member: Member) -> encoder.EncoderConfig:
+    try:
+        metadata = step_folder.read_metadata(member.run, member.step)
+        return encoder.EncoderConfig(**metadata["config"]["model"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{member} has no readable config ({error}); leave it out") from None
+
+
+def _provenance(members: list[Member]) -> dict:
+    """Where an average comes from. A member's digest is that of its file of checksums, which holds
+    the digest of every other of its files."""
+    rows, data = [], set()
+    for member in members:
+        path = epath.Path(member.run) / step_folder.FOLDER / str(member.step)
+        digest = hashlib.sha256((path / step_folder.CHECKSUMS).read_bytes()).hexdigest()
+        rows.append(dataclasses.asdict(member) | {"sha256": digest})
+        try:
+            data.add(step_folder.read_data_state(member.run, member.step).get("data", ""))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{member} cannot be read ({error}); leave it out") from None
+    return {
+        "run": members[-1].run,
+        "steps": [member.step for member in members],
+        "members": rows,
+        "data": sorted(data),
+        "averaged_by": __version__,
+    } | step_folder.read_metadata(members[-1].run, members[-1].step)
+
+
+def _absolute(run: str) -> str:
+    """One name for one run, however it was written, so that the order of members is fixed."""
+    path = epath.Path(run)
+    if not path.exists():
+        raise UserError(f"run {run} does not exist; give the --workdir of a training run")
+    return str(path) if "://" in run else str(path.resolve())
 
 
 def evaluate_models(
