@@ -16,8 +16,8 @@ import time
 
 import numpy as np
 
-from esm1nv_jax.common import arguments, runtime
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common import command
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.errors import UserError
 
 CUT = 510
@@ -151,5 +151,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
-    runtime.keep_freed_memory()  # as `esm1nv embed` does
-    sys.exit(arguments.run(main, sys.argv[1:]))
+    command.keep_freed_memory()  # as `esm1nv embed` does
+    sys.exit(command.run(main, sys.argv[1:]))

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import jax
 
-from esm1nv_jax.common import arguments, config_file, runtime
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common import command, config_file
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.train import train
 
@@ -78,5 +78,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    runtime.set_up()
-    sys.exit(arguments.run(main, sys.argv[1:]))
+    command.set_up()
+    sys.exit(command.run(main, sys.argv[1:]))

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from esm1nv_jax.common import runtime
+from esm1nv_jax.common import command
 
 FACTOR = 1.5
 SHAPES = {  # arguments of configs/pretrain_small.py, and fields
@@ -39,7 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     os.environ["JAX_PLATFORMS"] = "cpu"
-    runtime.set_up()
+    command.set_up()
     from esm1nv_jax.planning import chips
 
     this = chips.measured_cpu(clock=time.process_time)

@@ -26,9 +26,9 @@ def start(path: str) -> dict[str, float]:
         nonlocal began
         phases[name], began = time.time() - began, time.time()
 
-    from esm1nv_jax.common import runtime
+    from esm1nv_jax.common import command
 
-    runtime.set_up()
+    command.set_up()
     import jax
 
     from esm1nv_jax.common import config_file

@@ -30,8 +30,8 @@ import torch
 from train import Ours, config_of
 
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import arguments, runtime
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common import command
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import evaluation_stream, stream_config
 from esm1nv_jax.data.pipeline import evaluation_batches
@@ -187,7 +187,7 @@ def questions(args, data: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, tor
 def alone(run: Callable[..., Curve], *arguments) -> Curve:
     """`run` in a process of its own, which keeps its freed memory: the rival, too, gains by it."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, initializer=runtime.keep_freed_memory) as pool:
+    with ProcessPoolExecutor(1, spawn, initializer=command.keep_freed_memory) as pool:
         return pool.submit(run, *arguments).result()
 
 
@@ -281,4 +281,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
-    sys.exit(arguments.run(main, sys.argv[1:]))
+    sys.exit(command.run(main, sys.argv[1:]))

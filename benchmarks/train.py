@@ -29,8 +29,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from esm1nv_jax.common import arguments, config_file, runtime
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common import command, config_file
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import stream_config
@@ -145,7 +145,7 @@ def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, fol
     """In a process of its own: makes as many steps as it is asked for, until it hears 0."""
     config = config_of(model, dtype, rows)
     if program == OURS:
-        runtime.keep_freed_memory()  # as esm1nv_jax.main does
+        command.keep_freed_memory()  # as esm1nv_jax.main does
         ours = Ours(config, folder)
         run, end = ours.run, ours.batches.close
     else:
@@ -278,5 +278,5 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     import sys
 
-    runtime.keep_freed_memory()  # as esm1nv_jax.main does
-    sys.exit(arguments.run(main, sys.argv[1:]))
+    command.keep_freed_memory()  # as esm1nv_jax.main does
+    sys.exit(command.run(main, sys.argv[1:]))

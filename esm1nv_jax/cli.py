@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from esm1nv_jax import __version__
-from esm1nv_jax.common import arguments, runtime
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 
 # verb: (module with a `main(argv)`, what it does)
@@ -58,11 +58,11 @@ def dispatch(argv: list[str]) -> int | None:
     if verb not in VERBS:
         raise UserError(f"no verb {verb!r}; there are {', '.join(VERBS)} (esm1nv --help)")
     if verb in COMPUTING:
-        runtime.set_up()
+        command.set_up()
     elif verb != "plan":  # which compiles for absent GPUs
-        runtime.hide_unusable_plugins()
+        command.hide_unusable_plugins()
     return importlib.import_module(VERBS[verb][0]).main(rest)
 
 
 def main() -> None:
-    sys.exit(arguments.run(dispatch, sys.argv[1:]))
+    sys.exit(command.run(dispatch, sys.argv[1:]))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from esm1nv_jax.common import arguments, runtime
+from esm1nv_jax.common import command
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "train",
         "Train a model. Every field of the config can be set: --config.optimizer.peak_lr=1e-3",
         "esm1nv train --config=configs/quickstart.py --workdir=runs/first --config.seed=1",
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     )
     options, overrides = parser.parse_known_args(argv)
 
-    runtime.set_up()
+    command.set_up()
     from esm1nv_jax.common import config_file
     from esm1nv_jax.training.run_config import RunConfig
     from esm1nv_jax.training.train import train
@@ -38,4 +38,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(arguments.run(main, sys.argv[1:]))
+    sys.exit(command.run(main, sys.argv[1:]))

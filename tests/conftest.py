@@ -6,11 +6,11 @@ of the time of these tests is compilation. A program from the cache computes the
 
 import os
 
-from esm1nv_jax.common import runtime
+from esm1nv_jax.common import command
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-runtime.keep_compiled_programs()
+command.keep_compiled_programs()
 
 import jax  # noqa: E402, it reads the environment
 

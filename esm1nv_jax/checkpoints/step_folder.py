@@ -15,7 +15,7 @@ import tensorstore
 from etils import epath
 from flax import traverse_util
 
-from esm1nv_jax.common import arguments, files
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 
@@ -179,7 +179,7 @@ def _digest(file: epath.Path) -> tuple[int, str]:
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "doctor",
         "Read every byte of a run's checkpoints and report which are whole. Changes nothing.\n"
         "Exit status: 0 all are whole, 1 some are damaged.",

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esm1nv_jax.common import config_file
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import manifest, tokenizer

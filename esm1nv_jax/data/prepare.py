@@ -23,7 +23,7 @@ import numpy as np
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import files
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, first_pass, manifest, splits

@@ -25,7 +25,7 @@ from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints import model_folder, step_folder
-from esm1nv_jax.common import arguments, files
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import bar, console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import BLUE, ORANGE, HtmlReport, new_figure, plus_minus
@@ -39,7 +39,7 @@ COLUMNS = ("", "all selected", "<mask> only", "nats, average minus member")
 
 
 def main(argv: list[str]) -> None:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "average",
         "The mean of checkpoints, array by array in fp64, as a model folder.",
         "esm1nv average --workdir runs/first --last 47 --out models/first",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from esm1nv_jax import __version__
-from esm1nv_jax.common import arguments, files
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
@@ -30,7 +30,7 @@ THESE_PROTEINS = "these proteins"  # where no training data are known
 
 
 def main(argv: list[str]) -> None:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "evaluate",
         "Perplexity and accuracy of a model on masked residues, beside baselines that know\n"
         "nothing but composition. Masks are fixed by the proteins and the seed.",

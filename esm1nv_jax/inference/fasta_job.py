@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from esm1nv_jax.common import files
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer

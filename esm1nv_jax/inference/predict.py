@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import fasta_job

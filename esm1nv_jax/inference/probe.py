@@ -18,7 +18,7 @@ from rich.table import Table
 from scipy import stats
 
 from esm1nv_jax import __version__
-from esm1nv_jax.common import arguments, files
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
@@ -51,7 +51,7 @@ PUBLISHED = {
 
 
 def main(argv: list[str]) -> None:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "probe",
         "Train small heads on a frozen encoder's embeddings, on those of an untrained one, and on\n"
         "one-hot residues. The CSV has columns sequence, label, split (train, valid, test), and\n"

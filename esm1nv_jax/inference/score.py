@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax.common import files
-from esm1nv_jax.common.arguments import Parser
+from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.fasta import scan

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
@@ -133,7 +133,7 @@ def _disk_errors(out: str):
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "convert",
         "Convert a model to a folder of Hugging Face transformers, or such a folder to a model.",
         "esm1nv convert --to hf --checkpoint runs/first --out exported\n"

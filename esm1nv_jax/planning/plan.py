@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax.common import arguments, metrics_log
+from esm1nv_jax.common import command, metrics_log
 from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.planning import chips
@@ -286,7 +286,7 @@ def print_comparison(plans: list[Plan]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "plan",
         "Compile the configured step for chips that are not here; show memory, kernels and time.",
         "esm1nv plan --config=configs/pretrain_small.py --chip a100-80gb --hosts 22 "

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax.common import arguments, config_file, files, metrics_log
+from esm1nv_jax.common import command, config_file, files, metrics_log
 from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure
@@ -80,7 +80,7 @@ class RecipeRow:
 
 
 def main(argv: list[str]) -> None:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "compare",
         "Set runs side by side: what differs in their configs, validation perplexity at <mask>\n"
         "against steps, and mean and spread over seeds.",

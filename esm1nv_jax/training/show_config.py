@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 
-from esm1nv_jax.common import arguments, config_file
+from esm1nv_jax.common import command, config_file
 
 _GROUP = re.compile(r"    config\.(\w+) = \{")
 _FIELD = re.compile(r'    config\.(\w+) = (?!\()|        "(\w+)": ')
@@ -43,7 +43,7 @@ def markdown(fields: dict[str, object], texts: dict[str, str]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = arguments.Parser(
+    parser = command.Parser(
         "config",
         "Show every field of a config, with its value and meaning.",
         "esm1nv config quickstart:steps=1000 --config.optimizer.peak_lr=1e-3",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.cli import dispatch
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import EXIT_USER
 from esm1nv_jax.data import inspect, tokenizer
 from esm1nv_jax.data.packing import StreamConfig
@@ -52,7 +52,7 @@ def test_what_is_shown_masked_is_what_a_run_masks(name):
 
 
 def test_the_sample_is_shown(capsys):
-    assert arguments.run(dispatch, ["inspect", "--show", "1"]) == 0
+    assert command.run(dispatch, ["inspect", "--show", "1"]) == 0
     shown = capsys.readouterr().out
     lengths = np.asarray(open_split("sample", "train").lengths)
     assert "9,000" in shown and f"{lengths.sum():,}" in shown
@@ -65,7 +65,7 @@ def test_ids_and_paths_are_shown_as_they_are(tmp_path, capsys):
     (tmp_path / "odd.fasta").write_bytes(fasta([*records, *made_up(40, seed=1)]))
     folder = str(tmp_path / "[bold]set")
     prepare(Preparation((str(tmp_path / "odd.fasta"),), folder, 2, 2, workers=1))
-    assert arguments.run(dispatch, ["inspect", folder, "--show", "64"]) == 0
+    assert command.run(dispatch, ["inspect", folder, "--show", "64"]) == 0
     shown = capsys.readouterr().out
     train = open_split(folder, "train")
     assert "[bold]set: train" in shown
@@ -75,14 +75,14 @@ def test_ids_and_paths_are_shown_as_they_are(tmp_path, capsys):
 
 def test_a_config_says_how_rows_are_cut(capsys):
     argv = ["inspect", f"--config={CONFIGS / 'pretrain_small.py'}:shipped"]
-    assert arguments.run(dispatch, [*argv, "--config.data.path=sample", "--show=0"]) == 0
+    assert command.run(dispatch, [*argv, "--config.data.path=sample", "--show=0"]) == 0
     shown = capsys.readouterr().out
     assert "of 512 tokens a batch" in shown and "the 10 % of residues to be predicted" in shown
-    assert arguments.run(dispatch, argv) == EXIT_USER
+    assert command.run(dispatch, argv) == EXIT_USER
     assert "names no data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["--split", "all"], ["--rows=7"]])
 def test_mistakes(words, capsys):
-    assert arguments.run(dispatch, ["inspect", *words]) == EXIT_USER
+    assert command.run(dispatch, ["inspect", *words]) == EXIT_USER
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -5,7 +5,7 @@ import gzip
 import pytest
 
 from esm1nv_jax.cli import dispatch
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import EXIT_USER, UserError
 from esm1nv_jax.data import manifest, prepare, splits
 from esm1nv_jax.data.prepare import Preparation
@@ -43,12 +43,12 @@ def test_a_split_without_sequences(tmp_path):
 
 def test_sizes_that_do_not_fit_are_answered_with_some_that_do(fasta_file, tmp_path, capsys):
     argv = ["prepare", "--fasta", str(fasta_file), "--out", str(tmp_path / "set")]
-    assert arguments.run(dispatch, [*argv, "--validation=5000", "--test=10000"]) == EXIT_USER
+    assert command.run(dispatch, [*argv, "--validation=5000", "--test=10000"]) == EXIT_USER
     output = capsys.readouterr().err
     assert "15,000 sequences" in output
     words = output.split("for instance ")[1].split(" fit")[0].split()
     assert words == ["--validation", "750", "--test", "750"]  # enough to measure something
-    assert arguments.run(dispatch, [*argv, *words]) == 0
+    assert command.run(dispatch, [*argv, *words]) == 0
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_shares_and_defaults_on_the_command_line(tmp_path, capsys):
     path = tmp_path / "a"
     path.write_bytes(fasta(made_up(1000, mean=40)))
     argv = ["prepare", "--fasta", str(path), "--validation", "0.1", "--out", str(tmp_path / "set")]
-    assert arguments.run(dispatch, argv) == 0
+    assert command.run(dispatch, argv) == 0
     assert "--test 50: 5% of 1,000 sequences" in capsys.readouterr().err
     sizes = {name: s["examples"] for name, s in manifest.read(tmp_path / "set")["splits"].items()}
     assert sizes == {"train": 850, "validation": 100, "test": 50}
     for wrong in ("1.5", "-0.1", "some", "nan"):
-        assert arguments.run(dispatch, [*argv, f"--test={wrong}"]) == EXIT_USER
+        assert command.run(dispatch, [*argv, f"--test={wrong}"]) == EXIT_USER
         assert f"{wrong!r} is neither a number" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from Bio import SeqIO
 from tensorflow_datasets.proto import tf_example_pb2
 
 from esm1nv_jax.cli import dispatch
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import EXIT_USER, UserError
 from esm1nv_jax.data import manifest, prepare, records
 from esm1nv_jax.data.fasta import Records
@@ -135,9 +135,9 @@ def damage_lengths(folder):
 def test_verify_finds_damage(folder, tmp_path, damage, capsys):
     copy = tmp_path / "set"
     shutil.copytree(folder, copy)
-    assert arguments.run(dispatch, ["prepare", "--verify", str(copy)]) == 0
+    assert command.run(dispatch, ["prepare", "--verify", str(copy)]) == 0
     path = damage(copy)
-    assert arguments.run(dispatch, ["prepare", "--verify", str(copy)]) == EXIT_USER
+    assert command.run(dispatch, ["prepare", "--verify", str(copy)]) == EXIT_USER
     assert path.name in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ import pytest
 from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.manager import RunCheckpoints
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference.average import Member, average, paired_difference, select, verdict
 from esm1nv_jax.model import encoder
@@ -149,7 +149,7 @@ def test_a_member_without_its_data_state_is_named(tmp_path):
 )
 def test_a_mistake_of_the_command_is_one_line(runs, tmp_path, capsys, options, said):
     argv = ["average", "--workdir", runs[0], "--out", str(tmp_path / "model"), *options]
-    assert arguments.run(cli.dispatch, argv) == 2
+    assert command.run(cli.dispatch, argv) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last
     assert not (tmp_path / "model").exists()
@@ -208,7 +208,7 @@ def test_the_command_writes_a_model_that_knows_where_it_came_from(runs, tmp_path
     out, report = tmp_path / "model", tmp_path / "report.html"
     argv = ["average", "--workdir", runs[0], "--last", "2", "--out", str(out)]
     options = ["--report", str(report), "--proteins", "20"]
-    assert arguments.run(cli.dispatch, argv + options) == 0
+    assert command.run(cli.dispatch, argv + options) == 0
     weights = model_folder.read(str(out))
     assert same(weights.params, average(select([runs[0]], last=2)).params)
     assert weights.provenance["steps"] == [10, 20]
@@ -218,7 +218,7 @@ def test_the_command_writes_a_model_that_knows_where_it_came_from(runs, tmp_path
     assert "<svg" in report.read_text() and "checkpoint 10 of" in report.read_text()
     assert "paired by protein" in capsys.readouterr().out
     json.loads((out / "model.json").read_text())
-    assert arguments.run(cli.dispatch, argv) == 2
+    assert command.run(cli.dispatch, argv) == 2
     assert "is there already" in capsys.readouterr().err
 
 

@@ -38,7 +38,7 @@ def by_protein(path, name):
 RUN = """
 import sys, time
 from esm1nv_jax import cli
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.inference import fasta_job, partial_results
 fasta_job.PART_RESIDUES, fasta_job.PART_BATCHES = 300, 0
 write = partial_results.PartialResults.write
@@ -46,7 +46,7 @@ def slow(self, *args):
     write(self, *args)
     time.sleep({pause})
 partial_results.PartialResults.write = slow
-sys.exit(arguments.run(cli.dispatch, sys.argv[1:]))
+sys.exit(command.run(cli.dispatch, sys.argv[1:]))
 """
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from esm1nv_jax import cli, load
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.inference.embed import EmbedRequest, embed
@@ -178,11 +178,11 @@ def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
         ({"shard": "3"}, "1/4"),
     ]:
         argv = [x for k, v in (good | change).items() for x in (f"--{k}", v)]
-        assert arguments.run(cli.dispatch, ["embed", *argv]) == 2, change
+        assert command.run(cli.dispatch, ["embed", *argv]) == 2, change
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert len(told) == 1 and expected in told[0], told
     assert there.read_bytes() == b"precious"
-    assert arguments.run(cli.dispatch, ["embed", "--merge", "--out", good["out"]]) == 2
+    assert command.run(cli.dispatch, ["embed", "--merge", "--out", good["out"]]) == 2
 
 
 def test_checking_a_file_holds_little_of_each_record(tmp_path):
@@ -231,7 +231,7 @@ def test_memory_does_not_grow_with_the_file(model_path, tmp_path, ending):
 
 def run_embed(model_path, fasta, out, *options):
     argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", str(out), *options]
-    assert arguments.run(cli.dispatch, argv) == 0
+    assert command.run(cli.dispatch, argv) == 0
     return read_npz(out)
 
 
@@ -259,7 +259,7 @@ def test_an_option_is_given_in_one_of_its_two_names(model_path, tmp_path, capsys
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:2])
     argv = ["embed", "--checkpoint", model_path, "--fasta", fasta]
     argv += ["--out", str(tmp_path / "o.npz"), "--layers", "1", "--repr_layers", "1"]
-    assert arguments.run(cli.dispatch, argv) == 2
+    assert command.run(cli.dispatch, argv) == 2
     assert "give one of them" in capsys.readouterr().err
 
 

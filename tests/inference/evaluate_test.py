@@ -12,7 +12,7 @@ from Bio.Align import substitution_matrices
 
 from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.source import MemorySource, open_split
@@ -297,7 +297,7 @@ def test_the_command_writes_results_and_a_report(saved, tmp_path, capsys):
     groups.write_text("p0\tnear\np1\t[/far] :train: $x^{$\n")
     argv = ["evaluate", "--checkpoint", str(saved), "--fasta", str(fasta), "--groups", str(groups)]
     argv += ["--pseudo", "--json", str(tmp_path / "o.json"), "--report", str(tmp_path / "o.html")]
-    assert arguments.run(cli.dispatch, argv) == 0
+    assert command.run(cli.dispatch, argv) == 0
     result = json.loads((tmp_path / "o.json").read_text())
     assert result["sequences"] == 9 and set(result["by_group"]) == {"near", "[/far] :train: $x^{$"}
     page = (tmp_path / "o.html").read_text()
@@ -331,7 +331,7 @@ def test_a_mistake_is_one_line(saved, tmp_path, capsys, options, said):
     names = ("EMPTY", "ABSENT", "UNKNOWN", "GOOD", "GROUPS")
     paths = {name: str(tmp_path / name) for name in names} | {"FOLDER": str(tmp_path)}
     argv = ["evaluate", "--checkpoint", str(saved), *(paths.get(o, o) for o in options)]
-    assert arguments.run(cli.dispatch, argv) == 2
+    assert command.run(cli.dispatch, argv) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last
 
@@ -356,7 +356,7 @@ GOOD = {"id": "a", "sequence": "MKV" * 50, "positions": [1], "inputs": ["<mask>"
 def test_a_wrong_file_of_masks_is_one_line(saved, tmp_path, capsys, change, said):
     (tmp_path / "masks").write_text(json.dumps(GOOD | change) + "\n")
     argv = ["evaluate", "--checkpoint", str(saved), "--masks", str(tmp_path / "masks")]
-    assert arguments.run(cli.dispatch, argv) == 2
+    assert command.run(cli.dispatch, argv) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and said in last
 

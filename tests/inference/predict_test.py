@@ -12,7 +12,7 @@ import pytest
 
 from esm1nv_jax import cli, load
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import fasta_job
 from esm1nv_jax.inference.fasta_job import FastaRequest
@@ -184,7 +184,7 @@ def test_the_command_and_its_mistakes(tuned, model_path, tmp_path, capsys):
     fasta, out = write_fasta(tmp_path / "in.fasta", PROTEINS[:3]), str(tmp_path / "o.csv")
 
     def run(*argv):
-        return arguments.run(cli.dispatch, ["predict", "--fasta", fasta, *argv])
+        return command.run(cli.dispatch, ["predict", "--fasta", fasta, *argv])
 
     checkpoint = tuned[PROTEIN["cls"]]
     assert run("--checkpoint", checkpoint, "--out", out) == 0

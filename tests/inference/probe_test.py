@@ -10,7 +10,7 @@ import pytest
 
 from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
@@ -199,7 +199,7 @@ def one_setting(monkeypatch):
 def run(checkpoint, task, path, tmp_path, *options):
     out = tmp_path / "out.json"
     argv = ["probe", "--checkpoint", checkpoint, "--task", task, "--csv", path, "--seeds", "2"]
-    assert arguments.run(cli.dispatch, [*argv, "--json", str(out), *options]) == 0
+    assert command.run(cli.dispatch, [*argv, "--json", str(out), *options]) == 0
     return json.loads(out.read_text())
 
 
@@ -291,7 +291,7 @@ def test_a_limit_holds_for_every_split_and_one_seed_has_no_error(
     out = tmp_path / "out.json"
     argv = ["probe", "--checkpoint", checkpoint, "--task", "regression", "--csv", path]
     argv += ["--seeds", "1", "--limit", "10", "--precision", "bf16", "--json", str(out)]
-    assert arguments.run(cli.dispatch, argv) == 0
+    assert command.run(cli.dispatch, argv) == 0
     found = json.loads(out.read_text())
     assert set(found["proteins"].values()) == {10} and found["precision"] == "bf16"
     printed = capsys.readouterr()

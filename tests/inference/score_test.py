@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from scipy.stats import spearmanr
 
 from esm1nv_jax import cli, load
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import score as score_lib
@@ -139,7 +139,7 @@ def test_wild_type_marginals_are_refused_where_they_mean_nothing(tmp_path):
 def score(model_path, folder, *options):
     fasta = write_fasta(folder / "wt.fasta", [("WT", WILD)])
     argv = ["score", "--checkpoint", model_path, "--fasta", fasta, "--out", str(folder / "s.csv")]
-    return arguments.run(cli.dispatch, [*argv, *options])
+    return command.run(cli.dispatch, [*argv, *options])
 
 
 def test_the_command_keeps_the_table_and_compares_by_rank(model, model_path, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esm1nv_jax import cli
-from esm1nv_jax.common import arguments, config_file
+from esm1nv_jax.common import command, config_file
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.compare import differing_fields, over_seeds, read
 
@@ -49,7 +49,7 @@ def test_recipes_are_ranked_only_if_validation_asks_them_the_same(runs, tmp_path
     rate = write(tmp_path / "higher", "seed=0", {0: 30, 100: 16.0, 200: 15.0}, lr=1e-3)
     ((best, second),) = over_seeds(read([*runs[:2], rate]))
     assert best.runs == ["higher"] and second.seeds == [0, 1]
-    assert arguments.run(cli.dispatch, ["compare", *runs]) == 0
+    assert command.run(cli.dispatch, ["compare", *runs]) == 0
     assert "cannot be compared: data.max_residues, masking.rate" in capsys.readouterr().out
     for run, fingerprint in ((runs[0], "a"), (runs[1], "b")):
         (Path(run) / "data.json").write_text(json.dumps({"train": "t", "validation": fingerprint}))
@@ -72,7 +72,7 @@ def test_copies_of_a_seed_are_refused(runs, tmp_path):
 def test_the_table_as_json_and_csv(runs, tmp_path):
     out = [str(tmp_path / name) for name in ("table.json", "table.csv")]
     call = ["compare", *runs[:2], "--json", out[0], "--csv", out[1]]
-    assert arguments.run(cli.dispatch, call) == 0
+    assert command.run(cli.dispatch, call) == 0
     (row,) = json.loads(Path(out[0]).read_text(encoding="utf-8"))
     assert row["seeds"] == [0, 1] and row["mean"] == pytest.approx(16.25)
     with open(out[1], encoding="utf-8", newline="") as file:
@@ -90,7 +90,7 @@ def test_only_what_differs_is_shown(runs):
 
 def test_the_command_draws_every_run(runs, tmp_path, capsys):
     out = tmp_path / "page.html"
-    assert arguments.run(cli.dispatch, ["compare", *runs, "--out", str(out)]) == 0
+    assert command.run(cli.dispatch, ["compare", *runs, "--out", str(out)]) == 0
     page = out.read_text()
     assert "<svg" in page and "masking.recipe" in page and "0.208" in page
     assert "card/1" in capsys.readouterr().out

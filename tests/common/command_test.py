@@ -11,15 +11,15 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from esm1nv_jax.common import arguments, console
+from esm1nv_jax.common import command, console
 from esm1nv_jax.common.errors import UserError
 
 HOSTILE = "a[/x] [red]b[/red] :train: \x1b[31mc\x1b[0m \x07\x9b\u202ed"
 SHOWN = r"a[/x] [red]b[/red] :train: \x1b[31mc\x1b[0m \x07\x9b\u202ed"
 
 
-def parser() -> arguments.Parser:
-    made = arguments.Parser("verb", "Does something.", "esm1nv verb --max-residues 5")
+def parser() -> command.Parser:
+    made = command.Parser("verb", "Does something.", "esm1nv verb --max-residues 5")
     made.add_argument("--max-residues", type=int)
     made.add_argument("--old_form")
     made.add_argument("--layers", nargs="+")
@@ -84,19 +84,19 @@ def test_an_error_is_one_printable_line(capsys):
     def verb(argv):
         raise UserError(f"no id {HOSTILE}\nin it")
 
-    assert arguments.run(verb, []) == 2
+    assert command.run(verb, []) == 2
     assert capsys.readouterr().err == f"error: no id {SHOWN} in it\n"
 
 
 SHOW = """
 import sys
-from esm1nv_jax.common import arguments, console
+from esm1nv_jax.common import command, console
 def verb(argv):
     for _ in range(3):
         console.console.print("17.06 \\u00b1 0.05 log")
         console.stdout.print("17.06 \\u00b1 0.05 \\udcff result")
     print("\\u00b1 plain")
-sys.exit(arguments.run(verb, []))
+sys.exit(command.run(verb, []))
 """
 
 

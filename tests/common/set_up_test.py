@@ -7,8 +7,8 @@ import sys
 import pytest
 
 COMPILE = """
-from esm1nv_jax.common import runtime
-runtime.set_up()
+from esm1nv_jax.common import command
+command.set_up()
 import jax, jax.numpy as jnp
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64))).block_until_ready()
@@ -17,8 +17,8 @@ jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64))).block_until_ready()
 FAULTS = """
 import resource, sys
 if sys.argv[1] == "kept":
-    from esm1nv_jax.common import runtime
-    runtime.keep_freed_memory()
+    from esm1nv_jax.common import command
+    command.keep_freed_memory()
 def work():
     return b"x" * 100_000_000
 work()
@@ -53,8 +53,8 @@ from pathlib import Path
 def fails():
     raise RuntimeError("Could not determine home directory.")
 Path.home = fails
-from esm1nv_jax.common import runtime
-runtime.set_up()
+from esm1nv_jax.common import command
+command.set_up()
 """
 
 

@@ -1,20 +1,78 @@
-"""The process that a command runs in: what is set up before jax is imported."""
+"""What every command does around its work: options, exit status, and what is set up before jax."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import hashlib
 import logging
 import os
+import re
 import sys
+from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
+from typing import NoReturn
+
+from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 # Device files of GPUs (/dev/dxg: under Windows) and TPUs.
 _ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_plugins.xla_cuda12")
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` with an example in `--help`, one-line errors and no abbreviated options.
+
+    Options are documented with hyphens; `--all_singles` is read as `--all-singles`. A value may
+    begin with a negative number: `--layers -1,6`.
+    """
+
+    def __init__(self, verb: str, description: str, example: str):
+        super().__init__(
+            prog=f"esm1nv {verb}",
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._negative_number_matcher = re.compile(r"-\d[\d.,eE+-]*$")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):  # type: ignore[override]
+        args = sys.argv[1:] if args is None else args
+        hyphens = {name.replace("_", "-"): name for name in self._option_string_actions}
+
+        def registered(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            known = hyphens.get(name.replace("_", "-")) if name.startswith("--") else None
+            return known + equals + value if known else argument
+
+        end = list(args).index("--") if "--" in args else len(args)
+        return super().parse_known_args([*map(registered, args[:end]), *args[end:]], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def run(verb: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Calls a verb's `main`; a user's mistake becomes one line on stderr and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the locale cannot show is escaped, never fatal
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return verb(argv) or 0
+    except UserError as error:
+        from esm1nv_jax.common.console import console  # rich: `--help` does without
+
+        console.print("error: " + str(error).replace("\n", " "))
+        return EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return 0
 
 
 def set_up() -> None:
