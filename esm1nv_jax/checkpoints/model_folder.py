@@ -22,6 +22,7 @@ from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
 
 PARAMETERS, DESCRIPTION = "parameters.safetensors", "model.json"
+NO_LM_HEAD = {"lm_head": "none"}  # in the provenance of a model that came without one
 
 # Nested dictionaries to and from names such as `blocks/0/qkv/kernel`.
 flatten = functools.partial(traverse_util.flatten_dict, sep="/")
@@ -40,6 +41,11 @@ class Weights:
     model: encoder.EncoderConfig
     provenance: dict[str, Any]
     head: HeadConfig | None = None
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the model came with a masked-LM head."""
+        return not self.provenance.items() >= NO_LM_HEAD.items()
 
     @property
     def encoder_params(self) -> dict:

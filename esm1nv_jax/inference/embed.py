@@ -54,6 +54,8 @@ def merge(out: str, overwrite: bool = False) -> str:
 
 def _computation(request: EmbedRequest) -> Computation:
     model = load(request.checkpoint, request.precision, request.max_residues)
+    if "logits" in request.include:
+        model.require_lm_head()
     layers, blocks = request.layers, model.config.layers
     if request.esm_layers:  # counted from the end where negative, the last after its LayerNorm
         layers = tuple((i + blocks + 1) % (blocks + 1) for i in request.layers)

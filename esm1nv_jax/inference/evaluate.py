@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
         source, name = open_source(options.data, options.fasta)
     groups = read_groups(options.groups) if options.groups else None
     model = load(options.checkpoint, options.precision, options.max_residues)
+    model.require_lm_head()
     results = evaluate_model(
         model,
         source,

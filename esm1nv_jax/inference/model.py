@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
@@ -183,6 +184,7 @@ class Model:
 
         Columns are `esm1nv_jax.data.tokenizer.TOKENS`; `<mask>` may stand in a sequence.
         """
+        self.require_lm_head()
         ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
         if not ids:
             return []
@@ -219,6 +221,14 @@ class Model:
             )
         return self.head
 
+    def require_lm_head(self) -> None:
+        """Raises UserError where the model came without a masked-LM head."""
+        if self.provenance.items() >= NO_LM_HEAD.items():
+            raise UserError(
+                "this model came without a masked-LM head and predicts no residues; take the model "
+                "that it was fine-tuned from"
+            )
+
     def fill_mask(self, sequence: str, top: int = 5) -> list[Prediction]:
         """The `top` likeliest of the 20 standard residues at each `<mask>` of a sequence.
 
@@ -251,6 +261,7 @@ class Model:
 
     def check_mode(self, mode: str, force: bool = False) -> None:
         """Raises UserError where a mode of scoring means nothing for this model."""
+        self.require_lm_head()
         if mode == "wt-marginals" and self.sees_wrong_residues_only and not force:
             raise UserError(
                 "wt-marginals: this model was trained without unchanged targets, so what it "

@@ -20,16 +20,18 @@ MEASURED_PROTEINS = 32  # of the bundled sample's test split, over which a diffe
 
 
 def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
-    """Writes `out` for AutoModelForMaskedLM and AutoTokenizer; returns what is not exact, or ''.
+    """Writes `out` for `transformers`; returns what is not exact, or ''.
 
     Raises UserError where the model is no architecture of `transformers`, unless `approximate`
     allows the erf form of GELU in place of the tanh form: then the difference is measured.
     """
-    from esm1nv_jax.interchange import huggingface, model_card
+    from esm1nv_jax.interchange import head_tensors, huggingface, model_card
     from esm1nv_jax.interchange.loader import load_weights
 
     _check_empty(out)
     weights = load_weights(checkpoint)
+    if reason := head_tensors.inexact_reason(weights.head):
+        raise UserError(reason)
     difference = ""
     if reason := huggingface.inexact_reason(weights.model):
         if not approximate:
@@ -69,11 +71,26 @@ def measure_difference(exact: Weights, approximated: Weights) -> str:
 
     from esm1nv_jax.data import pipeline
     from esm1nv_jax.data.source import open_split
-    from esm1nv_jax.model import encoder, esm2, masking
+    from esm1nv_jax.model import encoder, esm2, heads, masking
 
     residues = min(256, exact.model.positions - 2)
     stream = pipeline.StreamConfig(seed=0, rows=4, row_length=residues + 2, max_residues=residues)
-    max_difference, sums, proteins = 0.0, np.zeros(3), 0
+    max_differences, sums, proteins = np.zeros(2), np.zeros(3), 0
+    encoder_params, head = exact.encoder_params, exact.head
+
+    @jax.jit
+    def compare_heads(params, batch):
+        assert head is not None
+        layout = batch["segment_ids"], batch["positions"]
+        outputs = []
+        for model in (exact.model, approximated.model):
+            tokens = esm2.map_missing_to_unk(model.vocabulary, batch["tokens"])
+            x_BTD = encoder.forward(model, params, tokens, *layout, hidden_layers=(-1,)).hidden[-1]
+            outputs.append(heads.logits(head, exact.params["head"], x_BTD, *layout, residues))
+        difference = abs(outputs[0] - outputs[1])
+        if head.level == "residue":
+            difference *= (batch["segment_ids"] > 0)[..., None]
+        return difference.max()
 
     @jax.jit
     def compare(params, batch):
@@ -101,8 +118,10 @@ def measure_difference(exact: Weights, approximated: Weights) -> str:
 
     for batch in pipeline.evaluation_batches(open_split("sample", "test"), stream):
         names = ("tokens", "segment_ids", "positions", "mask_bits")
-        difference, part = compare(exact.params, {name: batch[name] for name in names})
-        max_difference = max(max_difference, float(difference))
+        arrays = {name: batch[name] for name in names}
+        difference, part = compare(encoder_params, arrays)
+        of_head = compare_heads(encoder_params, arrays) if head else 0.0
+        max_differences = np.maximum(max_differences, (float(difference), float(of_head)))
         sums = sums + np.array(part, np.float64)
         proteins += int(((batch["segment_ids"] > 0) & (batch["positions"] == 0)).sum())
         if proteins >= MEASURED_PROTEINS:
@@ -111,8 +130,9 @@ def measure_difference(exact: Weights, approximated: Weights) -> str:
     return (
         f"approximate: {approximated.model.ffn_activation} stands for "
         f"{exact.model.ffn_activation} in the FFN; on {int(sums[2]):,} <mask> positions of the "
-        f"bundled sample logits differ by up to {max_difference:.2g}, perplexity is {after:.4f} "
-        f"instead of {before:.4f}"
+        f"bundled sample logits differ by up to {max_differences[0]:.2g}, perplexity is "
+        f"{after:.4f} instead of {before:.4f}"
+        + (f"; outputs of the head differ by up to {max_differences[1]:.2g}" if head else "")
     )
 
 

@@ -1,4 +1,5 @@
-"""A folder of `transformers` (EsmForMaskedLM or BertForMaskedLM), read and written without it."""
+"""A folder of `transformers`, read and written without it: EsmForMaskedLM or BertForMaskedLM, or of
+a fine-tuned model For{Token,Sequence}Classification."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints.model_folder import Weights, flatten, unflatten
+from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD, Weights, flatten, unflatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
-from esm1nv_jax.interchange import model_card, tensor_names, tensors, tokenizer_files
+from esm1nv_jax.interchange import head_tensors, model_card, tensor_names, tensors, tokenizer_files
 from esm1nv_jax.interchange.tensor_names import BERT, ESM, Family
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
@@ -24,6 +25,8 @@ from esm1nv_jax.model.encoder_config import EncoderConfig
 CONFIG, PROVENANCE = "config.json", "provenance.json"
 # Rows of the embedding's padding: nothing reads them, but with them a round trip is bit-exact.
 PADDING = "vocabulary_padding.safetensors"
+# The masked-LM head of a fine-tuned model, of which `transformers` has no class with both heads.
+LM_HEAD = "lm_head.safetensors"
 BERT_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -55,7 +58,8 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
     if not isinstance(model_type, str) or model_type not in tensor_names.FAMILIES:
         raise UserError(
             f"{folder / CONFIG}: model_type is {model_type!r}; "
-            f"{', '.join(tensor_names.FAMILIES)} can be converted (EsmForMaskedLM, BertForMaskedLM)"
+            f"{', '.join(tensor_names.FAMILIES)} can be converted (EsmForMaskedLM, "
+            "BertForMaskedLM, or For{Token,Sequence}Classification)"
         )
     family, hf_config = tensor_names.FAMILIES[model_type], _HFConfig(fields, str(folder / CONFIG))
     hf_tensors = tensors.read_tensors(folder)
@@ -64,7 +68,17 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
     if config.position_kind == "rotary" and not has_frequency:
         theta = hf_config.get("rope_theta", float, esm2.ROPE_THETA)
         hf_tensors[tensor_names.INV_FREQ] = esm2.rope_frequencies(config.head_size, theta)
+    head = head_tensors.read_config(fields, hf_tensors, str(folder))
+    head_params = {}
+    if head:
+        head_params = head_tensors.pop_params(family, head, hf_tensors, config.width, str(folder))
+    has_lm_head = head is None or (folder / LM_HEAD).exists()
+    if not has_lm_head:
+        hf_tensors |= tensor_names.fresh_lm_head(family, config)
+    elif head:
+        hf_tensors |= tensors.read_safetensors(folder / LM_HEAD)
     params, left_out = tensor_names.from_hf_tensors(family, config, hf_tensors, str(folder))
+    params |= {f"head/{name}": value for name, value in head_params.items()}
     if nonfinite := [name for name, leaf in params.items() if not np.isfinite(leaf).all()]:
         raise UserError(
             f"{folder}: what becomes {nonfinite[0]} holds NaN or infinity ({len(nonfinite)} such "
@@ -72,9 +86,11 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         )
     provenance: dict[str, Any] = {
         "converted_from": str(folder),
-        "architecture": family.architecture,
+        "architecture": head_tensors.architecture(family, head),
         "tensors_left_out": left_out,
     }
+    if not has_lm_head:
+        provenance |= NO_LM_HEAD
     if license_name := model_card.read_license(folder):
         provenance["licence"] = license_name
     try:
@@ -87,20 +103,28 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
             f"{folder}: {PROVENANCE} or {PADDING} is damaged ({error}); the model does not need "
             "them, remove them or export it again"
         ) from None
-    return Weights(unflatten(params), config, provenance)
+    return Weights(unflatten(params), config, provenance, head)
 
 
 def write(path: str, weights: Weights, difference: str = "") -> None:
-    """Writes a folder that AutoModelForMaskedLM and AutoTokenizer open; config.json comes last.
+    """Writes a folder that AutoTokenizer and AutoModelForMaskedLM open, or of a fine-tuned model
+    AutoModelForTokenClassification or AutoModelForSequenceClassification; config.json comes last.
 
     `difference` from the model here, if there is one, goes into the model card.
-    Raises UserError where `inexact_reason(weights.model)` is not None.
+    Raises UserError where `inexact_reason` of the model or of its head is not None.
     """
-    if reason := inexact_reason(weights.model):
+    head = weights.head
+    if reason := inexact_reason(weights.model) or head_tensors.inexact_reason(head):
         raise UserError(reason)
     config, params = weights.model, flatten(weights.params)
     family = ESM if config.norm == "pre" else BERT
     hf_tensors = tensor_names.to_hf_tensors(family, config, params)
+    lm_head = {}
+    if head:
+        of_encoder = f"{family.prefix}."
+        lm_head = {k: v for k, v in hf_tensors.items() if not k.startswith(of_encoder)}
+        hf_tensors = {k: v for k, v in hf_tensors.items() if k.startswith(of_encoder)}
+        hf_tensors |= head_tensors.to_hf_tensors(family, head, flatten(weights.params["head"]))
     if family is ESM:
         # Without one `transformers` would draw it at random at every start.
         size = (1, config.layers * config.heads)
@@ -112,20 +136,28 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
         for i in range(config.layers):  # where transformers 4 looks for it, and 5 too
             name = f"esm.encoder.layer.{i}.attention.self.{tensor_names.INV_FREQ}"
             hf_tensors[name] = params["rotary_frequency"]
-    hf_tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in hf_tensors.items()}
+    hf_tensors, lm_head = (
+        {k: np.ascontiguousarray(v, np.float32) for k, v in some.items()}
+        for some in (hf_tensors, lm_head)
+    )
 
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors(hf_tensors, metadata={"format": "pt"})
     (folder / tensors.SAFETENSORS).write_bytes(content)
+    if lm_head and weights.has_lm_head:
+        (folder / LM_HEAD).write_bytes(save_safetensors(lm_head))
     padding = _padding(config, params)
     if any(np.any(rows) for rows in padding.values()):
         (folder / PADDING).write_bytes(save_safetensors(padding))
     tokenizer_files.write_tokenizer(folder, config)
     (folder / PROVENANCE).write_text(json.dumps(weights.provenance, indent=1))
-    card = model_card.model_card(weights, family.architecture, difference)
+    name = head_tensors.architecture(family, head)
+    card = model_card.model_card(weights, name, difference)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(_to_hf_config(family, config), indent=2))
+    hf_config = _to_hf_config(family, config) | {"architectures": [name]}
+    hf_config |= head_tensors.config_fields(head) if head else {}
+    (folder / CONFIG).write_text(json.dumps(hf_config, indent=2))
 
 
 def inexact_reason(config: EncoderConfig) -> str | None:

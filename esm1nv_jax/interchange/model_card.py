@@ -11,6 +11,7 @@ from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.model.encoder import parameter_count
+from esm1nv_jax.model.heads import HeadConfig
 
 SAMPLE = "the 10,000 proteins that ship with esm1nv_jax, out of Swiss-Prot"
 SAMPLE_LICENCE = "UniProt Consortium, CC BY 4.0 (attribution needed)"
@@ -22,7 +23,12 @@ def model_card(weights: Weights, architecture: str, difference: str) -> str:
     licence, left_out = provenance.get("licence"), provenance.get("tensors_left_out")
     tokens = model.vocabulary.split(" ")
     mask = "[MASK]" if "[MASK]" in tokens else "<mask>"
-    front = ["---", "library_name: transformers", "pipeline_tag: fill-mask", "tags: [protein]"]
+    task, head = "MaskedLM", weights.head
+    if head:
+        task = "TokenClassification" if head.level == "residue" else "SequenceClassification"
+    pipeline = {"MaskedLM": "fill-mask", "TokenClassification": "token-classification"}
+    tag = pipeline.get(task, "text-classification")
+    front = ["---", "library_name: transformers", f"pipeline_tag: {tag}", "tags: [protein]"]
     front += [f"license: {licence}"] if licence else []
     positions = "rotary" if model.position_kind == "rotary" else f"{model.positions:,} learned"
     path = _data_path(provenance)
@@ -34,11 +40,12 @@ def model_card(weights: Weights, architecture: str, difference: str) -> str:
         f"FFN {model.ffn}, {model.norm}-LN, {positions} positions. Written by esm1nv_jax "
         f"{__version__}.",
         "```python\n"
-        "from transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
+        f"from transformers import AutoModelFor{task}, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
-        'model = AutoModelForMaskedLM.from_pretrained("THIS_FOLDER").eval()\n'
-        f'logits = model(**tokenizer("MKT{mask}L", return_tensors="pt")).logits\n'
+        f'model = AutoModelFor{task}.from_pretrained("THIS_FOLDER").eval()\n'
+        f'logits = model(**tokenizer("MKT{"V" if head else mask}L", return_tensors="pt")).logits\n'
         "```",
+        *([_labels(head)] if head else []),
         "One token a residue, in either case. A character that is no residue is one unknown "
         "token. White space, gaps (`-`, `.`) that are no token and final `*` are removed.",
         "## Differences from the original model\n\n"
@@ -55,6 +62,16 @@ def model_card(weights: Weights, architecture: str, difference: str) -> str:
         "## Provenance\n\n```json\n" + json.dumps(provenance, indent=1) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _labels(head: HeadConfig) -> str:
+    subject = "each residue (`<s>` and `</s>` are not residues)"
+    subject = subject if head.level == "residue" else "the protein"
+    if head.kind == "regression":
+        return f"The output is the value of {subject}."
+    function = "softmax" if head.kind == "classification" else "sigmoid"
+    classes = f"{len(head.classes)} classes: {', '.join(head.classes)}"
+    return f"The outputs are logits (of a {function}) for {subject}, of {classes}."
 
 
 def read_license(folder: epath.Path) -> str | None:
@@ -85,9 +102,14 @@ def _training(provenance: dict[str, Any]) -> str:
         return f"Not by esm1nv_jax: converted from {origin}." if origin else "Not recorded."
     steps = provenance.get("steps", [])
     masking, optimizer, rows = config["masking"], config["optimizer"], config["batch"].get("rows")
-    lines = [
+    learned = (
         f"Masked language modelling, recipe `{masking['recipe']}`, {masking['rate']:.0%} of "
-        "residues predicted.",
+        "residues predicted."
+    )
+    if "fine_tuned_from" in provenance:
+        learned = "Fine-tuned on labels; the provenance names the model that it began from."
+    lines = [
+        learned,
         f"AdamW, peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up steps; "
         f"{f'{rows} rows a step' if rows else 'rows by sequences a device'} of "
         f"{config['data']['row_length']} tokens; matrix products in {config['compute']['dtype']}.",

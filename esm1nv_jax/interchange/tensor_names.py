@@ -131,11 +131,7 @@ def from_hf_tensors(
     tensors = {_current_name(name): value for name, value in tensors.items()}
     frequency = _merge_derived(family, config, tensors, source)
     ignored = sorted(name for name in tensors if re.fullmatch(family.ignored, name))
-    shapes = {  # our shapes without memory behind them, named as theirs
-        name: np.broadcast_to(np.float32(0), leaf.shape)
-        for name, leaf in flatten(encoder.abstract(config)).items()
-    }
-    expected = to_hf_tensors(family, config, shapes)
+    expected = _expected(family, config)
     model = f"{family.architecture} with {config.layers} layers"
     for name in sorted((expected.keys() | tensors.keys()) - set(ignored)):
         if name not in tensors:
@@ -157,6 +153,24 @@ def from_hf_tensors(
             )
     left_out = [n for n in ignored if not n.endswith("position_ids") and tensors[n].any()]
     return frequency | _params(family, config, tensors), left_out
+
+
+def fresh_lm_head(family: Family, config: EncoderConfig) -> dict[str, np.ndarray]:
+    """Tensors of a masked-LM head that predicts all tokens alike, and can be trained."""
+    return {
+        name: np.full(like.shape, name.lower().endswith("norm.weight"), np.float32)
+        for name, like in _expected(family, config).items()
+        if not name.startswith(f"{family.prefix}.")
+    }
+
+
+def _expected(family: Family, config: EncoderConfig) -> dict[str, np.ndarray]:
+    """Tensors of a model, all zero, without memory behind them."""
+    shapes = {
+        name: np.broadcast_to(np.float32(0), leaf.shape)
+        for name, leaf in flatten(encoder.abstract(config)).items()
+    }
+    return to_hf_tensors(family, config, shapes)
 
 
 def first_position(family: Family, config: EncoderConfig) -> int:

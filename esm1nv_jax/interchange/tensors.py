@@ -35,7 +35,7 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
 
     Raises UserError where there is none, or where a file is damaged or not only tensors.
     """
-    for name, read in ((SAFETENSORS, _read_safetensors), (PICKLE, _read_pickle)):
+    for name, read in ((SAFETENSORS, read_safetensors), (PICKLE, _read_pickle)):
         files = _shards(folder, name)
         if not files:
             continue
@@ -69,7 +69,8 @@ def _shards(folder: epath.Path, name: str) -> list[str]:
     return shards
 
 
-def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, as they are. Raises UserError where it is damaged."""
     try:
         views = deserialize(files.read_weights(path))
     except (OSError, SafetensorError) as error:
