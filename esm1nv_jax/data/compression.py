@@ -11,6 +11,7 @@ import lzma
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -160,7 +161,11 @@ def regular_file(name: str, folder: Path | None = None) -> tuple[Path, IO[bytes]
         raise UserError(f"cannot read {name}: it is a folder; give a file")
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe:
-            copy = tempfile.NamedTemporaryFile(prefix="esm1nv-input-", dir=folder)  # noqa: SIM115
+            copy = tempfile.NamedTemporaryFile(  # noqa: SIM115
+                prefix="esm1nv-input-", dir=folder, delete=False
+            )
+            # By itself it would complain where the folder was removed before it.
+            weakref.finalize(copy, Path(copy.name).unlink, missing_ok=True)
             shutil.copyfileobj(pipe, copy, BLOCK)
             copy.flush()
     except OSError as error:

@@ -109,9 +109,9 @@ def prepare(options: Preparation) -> dict:
             )
         if task.cluster_table:
             task.cluster_table.unlink()
-        for _, copy in sources:
+        for path, copy in sources:
             if copy is not None:
-                copy.close()
+                path.unlink()
         manifest.finalize(folder, written, with_clusters=task.cluster_table is not None)
         content = _manifest(options, sizes, parsed, skipped, written)
         content["seconds"] = round(time.monotonic() - began, 1)

@@ -252,7 +252,7 @@ def paired_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, floa
     by protein: both were asked the same, so what is hard for both cancels."""
     counts = np.array([row["positions_mask"] for row in a["by_protein"].values()])
     losses = [np.log([row["perplexity_mask"] for row in x["by_protein"].values()]) for x in (a, b)]
-    mean = GroupedMean.zeros(1)
+    mean = GroupedMean(1)
     mean.add(np.zeros(len(counts), np.int64), counts, counts * (losses[0] - losses[1]))
     return mean.mean()
 

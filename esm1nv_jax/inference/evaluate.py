@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -161,7 +160,7 @@ def evaluate_model(
         task = stack.enter_context(bar("evaluating", len(source.lengths), "proteins", progress))
         for sums in perplexity.evaluate(model, source, stream, corrupted, counts, groups):
             task.update(sums.sequences)
-    if sums is None or not sums.overall["loss"].positions[0]:
+    if sums is None or not sums.positions:
         raise UserError("no residue could be predicted: the proteins hold unknown letters only")
     results = {
         "masking": masking if mask_file is None else "given",
@@ -177,19 +176,19 @@ def evaluate_model(
         sequences = source.sequences(range(len(source.lengths)))
         passes = int(sum(min(len(s), stream.max_residues) for s in sequences))
         with bar("pseudo-perplexity", passes, "passes", progress) as task:
-            each = pseudo_perplexity(model.on_devices, sequences, stream.max_residues, task.advance)
-        mean = perplexity.GroupedMean.zeros(1)
-        mean.add(np.zeros(len(sequences), np.int64), each.residues, each.nats)
-        weighted, error = mean.perplexity()
-        proteins = zip(source.ids(range(len(sequences))), each.residues, each.each, strict=True)
+            residues, nats = pseudo_perplexity(
+                model.on_devices, sequences, stream.max_residues, task.advance
+            )
+        mean = perplexity.GroupedMean(1)
+        mean.add(np.zeros(len(sequences), np.int64), residues, nats)
+        with np.errstate(invalid="ignore"):  # NaN where no residue is known
+            each = np.exp(nats / residues)
+        rows = zip(source.ids(range(len(each))), residues.tolist(), each.tolist(), strict=True)
+        names = ("id", "residues", "pseudo_perplexity")
         results["pseudo_perplexity"] = {
-            "median": each.median,
-            "token_weighted": weighted,
-            "token_weighted_se": error,
-            "sequences": [
-                {"id": name, "residues": int(n), "pseudo_perplexity": float(value)}
-                for name, n, value in proteins
-            ],
+            "median": float(np.median(each[residues > 0])),
+            **dict(zip(("token_weighted", "token_weighted_se"), mean.perplexity(), strict=True)),
+            "sequences": [dict(zip(names, row, strict=True)) for row in rows],
         }
     return results
 
@@ -280,12 +279,5 @@ def print_results(results: dict[str, Any]) -> None:
 
 def to_json(results: Any) -> str:
     """JSON has no NaN: numbers that do not exist become null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {name: plain(x) for name, x in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(x) for x in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(results), indent=1)
+    plain = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=1)

@@ -7,7 +7,7 @@ is asked the same questions. Errors are by sequence: positions of one are not in
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -41,9 +41,8 @@ MEANS = {"correct": "accuracy_mask", "gain": "nats_gained_mask"}
 QUANTITIES = (*PERPLEXITIES, *MEANS)
 
 
-@dataclasses.dataclass
 class GroupedMean:
-    """Means over positions with standard errors by sequence, for K groups. Sums, float64 [K].
+    """Means over positions with standard errors by sequence, for K groups.
 
     The error of a mean over positions is that of a ratio of sums over sequences: with l_i and n_i
     the sum and the number of positions of sequence i and R = sum l / sum n, the variance is
@@ -51,38 +50,40 @@ class GroupedMean:
     1977, section 6.4).
     """
 
-    sequences: np.ndarray  # that have a position here
-    positions: np.ndarray  # sum of n,
-    total: np.ndarray  # l,
-    total_squared: np.ndarray  # l^2,
-    total_positions: np.ndarray  # l n
-    positions_squared: np.ndarray  # and n^2
+    def __init__(self, groups: int):
+        self._sums = np.zeros(
+            (6, groups)
+        )  # of 1 (sequences with a position here), n, l, l^2, l n, n^2
 
-    @classmethod
-    def zeros(cls, groups: int) -> GroupedMean:
-        return cls(*(np.zeros(groups) for _ in dataclasses.fields(cls)))
+    @property
+    def sequences(self) -> np.ndarray:
+        return self._sums[0]
+
+    @property
+    def positions(self) -> np.ndarray:
+        return self._sums[1]
 
     def add(self, group: np.ndarray, n: np.ndarray, total: np.ndarray) -> None:
-        """Adds an entry a sequence (or a sequence and group): its group, positions and sum."""
-        present = n > 0
-        group, n, total = group[present], n[present].astype(float), total[present].astype(float)
+        """Adds an entry a sequence (or a sequence and group): its group, positions and sum.
+
+        Entries without positions, or of a negative group, are left out.
+        """
+        used = (n > 0) & (group >= 0)
+        group, n, total = group[used], n[used].astype(float), total[used].astype(float)
         terms = (np.ones_like(n), n, total, total**2, total * n, n**2)
-        for field, term in zip(dataclasses.fields(self), terms, strict=True):
-            sums = getattr(self, field.name)
+        for sums, term in zip(self._sums, terms, strict=True):
             sums += np.bincount(group, term, minlength=len(sums))
 
     def mean(self, k: int = 0) -> tuple[float, float]:
         """The mean over positions of group k and its standard error; NaN where it has none."""
-        n, sequences = self.positions[k], self.sequences[k]
+        sequences, n, total, total_squared, products, n_squared = self._sums[:, k].tolist()
         if not n:
             return math.nan, math.nan
-        mean = self.total[k] / n
+        mean = total / n
         if sequences < 2:
-            return float(mean), math.nan
-        spread = self.total_squared[k] - 2 * mean * self.total_positions[k]
-        spread += mean**2 * self.positions_squared[k]
-        error = math.sqrt(max(spread, 0.0) * sequences / (sequences - 1)) / n
-        return float(mean), error
+            return mean, math.nan
+        spread = max(total_squared - 2 * mean * products + mean**2 * n_squared, 0.0)
+        return mean, math.sqrt(spread * sequences / (sequences - 1)) / n
 
     def perplexity(self, k: int = 0) -> tuple[float, float]:
         """exp of the mean, with the error of the mean carried through."""
@@ -91,55 +92,118 @@ class GroupedMean:
         return value, value * error
 
 
-GroupedMeans = dict[str, GroupedMean]  # by quantity
-
-
-@dataclasses.dataclass
 class Evaluation:
-    """Sums of an evaluation; `results` makes means of them."""
+    """Sums of an evaluation, as a whole and by classes; `results` makes means of them.
 
-    groups: list[str]  # names of classes of proteins beside those by length
-    overall: GroupedMeans  # one group
-    by_length: GroupedMeans  # classes of LENGTHS, the last is longer
-    by_group: GroupedMeans
-    by_residue: GroupedMeans  # groups are the residue letters that stood there
-    substitution: np.ndarray  # [20, 20]: sums of p(predicted b) over `<mask>` positions that were a
-    sequences: int = 0
-    cropped: int = 0
+    `substitution` [20, 20] sums p(predicted b) over `<mask>` positions that were a.
+    """
 
-    @classmethod
-    def zeros(cls, groups: list[str]) -> Evaluation:
-        def zeros(n: int) -> GroupedMeans:
-            return {quantity: GroupedMean.zeros(n) for quantity in QUANTITIES}
+    def __init__(
+        self,
+        source: Source,
+        max_residues: int,
+        model_vocabulary: str,
+        residue_counts: np.ndarray,
+        groups: dict[str, str] | None,
+    ):
+        lengths = [f"{a + 1}-{b}" for a, b in itertools.pairwise((0, *LENGTHS))]
+        classes = sorted(set(groups.values())) if groups else []
+        self._names = {  # of the classes of each table
+            "overall": ["all"],
+            "by_residue": list(tokenizer.RESIDUES),  # that stood there
+            "by_length": [*lengths, f"over {LENGTHS[-1]}"],
+            "by_group": classes,
+        }
+        self._means = {
+            table: {quantity: GroupedMean(len(names)) for quantity in QUANTITIES}
+            for table, names in self._names.items()
+        }
+        self.substitution = np.zeros((STANDARD, STANDARD))
+        self.sequences = 0
+        self._lengths = np.asarray(source.lengths)
+        self._cropped = int((self._lengths > max_residues).sum())
+        self._unigram = baselines.unigram(residue_counts)
+        self._missing = np.array(vocabulary(model_vocabulary).missing, np.int64)
+        self._group_of = np.full(len(self._lengths), -1)
+        if groups is not None:
+            order = {name: k for k, name in enumerate(classes)}
+            ids = source.ids(range(len(self._lengths)))
+            self._group_of[:] = [order.get(groups.get(name, ""), -1) for name in ids]
+            if (self._group_of < 0).all():
+                raise UserError(f"--groups names none of the {len(ids)} proteins, such as {ids[0]}")
 
-        return cls(
-            groups,
-            overall=zeros(1),
-            by_length=zeros(len(LENGTHS) + 1),
-            by_group=zeros(len(groups)),
-            by_residue=zeros(baselines.LETTERS),
-            substitution=np.zeros((STANDARD, STANDARD)),
-        )
+    @property
+    def positions(self) -> int:
+        """How many positions were predicted."""
+        return int(self._means["overall"]["loss"].positions[0])
 
     def results(self) -> dict[str, Any]:
         """Perplexities and accuracies of everything and of each class, for JSON."""
-        lengths = [f"{a + 1}-{b}" for a, b in zip((0, *LENGTHS[:-1]), LENGTHS, strict=True)]
-        lengths.append(f"over {LENGTHS[-1]}")
-        return {
-            "sequences": self.sequences,
-            "cropped": self.cropped,
-            "overall": _row(self.overall, 0),
-            "by_residue": _rows(self.by_residue, list(tokenizer.RESIDUES)),
-            "by_length": _rows(self.by_length, lengths),
-            "by_group": _rows(self.by_group, self.groups),
+        tables = {
+            table: {
+                name: _row(self._means[table], k)
+                for k, name in enumerate(names)
+                if table == "overall" or self._means[table]["loss"].positions[k]
+            }
+            for table, names in self._names.items()
+        }
+        counts = {"sequences": self.sequences, "cropped": self._cropped}
+        return counts | tables | {"overall": tables["overall"]["all"]}
+
+    def add(self, batch: Batch, masked: Masked, logp_BMV: np.ndarray) -> None:
+        """Adds a batch. Every protein lies in one batch, whole, so its sums are complete here.
+
+        Left out: unknown letters, which a file of masks may ask for, and letters that the model has
+        no token for. All other questions are the same for every model.
+        """
+        rows, entries = np.nonzero(masked.is_target_BM)
+        targets = np.asarray(masked.targets_BM)[rows, entries]
+        asked = (targets >= FIRST) & ~np.isin(targets, self._missing)
+        rows, entries, targets = rows[asked], entries[asked], targets[asked]
+        at = np.asarray(masked.prediction_positions_BM)[rows, entries]
+        is_mask = np.asarray(masked.is_masked_BM)[rows, entries]
+        letter = targets - FIRST
+        standard = is_mask & (letter < STANDARD)
+
+        each = np.arange(len(targets))
+        logp = logp_BMV[rows, entries].astype(np.float64)
+        amino = logp[:, FIRST : FIRST + STANDARD]
+        amino = amino - np.logaddexp.reduce(amino, axis=1, keepdims=True)
+        np.add.at(self.substitution, letter[standard], np.exp(amino[standard]))
+        loss = -logp[each, targets]
+        composition = baselines.composition_nats(
+            self._unigram, masked.inputs_BT, batch["segment_ids"], rows, at, targets
+        )
+        values = {  # quantity: its value at every position, and where it counts
+            "loss": (loss, np.ones_like(is_mask)),
+            "loss_mask": (loss, is_mask),
+            "loss_mask_20": (-amino[each, np.minimum(letter, STANDARD - 1)], standard),
+            "unigram": (baselines.unigram_nats(self._unigram, targets), is_mask),
+            "composition": (composition, is_mask),
+            "correct": ((logp.argmax(axis=1) == targets).astype(np.float64), is_mask),
+            "gain": (composition - loss, is_mask),  # over the composition of the protein, paired
         }
 
+        starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
+        examples = np.unique(batch["example_ids"][starts])
+        self.sequences += int(starts.sum())
+        protein = np.searchsorted(examples, batch["example_ids"][rows, at])
+        k, letters = len(examples), baselines.LETTERS
+        group_of = {  # of each protein, and of each protein and letter
+            "overall": np.zeros(k, np.int64),
+            "by_length": np.searchsorted(LENGTHS, self._lengths[examples]),
+            "by_group": self._group_of[examples],
+            "by_residue": np.arange(k * letters) % letters,
+        }
+        for quantity, (value, used) in values.items():
+            for table, group in group_of.items():
+                owner = protein * letters + letter if table == "by_residue" else protein
+                n = np.bincount(owner[used], minlength=len(group))
+                total = np.bincount(owner[used], value[used], minlength=len(group))
+                self._means[table][quantity].add(group, n, total)
 
-def _rows(means: GroupedMeans, names: list[str]) -> dict[str, dict]:
-    return {name: _row(means, k) for k, name in enumerate(names) if means["loss"].positions[k]}
 
-
-def _row(means: GroupedMeans, k: int) -> dict[str, float]:
+def _row(means: dict[str, GroupedMean], k: int) -> dict[str, float]:
     """Perplexities and accuracies of one class, each with its standard error as `_se`."""
     row: dict[str, float] = {
         "sequences": int(means["loss"].sequences[k]),
@@ -171,22 +235,12 @@ def evaluate(
     """Yields the sums after every batch, the same object each time.
 
     Args:
-      corrupted: batches of `source` with their masks, from `fixed_masks.draw` or `apply`.
+      corrupted: batches of `source` with their masks, from `fixed_masks`.
       residue_counts: of the unigram baseline [25], see `count_residues`.
       groups: id to the name of a class of proteins, for results by class.
     """
-    unigram = baselines.unigram(residue_counts)
-    names = sorted(set(groups.values())) if groups else []
-    sums = Evaluation.zeros(names)
-    sums.cropped = int((np.asarray(source.lengths) > stream.max_residues).sum())
-    group_of = None
-    if groups is not None:
-        order = {name: k for k, name in enumerate(names)}
-        ids = source.ids(range(len(source.lengths)))
-        group_of = np.array([order.get(groups.get(name, ""), -1) for name in ids])
-        if (group_of < 0).all():
-            raise UserError(f"--groups names none of the {len(ids)} proteins, such as {ids[0]}")
-    missing = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
+    vocabulary = model.config.vocabulary
+    sums = Evaluation(source, stream.max_residues, vocabulary, residue_counts, groups)
 
     def batches():
         for batch, masked in corrupted:
@@ -199,7 +253,7 @@ def evaluate(
             yield arrays, (batch, masked)
 
     for results, (batch, masked) in run_batches(model.on_devices, batches()):
-        _add_batch(sums, source, batch, masked, results["log_probs"], unigram, missing, group_of)
+        sums.add(batch, masked, results["log_probs"])
         yield sums
 
 
@@ -211,65 +265,3 @@ def count_residues(source: Source, most: int | None = None) -> np.ndarray:
         ids = tokenizer.residue_ids(b"".join(source.sequences(range(start, min(start + 4096, n)))))
         counts += np.bincount(ids[ids >= FIRST] - FIRST, minlength=baselines.LETTERS)
     return counts
-
-
-def _add_batch(
-    sums: Evaluation,
-    source: Source,
-    batch: Batch,
-    masked: Masked,
-    logp_BMV: np.ndarray,
-    unigram: np.ndarray,
-    missing: np.ndarray,
-    group_of: np.ndarray | None,
-) -> None:
-    """Adds a batch. Every protein lies in one batch, whole, so its sums are complete here.
-
-    Left out: unknown letters, which a file of masks may ask for, and letters that the model has no
-    token for. All other questions are the same for every model.
-    """
-    rows, entries = np.nonzero(masked.is_target_BM)
-    positions_BM, targets_BM = map(np.asarray, (masked.prediction_positions_BM, masked.targets_BM))
-    asked = (targets_BM[rows, entries] >= FIRST) & ~np.isin(targets_BM[rows, entries], missing)
-    rows, entries = rows[asked], entries[asked]
-    at, targets = positions_BM[rows, entries], targets_BM[rows, entries]
-    is_mask = np.asarray(masked.is_masked_BM)[rows, entries]
-    letter = targets - FIRST
-    standard = is_mask & (letter < STANDARD)
-
-    each = np.arange(len(targets))
-    logp = logp_BMV[rows, entries].astype(np.float64)
-    amino = logp[:, FIRST : FIRST + STANDARD]
-    amino = amino - np.logaddexp.reduce(amino, axis=1, keepdims=True)
-    np.add.at(sums.substitution, letter[standard], np.exp(amino[standard]))
-    loss = -logp[each, targets]
-    composition = baselines.composition_nats(
-        unigram, masked.inputs_BT, batch["segment_ids"], rows, at, targets
-    )
-    values = {  # quantity: its value at every position, and where it counts
-        "loss": (loss, np.ones_like(is_mask)),
-        "loss_mask": (loss, is_mask),
-        "loss_mask_20": (-amino[each, np.minimum(letter, STANDARD - 1)], standard),
-        "unigram": (baselines.unigram_nats(unigram, targets), is_mask),
-        "composition": (composition, is_mask),
-        "correct": ((logp.argmax(axis=1) == targets).astype(np.float64), is_mask),
-        "gain": (composition - loss, is_mask),  # over the composition of the protein, paired
-    }
-
-    starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
-    examples = np.unique(batch["example_ids"][starts])
-    sums.sequences += int(starts.sum())
-    protein = np.searchsorted(examples, batch["example_ids"][rows, at])
-    length_class = np.searchsorted(LENGTHS, np.asarray(source.lengths)[examples])
-    k, letters = len(examples), baselines.LETTERS
-    for quantity, (value, used) in values.items():
-        value, owner, of_letter = value[used], protein[used], letter[used]
-        n, total = np.bincount(owner, minlength=k), np.bincount(owner, value, minlength=k)
-        sums.overall[quantity].add(np.zeros(k, np.int64), n, total)
-        sums.by_length[quantity].add(length_class, n, total)
-        if group_of is not None:
-            known = group_of[examples] >= 0
-            sums.by_group[quantity].add(group_of[examples][known], n[known], total[known])
-        pair, size = owner * letters + of_letter, k * letters
-        n, total = np.bincount(pair, minlength=size), np.bincount(pair, value, minlength=size)
-        sums.by_residue[quantity].add(np.arange(size) % letters, n, total)

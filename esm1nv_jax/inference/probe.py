@@ -252,7 +252,7 @@ def error_by_protein(task: Task, by_label: np.ndarray) -> float:
     split = task.test
     n = len(split.sizes)
     protein = np.repeat(np.arange(n), split.sizes)
-    mean = GroupedMean.zeros(1)
+    mean = GroupedMean(1)
     mean.add(
         np.zeros(n, np.int64),
         np.bincount(protein, split.used, minlength=n),

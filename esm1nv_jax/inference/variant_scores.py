@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -217,33 +216,14 @@ def _window(wild_type: str, name: str, sites: Sequence, limit: int) -> tuple[int
     return window
 
 
-@dataclasses.dataclass(frozen=True)
-class PseudoPerplexity:
-    """Of n proteins, in their order: residues that were predicted (int [n]) and the sums of their
-    -log p in nats (float64 [n])."""
-
-    residues: np.ndarray
-    nats: np.ndarray
-
-    @property
-    def each(self) -> np.ndarray:
-        """Pseudo-perplexity of every protein: float64 [n], NaN where no residue is known."""
-        with np.errstate(invalid="ignore"):
-            return np.exp(self.nats / self.residues)
-
-    @property
-    def median(self) -> float:
-        known = self.each[self.residues > 0]
-        return float(np.median(known)) if len(known) else math.nan
-
-
 def pseudo_perplexity(
     model: DeviceModel,
     sequences: Sequence[bytes],
     max_residues: int,
     on_progress: Callable[[int], None] = lambda passes: None,
-) -> PseudoPerplexity:
-    """exp(-mean log p(x_i | x without i)) of clean sequences, one forward pass a residue.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Residues that were predicted, int64 [n], and sums of -log p(x_i | x without i) in nats,
+    float64 [n], of n clean sequences, one forward pass a residue.
 
     Sequences longer than `max_residues` are cut to a prefix. Unknown letters, and those that the
     model has no token for, stay and are not predicted. `on_progress` is called for each pass.
@@ -262,4 +242,4 @@ def pseudo_perplexity(
         i, token = query.context
         nats[i] -= float(log_probs[0, token])
         on_progress(1)
-    return PseudoPerplexity(residues, nats)
+    return residues, nats
