@@ -55,7 +55,6 @@ class WorkerTask:
     cluster_table: Path | None
 
 
-@dataclasses.dataclass
 class Chunk:
     """The outcome of one chunk of text: columns of its sequences, in pieces, and counts.
 
@@ -64,21 +63,19 @@ class Chunk:
     holdout candidates. sha256: of the training shard.
     """
 
-    number: int
-    ids: list[np.ndarray] = dataclasses.field(default_factory=list)
-    contents: list[np.ndarray] = dataclasses.field(default_factory=list)
-    keys: list[np.ndarray] = dataclasses.field(default_factory=list)
-    lengths: list[np.ndarray] = dataclasses.field(default_factory=list)
-    sources: Counter = dataclasses.field(default_factory=Counter)
-    letters: np.ndarray = dataclasses.field(
-        default_factory=lambda: np.zeros(len(LETTERS), np.int64)
-    )
-    skipped: Counter = dataclasses.field(default_factory=Counter)
-    normalized: Counter = dataclasses.field(default_factory=Counter)
-    faults: list[str] = dataclasses.field(default_factory=list)
-    candidates: int = 0
-    without_cluster: int = 0
-    sha256: str = ""
+    def __init__(self, number: int):
+        self.number = number
+        self.ids: list[np.ndarray] = []
+        self.contents: list[np.ndarray] = []
+        self.keys: list[np.ndarray] = []
+        self.lengths: list[np.ndarray] = []
+        self.sources: Counter[int] = Counter()
+        self.letters = np.zeros(len(LETTERS), np.int64)
+        self.skipped: Counter[str] = Counter()
+        self.normalized: Counter[str] = Counter()
+        self.faults: list[str] = []
+        self.candidates = self.without_cluster = 0
+        self.sha256 = ""
 
     @property
     def sequences(self) -> int:
@@ -92,14 +89,10 @@ class Chunk:
         """The shard of the holdout candidates."""
         return folder / f"candidates-{self.number:06d}"
 
-    def check_files(self, folder: Path) -> None:
-        """Raises UserError where the shards do not hold what was written."""
-        for path, count in (
-            (self.train_file(folder), self.sequences - self.candidates),
-            (self.candidate_file(folder), self.candidates),
-        ):
-            if count:
-                records.check_shard(path, count)
+    def files(self, folder: Path) -> list[tuple[Path, int]]:
+        """Both shards, with the number of their sequences; one of none has no file."""
+        train, candidates = self.train_file(folder), self.candidate_file(folder)
+        return [(train, self.sequences - self.candidates), (candidates, self.candidates)]
 
 
 @dataclasses.dataclass
@@ -172,7 +165,9 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
                             at[worker] = number, done
                             shown.update(sum(done for _, done in at) / task.workers / 1e6)
                         case "chunk", chunk:
-                            chunk.check_files(task.folder)
+                            for path, count in chunk.files(task.folder):
+                                if count:
+                                    records.check_shard(path, count)
                             chunks.append(chunk)
                         case "error", number, position, text:
                             errors.append((number, position, text))
@@ -198,10 +193,8 @@ def _death(process) -> Exception:
     if process.exitcode == _NO_MEMORY:
         return UserError("a worker ran out of memory; try fewer --workers")
     if process.exitcode < 0:
-        return UserError(
-            f"a worker was killed by signal {-process.exitcode}; if memory ran out, try fewer "
-            "--workers"
-        )
+        killed = f"a worker was killed by signal {-process.exitcode}"
+        return UserError(f"{killed}; if memory ran out, try fewer --workers")
     return RuntimeError("a worker failed; its error is printed above")
 
 

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from rich.table import Table
 from rich.text import Text
 
@@ -36,14 +35,13 @@ def summary_table(data: str, source: Source, split: str) -> Table:
     """Counts of a split, and a histogram of its lengths."""
     lengths = np.asarray(source.lengths, np.int64)
     table = _table(f"{data}: {split}")
-    for name, value in (
-        ("sequences", f"{len(lengths):,}"),
-        ("residues", f"{lengths.sum():,}"),
-        ("residues a sequence", f"{lengths.mean():.0f} ({lengths.min()} to {lengths.max():,})"),
-        ("clusters", "none" if source.groups is None else f"{len(source.groups.first) - 1:,}"),
-        ("fingerprint", source.fingerprint[:16]),
-    ):
-        table.add_row(name, value)
+    clusters = "none" if source.groups is None else f"{len(source.groups.first) - 1:,}"
+    spread = f"{lengths.mean():.0f} ({lengths.min()} to {lengths.max():,})"
+    table.add_row("sequences", f"{len(lengths):,}")
+    table.add_row("residues", f"{lengths.sum():,}")
+    table.add_row("residues a sequence", spread)
+    table.add_row("clusters", clusters)
+    table.add_row("fingerprint", source.fingerprint[:16])
     histogram = manifest.histogram(lengths)
     most = max(histogram.values())
     for name, n in histogram.items():
@@ -53,18 +51,11 @@ def summary_table(data: str, source: Source, split: str) -> Table:
 
 def preparation_table(data: str) -> Table | None:
     """What `esm1nv prepare` changed or skipped; None where it was nothing."""
-    content = manifest.read(Path(data))
-    rows = [
-        (what, name, n)
-        for what in ("normalized", "skipped")
-        for name, n in content.get(what, {}).items()
-    ]
-    if not rows:
-        return None
-    table = _table("while it was prepared")
-    for what, name, n in rows:
-        table.add_row(what, name, f"{n:,}")
-    return table
+    content, table = manifest.read(Path(data)), _table("while it was prepared")
+    for what in ("normalized", "skipped"):
+        for name, n in content[what].items():
+            table.add_row(what, name, f"{n:,}")
+    return table if table.rows else None
 
 
 def masked_positions(batch: Batch, row: int, rate: float) -> np.ndarray:
@@ -109,14 +100,6 @@ def stream_table(source: Source, config: StreamConfig, batches: int = 20) -> Tab
     return table
 
 
-def one_device_stream(config: ConfigDict, source: Source) -> StreamConfig:
-    """The stream of a run on one device."""
-    stream = stream_config(config, rows=1)
-    batch = config.batch
-    rows = batch.rows or rows_for(source.lengths, batch.sequences_per_device, stream)
-    return dataclasses.replace(stream, rows=rows)
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(
         "inspect",
@@ -135,7 +118,10 @@ def main(argv: list[str]) -> None:
         if not data:
             raise UserError("the config names no data; write esm1nv inspect DIR --config=...")
         source = open_split(data, options.split)
-        stream, rate = one_device_stream(config, source), config.masking.rate
+        stream, rate = stream_config(config, rows=1), config.masking.rate
+        sequences = config.batch.sequences_per_device
+        rows = config.batch.rows or rows_for(source.lengths, sequences, stream)
+        stream = dataclasses.replace(stream, rows=rows)  # of a run on one device
     else:
         if overrides:
             raise UserError(f"option {overrides[0]!r} is unknown (see esm1nv inspect --help)")

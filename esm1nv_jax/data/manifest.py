@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from esm1nv_jax.common import files
+from esm1nv_jax.common.console import bar
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import records
 from esm1nv_jax.data.first_pass import Chunk
@@ -230,15 +231,11 @@ def read(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except NotADirectoryError:
-        raise UserError(
-            f"{folder} is a file, not a data set; if it is FASTA, make a data set of it:"
-            f" esm1nv prepare --fasta {folder} --out DIR"
-        ) from None
+        advice = f"make one of it, if it is FASTA: esm1nv prepare --fasta {folder} --out DIR"
+        raise UserError(f"{folder} is a file, not a data set; {advice}") from None
     except FileNotFoundError:
-        raise UserError(
-            f"{folder} is not a data set (it has no {FILE});"
-            f" make one: esm1nv prepare --fasta FILE --out {folder}"
-        ) from None
+        advice = f"make one: esm1nv prepare --fasta FILE --out {folder}"
+        raise UserError(f"{folder} is not a data set (it has no {FILE}); {advice}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder / FILE}: {error}; prepare it again") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
@@ -257,20 +254,25 @@ def summary(manifest: dict) -> str:
     return f"{', '.join(parts)} sequences, {residues:,} residues, {skipped:,} skipped"
 
 
-def verify(folder: Path, on_progress: Callable[[int], None] = lambda read: None) -> dict:
+def verify(folder: Path) -> dict:
     """Reads a whole data set, compares it with its manifest and returns that.
 
-    `on_progress` is called with numbers of bytes read. Raises UserError that names the first file
-    that differs.
+    Raises UserError that names the first file that differs.
     """
     manifest = read(folder)
+    total = sum(s["bytes"] for split in manifest["splits"].values() for s in split["shards"])
+    with bar(f"verify {folder}", total / 1e6, "MB") as shown:
+        _verify(folder, manifest, lambda read: shown.advance(read / 1e6))
+    return manifest
+
+
+def _verify(folder: Path, manifest: dict, on_progress: Callable[[int], None]) -> None:
     for name, checksum in manifest["files"].items():
         _compare(folder / name, "checksum", _checksum(folder / name), checksum)
     ids: list[np.ndarray] = []
     for name, entry in manifest["splits"].items():
-        lengths_path = folder / lengths_file(name)
-        lengths = np.load(lengths_path, mmap_mode="r")
-        _compare(lengths_path, "number", len(lengths), entry["examples"])
+        lengths = np.load(folder / lengths_file(name), mmap_mode="r")
+        _compare(folder, f"number of lengths of {name}", len(lengths), entry["examples"])
         letters, start = np.zeros(len(LETTERS), np.int64), 0
         for shard in entry["shards"]:
             path = folder / shard["file"]
@@ -278,14 +280,13 @@ def verify(folder: Path, on_progress: Callable[[int], None] = lambda read: None)
             letters += _read_shard(path, lengths[start : start + shard["examples"]], ids)
             start += shard["examples"]
             on_progress(shard["bytes"])
-        _compare(lengths_path, "number", start, len(lengths))
+        _compare(folder, f"examples of {name}", start, len(lengths))
         _compare(folder, f"composition of {name}", _by_letter(letters), entry["composition"])
         _compare(folder, f"residues of {name}", int(letters.sum()), entry["residues"])
         checksums = [shard["sha256"] for shard in entry["shards"]]
         _compare(folder, f"fingerprint of {name}", fingerprint(checksums), entry["fingerprint"])
     joined = np.concatenate([*ids, np.zeros(0, np.uint64)])
     _compare(folder, "number of different ids", len(np.unique(joined)), len(joined))
-    return manifest
 
 
 def _read_shard(path: Path, lengths: np.ndarray, ids: list[np.ndarray]) -> np.ndarray:

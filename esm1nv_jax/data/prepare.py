@@ -56,8 +56,7 @@ class Preparation:
 
     def __post_init__(self):
         for name, least in (("validation", 0), ("test", 0), ("workers", 1), ("min_length", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 option = name.replace("_", "-")
                 raise UserError(f"--{option} must be {least} or more, found {value}")
         if not 0 <= self.seed < 1 << 64:
@@ -97,8 +96,8 @@ def prepare(options: Preparation) -> dict:
         if assigned is None:
             console.print("fewer holdout candidates than sequences to hold out: reading again")
             for chunk in parsed.chunks:
-                chunk.train_file(folder).unlink(missing_ok=True)
-                chunk.candidate_file(folder).unlink(missing_ok=True)
+                for path, _ in chunk.files(folder):
+                    path.unlink(missing_ok=True)
             task = dataclasses.replace(task, holdout_below=first_pass.EVERY_KEY)
             parsed = first_pass.run(task, lock, sum(sizes))
             skipped, assigned = _assign(options, task, parsed)
@@ -163,12 +162,9 @@ def _assign(
     skipped = Counter({fasta.DUPLICATE: same.size, fasta.CONFLICT: other.size})
     if available.size < validation + test and task.holdout_below != first_pass.EVERY_KEY:
         return skipped, None
-    for name, size, wanted in (
-        ("validation", validation, options.validation),
-        ("test", test, options.test),
-    ):
-        card = splits.DEFAULT_SIZES[splits.NAMES.index(name) - 1]
-        if wanted is None and size < card:
+    sizes = zip(splits.NAMES[1:], (validation, test), splits.DEFAULT_SIZES, strict=True)
+    for name, size, card in sizes:
+        if getattr(options, name) is None and size < card:
             console.print(
                 f"--{name} {size:,}: {splits.DEFAULT_SHARE:.0%} of {kept:,} sequences, as the "
                 f"default of {card:,} is more"
@@ -186,17 +182,14 @@ def _assign(
 
 def _check_clusters(groups: str, without: int, sequences: int) -> None:
     """Reports how many sequences have a cluster; raises UserError where most have none."""
-    if sequences and without > _MOST_UNMATCHED * sequences:
+    what = f"{without:,} of {sequences:,} sequences are not in {groups}"
+    if without > _MOST_UNMATCHED * sequences:
         raise UserError(
-            f"{without:,} of {sequences:,} sequences are not in {groups}; its first column must"
-            " hold ids or accessions of the FASTA, its last the cluster (a sequence that is alone"
-            " in its cluster needs a line, too)"
+            f"{what}; its first column must hold ids or accessions of the FASTA, its last the "
+            "cluster (a sequence that is alone in its cluster needs a line, too)"
         )
     if without > _SOME_UNMATCHED * sequences:
-        console.print(
-            f"warning: {without:,} of {sequences:,} sequences are not in {groups}; each is taken"
-            " for a cluster of its own"
-        )
+        console.print(f"warning: {what}; each is taken for a cluster of its own")
 
 
 def _manifest(
@@ -215,10 +208,8 @@ def _manifest(
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
         "sources": [
-            {"file": name, "bytes": size, "md5": md5, "sequences": sequences[i]}
-            for i, (name, size, md5) in enumerate(
-                zip(options.fasta, sizes, parsed.md5, strict=True)
-            )
+            {"file": name, "bytes": size, "md5": parsed.md5[i], "sequences": sequences[i]}
+            for i, (name, size) in enumerate(zip(options.fasta, sizes, strict=True))
         ],
         "skipped": dict(sorted(sum((part.skipped for part in parts), duplicates).items())),
         "first_skipped": [fault for part in parts for fault in part.faults][:20],
@@ -282,11 +273,11 @@ def _remove_if_abandoned(old: Path) -> None:
 
 def _parse_size(text: str) -> Size:
     """A number of sequences, or a share of them between 0 and 1."""
-    for kind in (int, float):
-        with suppress(ValueError):
-            value = kind(text)
-            if kind is int or 0 < value < 1:
-                return value
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        if 0 < (share := float(text)) < 1:
+            return share
     raise ArgumentTypeError(f"{text!r} is neither a number of sequences nor a share such as 0.01")
 
 
@@ -316,20 +307,12 @@ def main(argv: list[str]) -> None:
     add("--on-error", default="stop", help="stop at a bad record, or skip and count it")
     add("--verify", metavar="DIR", help="instead: read a data set and compare with its manifest")
     options = vars(parser.parse_args(argv))
-    verified = options.pop("verify")
-    if verified:
-        _verify(Path(verified))
+    if folder := options.pop("verify"):
+        content = manifest.verify(Path(folder))
+        console.print(f"{folder} agrees with its manifest: {manifest.summary(content)}")
         return
     if not options["fasta"] or not options["out"]:
         raise UserError("--fasta and --out are needed (see esm1nv prepare --help)")
     options["fasta"] = tuple(options["fasta"])
     content = prepare(Preparation(**options))
     console.print(f"{options['out']}: {manifest.summary(content)}")
-
-
-def _verify(folder: Path) -> None:
-    content = manifest.read(folder)
-    total = sum(s["bytes"] for split in content["splits"].values() for s in split["shards"])
-    with bar(f"verify {folder}", total / 1e6, "MB") as shown:
-        manifest.verify(folder, lambda read: shown.advance(read / 1e6))
-    console.print(f"{folder} agrees with its manifest: {manifest.summary(content)}")

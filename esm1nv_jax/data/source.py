@@ -13,7 +13,7 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data import fasta, manifest
-from esm1nv_jax.data.records import decode, open_shard, sequence_of
+from esm1nv_jax.data.records import FEATURES, decode, open_shard, sequence_of
 from esm1nv_jax.data.splits import NAMES as SPLITS
 from esm1nv_jax.data.splits import Groups
 
@@ -80,21 +80,21 @@ class ShardSource:
                 f" --{split} 500, for instance"
             )
         self.fingerprint = entry["fingerprint"]
-        self._paths = [folder / shard["file"] for shard in entry["shards"]]
-        counts = [shard["examples"] for shard in entry["shards"]]
-        self._ends = np.cumsum(counts)
+        self._ends = np.cumsum([shard["examples"] for shard in entry["shards"]])
+        self._readers = []
         # All shards are opened now: a truncated one reads as an empty one, without an error.
-        self._readers = [open_shard(path) for path in self._paths]
-        for path, reader, count in zip(self._paths, self._readers, counts, strict=True):
-            if reader.num_records() != count:
+        for shard in entry["shards"]:
+            path, count = folder / shard["file"], shard["examples"]
+            self._readers.append(open_shard(path))
+            if (found := self._readers[-1].num_records()) != count:
                 raise UserError(
-                    f"{path} holds {reader.num_records():,} records, the manifest says {count:,};"
+                    f"{path} holds {found:,} records, the manifest says {count:,};"
                     " it is cut short: copy or prepare the data set again"
                 )
-        self.lengths = _load(folder / manifest.lengths_file(split))
+        lengths = folder / manifest.lengths_file(split)
+        self.lengths = _load(lengths)
         if len(self.lengths) != entry["examples"]:
-            name = manifest.lengths_file(split)
-            raise UserError(f"{folder / name} belongs to another data set; prepare it again")
+            raise UserError(f"{lengths} belongs to another data set; prepare it again")
         first, member = (folder / name for name in manifest.groups_files(split))
         self.groups = Groups(_load(first), _load(member)) if first.exists() else None
 
@@ -127,7 +127,7 @@ class ShardSource:
         out = [sequence_of(record, length) or b"" for record, length in pairs]
         if b"" in out:  # `prepare` writes no empty sequence
             raise UserError(
-                f"a record of {self._paths[0].parent} is not as long as the lengths file says;"
+                f"a record of {self._folder} is not as long as the lengths file says;"
                 " run esm1nv prepare --verify"
             )
         return out
@@ -137,7 +137,7 @@ class ShardSource:
 
     def __getitem__(self, index: int) -> dict[str, bytes]:
         (record,) = self._records([index])
-        return dict(zip(("id", "sequence", "description"), decode(record), strict=True))
+        return dict(zip(FEATURES, decode(record), strict=True))
 
 
 def _load(path: Path) -> np.ndarray:
@@ -177,11 +177,6 @@ def _sample(split: str) -> MemorySource:
     """A split of the bundled sample. Sequences with the smallest digests are held out, so that the
     order of the file does not matter."""
     records = sorted(fasta.sample(), key=lambda record: hashlib.sha256(record[1]).digest())
-    held_out = 2 * _SAMPLE_HELD_OUT
-    return MemorySource(
-        {
-            "validation": records[:_SAMPLE_HELD_OUT],
-            "test": records[_SAMPLE_HELD_OUT:held_out],
-            "train": records[held_out:],
-        }[split]
-    )
+    n = _SAMPLE_HELD_OUT
+    parts = {"validation": slice(n), "test": slice(n, 2 * n), "train": slice(2 * n, None)}
+    return MemorySource(records[parts[split]])

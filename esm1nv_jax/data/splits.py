@@ -65,29 +65,28 @@ def load_table(path: Path) -> tuple[np.ndarray, bool]:
     the order is that of MMseqs2. Raises UserError for a line of one column or an accession in two
     clusters.
     """
-    names: list[np.ndarray] = []
-    clusters: list[np.ndarray] = []
+    pieces: list[np.ndarray] = []
     blank: list[int] = []  # how many entries precede each empty line
     line, two_columns = 0, True
     for rows in _lines(path):
-        columns = [row.rstrip(b"\r").split(b"\t") for row in rows]
-        for row in columns:
+        columns = []
+        for row in rows:
             line += 1
-            if len(row) < 2 and row[0]:
-                raise UserError(
-                    f"{path}, line {line}: one column, {row[0][:40].decode('latin-1')!a}; {_FORMAT}"
-                )
-            if len(row) < 2:
+            fields = row.rstrip(b"\r").split(b"\t")
+            if len(fields) > 1:
+                columns.append((fields[0].strip(), fields[-1].strip()))
+                two_columns &= len(fields) == 2
+            elif fields[0]:
+                shown = fields[0][:40].decode("latin-1")
+                raise UserError(f"{path}, line {line}: one column, {shown!a}; {_FORMAT}")
+            else:
                 blank.append(line - 1 - len(blank))
-            elif len(row) > 2:
-                two_columns = False
-        columns = [row for row in columns if len(row) > 1]
-        names.append(digests([row[0].strip() for row in columns]))
-        clusters.append(digests([row[-1].strip() for row in columns]))
-    if not any(map(len, names)):
+        if columns:
+            pieces.append(np.stack([digests(column) for column in zip(*columns, strict=True)]))
+    if not pieces:
         raise UserError(f"{path} holds no line; {_FORMAT}")
-    pairs = np.stack((np.concatenate(names), np.concatenate(clusters)))
-    del names, clusters
+    pairs = np.concatenate(pieces, axis=1)
+    del pieces
     table, conflict = _sort(pairs)
     if conflict is None:
         return table, False

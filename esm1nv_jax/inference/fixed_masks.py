@@ -9,7 +9,6 @@ The first line also holds `residue_counts`, those of the unigram baseline, by le
 
 from __future__ import annotations
 
-import collections
 import json
 import re
 from collections.abc import Iterator
@@ -32,11 +31,8 @@ UNKNOWN = "?"
 _INPUT_IDS = {t: i for i, t in enumerate(tokenizer.TOKENS) if i >= tokenizer.MASK}
 
 
-class ProteinMasks(NamedTuple):
-    """The masks of one protein; positions count residues from 0."""
-
-    positions: np.ndarray  # int [n]
-    inputs: np.ndarray  # int [n]: tokens that stand there
+# Of one protein, int64 [n] each: positions, counting residues from 0; tokens that stand there.
+ProteinMasks = tuple[np.ndarray, np.ndarray]
 
 
 class MaskFile(NamedTuple):
@@ -69,27 +65,24 @@ def apply_masks(
 
     Raises UserError where a mask lies beyond the residues that are read.
     """
-    for example, mask in enumerate(masks):
-        if len(mask.positions) and mask.positions.max() >= stream.max_residues:
+    for example, (positions, _) in enumerate(masks):
+        if (last := positions.max(initial=-1)) >= stream.max_residues:
             raise UserError(
-                f"{source.ids([example])[0]}: residue {mask.positions.max() + 1} is masked, "
+                f"{source.ids([example])[0]}: residue {last + 1} is masked, "
                 f"{stream.max_residues} are read; raise --max-residues if the model has positions "
                 f"for them, or write the masks with --max-residues {stream.max_residues}"
             )
     for batch in evaluation_batches(source, stream):
-        tokens, B = batch["tokens"], len(batch["tokens"])
-        entries: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+        tokens = batch["tokens"]
+        inputs_BT, predicted_BT = tokens.copy(), np.zeros(tokens.shape, bool)
         for row, example, start in _proteins(batch):
             positions, inputs = masks[example]
-            entries[row] += zip((start + 1 + positions).tolist(), inputs.tolist(), strict=True)
-        # One shape for all batches: as many entries as a row could be asked for.
-        M = stream.row_length
-        positions_BM, inputs_BT = np.zeros((B, M), np.int32), tokens.copy()
-        is_target_BM = np.zeros((B, M), bool)
-        for row, of_row in entries.items():
-            column, token = np.array(sorted(of_row), np.int32).reshape(-1, 2).T
-            positions_BM[row, : len(column)], is_target_BM[row, : len(column)] = column, True
-            inputs_BT[row, column] = token
+            inputs_BT[row, start + 1 + positions] = inputs
+            predicted_BT[row, start + 1 + positions] = True
+        # One shape for all batches: as many entries as a row could be asked for, in order first.
+        order_BT = np.argsort(~predicted_BT, axis=1, kind="stable").astype(np.int32)
+        is_target_BM = np.take_along_axis(predicted_BT, order_BT, axis=1)
+        positions_BM = np.where(is_target_BM, order_BT, 0)
         targets_BM = np.take_along_axis(tokens, positions_BM, axis=1)
         is_mask_BM = np.take_along_axis(inputs_BT, positions_BM, axis=1) == tokenizer.MASK
         arrays = (inputs_BT, positions_BM, targets_BM, is_target_BM, is_target_BM & is_mask_BM)
@@ -177,4 +170,4 @@ def _parse(line: object) -> tuple[str, bytes, ProteinMasks]:
     if unknown := [token for token in inputs if token not in list(_INPUT_IDS)]:
         raise ValueError(f"input {unknown[0]!r} is neither <mask> nor a residue letter")
     ids = np.array([_INPUT_IDS[token] for token in inputs], np.int64)
-    return line["id"], sequence.encode(), ProteinMasks(np.array(positions, np.int64), ids)
+    return line["id"], sequence.encode(), (np.array(positions, np.int64), ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -115,10 +116,8 @@ def read_mutants(path: str) -> tuple[list[str], list[list[str]]]:
     """(names of columns, rows) of a CSV file with a column `mutant`, plain or compressed."""
     columns, table = read_csv(path)
     if COLUMN not in columns:
-        raise UserError(
-            f"{path} has no column {COLUMN!r}; its first line must name one, with A4G or A4G:L10P "
-            "below it"
-        )
+        below = "its first line must name one, with A4G or A4G:L10P below it"
+        raise UserError(f"{path} has no column {COLUMN!r}; {below}")
     if not table:
         raise UserError(f"{path} names no mutants")
     return columns, [fields for _, fields in table]
@@ -156,11 +155,9 @@ def score_rows(
     """The score of every row, NaN where it has no mutant: float64 [rows]. Where they take hours,
     scores are `saved` block by block, and those that are there already are not computed."""
     scores, known = np.full(rows, np.nan), saved.scores if saved else {}
-    todo = []
     for row, mutant in mutants.items():
         scores[row] = known.get(mutant.name, np.nan)
-        if mutant.name not in known:
-            todo.append(row)
+    todo = [row for row, mutant in mutants.items() if mutant.name not in known]
     start, step = rows - len(todo), BLOCK if saved else max(1, len(todo))
     with bar("score", rows, "mutants", start=start) as progress:
         for first in range(0, len(todo), step):
@@ -175,7 +172,7 @@ def score_rows(
                 on_progress=lambda done: progress.update(start + first + done),  # noqa: B023
             )
             if saved:
-                saved.add({mutants[row].name: float(scores[row]) for row in block})
+                saved.write("a", {mutants[row].name: float(scores[row]) for row in block})
     return scores
 
 
@@ -221,27 +218,22 @@ class SavedScores:
 
     def __init__(self, out: Path, settings: dict, overwrite: bool):
         self.path = out.with_name(out.name + ".partial")
-        self.scores: dict[str, float] = {}
         lines = []
         if self.path.exists() and not overwrite:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):  # cut short by a crash
                     lines.append(json.loads(line))
-            if not lines or lines.pop(0) != settings:
+            if lines[:1] != [settings]:
                 raise UserError(
                     f"{self.path} holds unfinished work with other settings; finish it with those, "
                     "or begin anew with --overwrite"
                 )
-        for line in lines:
-            self.scores |= line
+        self.scores: dict[str, float] = dict(pair for line in lines[1:] for pair in line.items())
         if self.scores:
             console.print(f"going on with {self.path}: {count(len(self.scores), 'mutant')} done")
-        self._write("w", settings, *lines)
+        self.write("w", settings, self.scores)
 
-    def add(self, scores: dict[str, float]) -> None:
-        self._write("a", scores)
-
-    def _write(self, mode: str, *lines: dict) -> None:
+    def write(self, mode: str, *lines: dict) -> None:
         with files.writing(self.path), open(self.path, mode, encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
             file.flush()
@@ -253,12 +245,9 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
     from scipy.stats import spearmanr
 
     used = np.isfinite(measured) & np.isfinite(scores)
-    rho = (
-        spearmanr(scores[used], measured[used]).statistic
-        if used.any() and np.ptp(scores[used])
-        else np.nan
-    )
-    return float(rho), int(used.sum())
+    if not used.any() or not np.ptp(scores[used]):
+        return math.nan, int(used.sum())
+    return float(spearmanr(scores[used], measured[used]).statistic), int(used.sum())
 
 
 def write_scores(out: Path, columns: list[str], rows: list[list[str]], scores: np.ndarray) -> None:
