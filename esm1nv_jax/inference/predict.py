@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 
 from esm1nv_jax.common.command import Parser
-from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import fasta_job
-from esm1nv_jax.inference.embedding_files import require_package, write_hdf5
+from esm1nv_jax.inference import embed, fasta_job
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.fasta_job import AS_GIVEN, Computation, FastaRequest, Writer
 from esm1nv_jax.inference.model import load
@@ -105,17 +103,12 @@ def _text(value: object) -> object:
     return f"{value:.9g}" if isinstance(value, float) else value
 
 
-WRITERS: dict[str, Writer] = {".parquet": write_parquet, ".csv": write_csv, ".h5": write_hdf5}
+WRITERS: dict[str, Writer] = {".parquet": write_parquet, ".csv": write_csv, ".h5": embed.write_hdf5}
 
 
 def writer_for(path: Path) -> Writer:
     """The writer for the name of a file. Raises UserError for an extension that has none."""
-    if path.suffix not in WRITERS:
-        raise UserError(
-            f"--out {path} ends in {path.suffix or 'nothing'}; it may end in {', '.join(WRITERS)}"
-        )
-    require_package(path, ".csv")
-    return WRITERS[path.suffix]
+    return embed.writer_for(path, WRITERS)
 
 
 def main(argv: list[str]) -> None:
