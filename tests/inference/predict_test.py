@@ -219,17 +219,44 @@ def test_a_head_in_a_model_folder_is_read_back_or_refused(tuned, model_path, tmp
 
 
 @pytest.mark.integration
-def test_other_uses_of_a_tuned_model_ignore_its_head(tuned, model):
-    tuned_model = load(tuned[PROTEIN["attention"]])
-    assert tuned_model.digest == model.digest
-    a, b = (m.embed(SEQUENCES[:5], deterministic=True) for m in (tuned_model, model))
-    np.testing.assert_array_equal(a.mean, b.mean)
-    a, b = (m.logits(SEQUENCES[:2])[0] for m in (tuned_model, model))
-    np.testing.assert_array_equal(a, b)
-    sequence = SEQUENCES[1]
-    mutant = f"{sequence[0]}1{'A' if sequence[0] != 'A' else 'G'}"
-    a, b = (m.score_variants(sequence, [mutant]) for m in (tuned_model, model))
-    np.testing.assert_array_equal(a, b)
+def test_other_verbs_ignore_the_head(tuned, model_path, tmp_path):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:6])
+    wild_type = write_fasta(tmp_path / "wt.fasta", PROTEINS[1:2])
+    first = SEQUENCES[1][0]
+    (tmp_path / "mutants.csv").write_text(f"mutant\n{first}1{'A' if first != 'A' else 'G'}\n")
+    splits = ("train", "valid", "test")
+    rows = [f"{SEQUENCES[3 * i + k]},{i + k},{s}" for k, s in enumerate(splits) for i in range(5)]
+    (tmp_path / "labels.csv").write_text("\n".join(["sequence,label,split", *rows]))
+    commands = {
+        "embed.h5": ["embed", "--fasta", fasta, "--out"],
+        "evaluate.json": ["evaluate", "--fasta", fasta, "--json"],
+        "score.csv": [
+            "score",
+            "--fasta",
+            wild_type,
+            "--mutants",
+            tmp_path / "mutants.csv",
+            "--out",
+        ],
+        "probe.json": ["probe", "--csv", tmp_path / "labels.csv", "--seeds", "1", "--json"],
+    }
+    commands["probe.json"][1:1] = ["--task", "regression"]
+    results = []
+    for checkpoint in (tuned[PROTEIN["attention"]], model_path):
+        for name, argv in commands.items():
+            verb, *options = map(str, [*argv, tmp_path / name])
+            argv = [verb, "--checkpoint", checkpoint, *options]
+            assert command.run(cli.dispatch, argv) == 0
+        with h5py.File(tmp_path / "embed.h5") as file:
+            means = file["mean_-1"][:].tobytes()
+        evaluation, probed = (
+            json.loads((tmp_path / f"{verb}.json").read_text()) for verb in ("evaluate", "probe")
+        )
+        evaluation = {k: v for k, v in evaluation.items() if k not in ("checkpoint", "provenance")}
+        scores = (tmp_path / "score.csv").read_text()
+        results.append((means, evaluation, scores, probed["rows"]))
+        (tmp_path / "embed.h5").unlink(), (tmp_path / "score.csv").unlink()
+    assert results[0] == results[1]
 
 
 def test_bf16_products_leave_the_head_in_fp32(tuned):
