@@ -23,7 +23,9 @@ def initialize_arguments(environ: Mapping[str, str] = os.environ) -> dict[str, A
     Raises UserError where the launcher's variables are incomplete or malformed.
     """
     managed = "OMPI_COMM_WORLD_SIZE" in environ or "SLURM_JOB_ID" in environ
-    if any(name in environ for name in MANUAL[managed:]):  # a manager needs the address at most
+    # Under Slurm or Open MPI the address alone may be given; the numbers are theirs.
+    manual = MANUAL[1:] if managed else MANUAL
+    if any(name in environ for name in manual):
         return _manual_arguments(environ)
     if environ.get("ESM1NV_LAUNCHER") == "tpu_pod":
         return {}

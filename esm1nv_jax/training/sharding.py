@@ -23,7 +23,7 @@ def devices_of(platform: str) -> list[jax.Device]:
     except RuntimeError:
         raise UserError(
             f"platform={platform}: found 0 such devices, only {jax.default_backend()}; use "
-            "--config.platform=auto, or install the extra for it (see README, Install)"
+            "--config.platform=auto, or install the extra for it (see README, Installation)"
         ) from None
 
 
