@@ -60,8 +60,8 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for name, least in {"every": 1, "minutes": 0, "keep": 1, "keep_every": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"checkpoint.{name}={getattr(self, name)} must be at least {least}")
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"checkpoint.{name}={value} must be at least {least}")
         if self.on_error not in ON_ERROR:
             raise UserError(
                 f"checkpoint.on_error={self.on_error!r} is unknown; there are {', '.join(ON_ERROR)}"
@@ -156,14 +156,7 @@ class RunCheckpoints:
         `params` and `optimizer` are trees of `jax.ShapeDtypeStruct` with the shardings to make.
         Raises UserError where the checkpoint holds other arrays.
         """
-        manager = self._managers[FOLDER]
-        manager.reload()  # process 0 may have renamed steps since this process listed them
-        try:
-            return _restore(manager, step, params, optimizer)
-        except ValueError as error:
-            raise UserError(
-                f"checkpoint {step} of {self.workdir} {error}; choose another --workdir=DIR"
-            ) from None
+        return restore_from(self.workdir, step, FOLDER, params, optimizer)
 
     def _start(self, folder: str, step: int, params, optimizer, data_state, metadata) -> None:
         self._report(folder)
@@ -224,16 +217,8 @@ class RunCheckpoints:
 def restore_from(
     workdir: epath.Path, step: int, folder: str, params, optimizer
 ) -> tuple[Any, Any, dict]:
-    """As `RunCheckpoints.restore`, of a run that is not this one and stays untouched."""
+    """As `RunCheckpoints.restore`, of any run, which stays untouched."""
     manager = _open(workdir / folder, policies.FixedIntervalPolicy(1), policies.LatestN(1))
-    try:
-        return _restore(manager, step, params, optimizer)
-    except ValueError as error:
-        raise UserError(f"checkpoint {step} of {workdir} {error}") from None
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, params, optimizer) -> tuple[Any, Any, dict]:
-    """Raises ValueError, with the rest of a sentence, where other arrays were saved."""
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(params),
         optimizer=ocp.args.StandardRestore(optimizer),
@@ -242,8 +227,11 @@ def _restore(manager: ocp.CheckpointManager, step: int, params, optimizer) -> tu
     try:
         restored = manager.restore(step, args=items)
     except (KeyError, ValueError) as error:  # of items, names or shapes: bytes were verified
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"was saved by another version or model: {reason}") from None
+        raise UserError(
+            f"checkpoint {step} of {workdir} was saved by another version or model: "
+            f"{' '.join(str(error).split())[:200]}; take one of this model, or another "
+            "--workdir=DIR"
+        ) from None
     return restored["params"], restored["optimizer"], restored["data_state"]
 
 

@@ -188,37 +188,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("workdir", help="the folder of a run")
     workdir = parser.parse_args(argv).workdir
 
-    errors: dict[str, list[str]] = {}  # of checkpoints that count, such as checkpoints/1500
-    verdicts: dict[str, str] = {}
+    verdicts: dict[str, str] = {}  # by name, such as checkpoints/1500
     for folder in (FOLDER, BEST):
-        finished = steps(workdir, folder)
-        for name, step in ((f"{folder}/{step}", step) for step in finished):
-            errors[name] = verify(workdir, step, folder)
-            verdicts[name] = f"DAMAGED: {'; '.join(errors[name])}" if errors[name] else "whole"
-        for name, reason in _leftovers(epath.Path(workdir) / folder, finished).items():
-            verdicts[name] = f"leftover, may be removed: {reason}"
+        path, finished = epath.Path(workdir) / folder, steps(workdir, folder)
+        for step in finished:
+            errors = verify(workdir, step, folder)
+            verdicts[f"{folder}/{step}"] = f"DAMAGED: {'; '.join(errors)}" if errors else "whole"
+        for entry in sorted(path.iterdir()) if path.exists() else ():  # what no start reads
+            number, _, mark = entry.name.partition(".")
+            if number.isdecimal() and (mark or int(number) not in finished):
+                reason = "set aside as damaged" if mark == "damaged" else "a save was cut short"
+                verdicts[f"{folder}/{entry.name}"] = f"leftover, may be removed: {reason}"
     if not verdicts:
         raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")
 
     width = max(map(len, verdicts))
     for name, verdict in verdicts.items():
         stdout.print(f"{name:<{width}}  {verdict}")
-    damaged = sum(map(bool, errors.values()))
+    whole = [name for name, verdict in verdicts.items() if verdict == "whole"]
+    damaged = sum(verdict.startswith("DAMAGED") for verdict in verdicts.values())
     if not damaged:
-        stdout.print(f"all {len(errors)} whole")
+        stdout.print(f"all {len(whole)} whole")
         return 0
-    valid = [name for name, e in errors.items() if not e and name.startswith(f"{FOLDER}/")]
+    valid = [name for name in whole if name.startswith(f"{FOLDER}/")]
     resumed = f"a start of the run goes on from {valid[-1]}" if valid else "none can be used"
     stdout.print(f"{damaged} damaged; {resumed}")
     return EXIT_DAMAGED
-
-
-def _leftovers(path: epath.Path, finished: list[int]) -> dict[str, str]:
-    """What no start of the run reads, with the reason: set aside, or left by a killed save."""
-    reasons = {}
-    for entry in sorted(path.iterdir()) if path.exists() else ():
-        step, _, mark = entry.name.partition(".")
-        if step.isdecimal() and (mark or int(step) not in finished):
-            reason = "set aside as damaged" if mark == "damaged" else "a save was cut short"
-            reasons[f"{path.name}/{entry.name}"] = reason
-    return reasons

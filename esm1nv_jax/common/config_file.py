@@ -100,11 +100,13 @@ def override(config: config_dict.ConfigDict, options: list[str]) -> config_dict.
     from absl import flags
     from ml_collections import config_flags
 
-    fields = [option.lstrip("-").partition("=")[0] for option in options]
-    for option, field in zip(options, fields, strict=True):
+    kinds = []
+    for option in options:
+        field = option.lstrip("-").partition("=")[0]
         if not option.startswith("--") or not field.startswith("config."):
             raise UserError(f"option {option!r} is unknown; fields are set by --config.field=value")
-        _check_field(config, field)
+        value = _value(config, field)
+        kinds.append(f"{field} is {type(value).__name__}, such as {value!r}")
         if "=" not in option:
             raise UserError(f"option {option!r} has no value; write {option}=VALUE")
     argv = ["esm1nv", *options]
@@ -113,11 +115,12 @@ def override(config: config_dict.ConfigDict, options: list[str]) -> config_dict.
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         values(argv)
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(f"{_what(error)}; {_types(config, fields)}") from None
+        raise UserError(f"{_what(error)}; {'; '.join(kinds)}") from None
     return values.config.lock()
 
 
-def _check_field(config, field: str) -> None:
+def _value(config, field: str) -> Any:
+    """The value of a field. Raises UserError where there is none, or it is a group."""
     node, seen = config, "config"
     for name in field.split(".")[1:]:
         if not isinstance(node, config_dict.ConfigDict) or name not in node:
@@ -126,17 +129,7 @@ def _check_field(config, field: str) -> None:
         node, seen = node[name], f"{seen}.{name}"
     if isinstance(node, config_dict.ConfigDict):
         raise UserError(f"{field} is a group; set one of {', '.join(node)}")
-
-
-def _types(config, fields: list[str]) -> str:
-    def value(field):
-        node = config
-        for name in field.split(".")[1:]:
-            node = node[name]
-        return node
-
-    kinds = [f"{f} is {type(value(f)).__name__}, such as {value(f)!r}" for f in fields]
-    return "; ".join(kinds)
+    return node
 
 
 def flat(config: config_dict.ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
