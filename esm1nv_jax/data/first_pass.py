@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections import Counter
+from functools import partial
 from itertools import compress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -103,10 +104,6 @@ class FirstPass:
     whole_files: Chunk
     md5: list[str]
 
-    @property
-    def without_cluster(self) -> int:
-        return sum(chunk.without_cluster for chunk in self.chunks)
-
     def take(self, column: str) -> np.ndarray:
         """One column of all chunks, [n]; the chunks give it up, so that it is held only once."""
         pieces = [piece for chunk in self.chunks for piece in getattr(chunk, column)]
@@ -142,9 +139,8 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
             try:
                 process.start()
             except OSError as error:  # no process or no memory left
-                raise UserError(
-                    f"cannot start {task.workers} workers: {error.strerror}; try fewer --workers"
-                ) from error
+                failed = f"cannot start {task.workers} workers: {error.strerror}"
+                raise UserError(f"{failed}; try fewer --workers") from error
             theirs.close()  # the end of a worker is the end of its pipe
             processes.append(process)
             connections.append(ours)
@@ -230,8 +226,9 @@ class _Worker:
         md5, seen, behind, sent = [], 0, 0, 0.0
         for source, path in enumerate(self.task.sources):
             self.source, self.line = source, 1
-            file = DecompressedFile(path, self.worker == 0, self.task.names[self.source])
-            texts = fasta.whole_records(file, self._file_fault, self.whole_files.normalized)
+            file = DecompressedFile(path, self.worker == 0, self.task.names[source])
+            on_fault = partial(self._fault, self.whole_files)
+            texts = fasta.whole_records(file, on_fault, self.whole_files.normalized)
             for line, text in texts:
                 number, seen = seen // self.task.chunk_bytes, seen + len(text)
                 if number != self.number or time.monotonic() > sent + _PROGRESS_SECONDS:
@@ -247,13 +244,6 @@ class _Worker:
             behind += file.read_bytes
         self._end_chunk()
         self.connection.send(("end", self.whole_files, md5))
-
-    def _file_fault(self, line: int, kind: str, message: str) -> None:
-        self._fault(self.whole_files, line, kind, message)
-
-    def _record_fault(self, line: int, kind: str, message: str) -> None:
-        assert self.chunk is not None
-        self._fault(self.chunk, line, kind, message)
 
     def _fault(self, chunk: Chunk, line: int, kind: str, message: str) -> None:
         message = f"{self.task.names[self.source]}, line {line}: {message}"
@@ -273,7 +263,7 @@ class _Worker:
             self.train = records.ShardWriter(self.chunk.train_file(task.folder))
             self.candidates = records.ShardWriter(self.chunk.candidate_file(task.folder))
         chunk = self.chunk
-        parsed = fasta.parse(text, line, self._record_fault, chunk.normalized)
+        parsed = fasta.parse(text, line, partial(self._fault, chunk), chunk.normalized)
         parsed = self._select_lengths(parsed, chunk)
         if not parsed.ids:
             return

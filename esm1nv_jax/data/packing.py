@@ -61,17 +61,9 @@ class StreamConfig:
 
 def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
     """The stream that a run's config describes, with `rows` rows in a global batch."""
-    data = config.data
-    return StreamConfig(
-        seed=config.seed,
-        rows=rows,
-        row_length=data.row_length,
-        max_residues=data.max_residues,
-        crop=data.crop,
-        packed=data.packed,
-        sample=data.sample,
-        block=data.block,
-    )
+    names = ("row_length", "max_residues", "crop", "packed", "sample", "block")
+    fields = {name: getattr(config.data, name) for name in names}
+    return StreamConfig(seed=config.seed, rows=rows, **fields)
 
 
 def evaluation_stream(config: StreamConfig) -> StreamConfig:

@@ -153,7 +153,7 @@ def _assign(
     keys, lengths = parsed.take("keys"), parsed.take("lengths")
     kept = len(keys) - same.size - other.size
     if options.groups is not None:
-        _check_clusters(options.groups, parsed.without_cluster, len(keys))
+        _check_clusters(options.groups, sum(c.without_cluster for c in parsed.chunks), len(keys))
     validation, test = splits.resolve_sizes(kept, options.validation, options.test)
     split = np.zeros(len(keys), np.int8)
     split[same] = split[other] = splits.DROPPED
@@ -219,7 +219,7 @@ def _manifest(
     if options.groups:
         content["clusters"] = {
             "file": options.groups,
-            "sequences_without": parsed.without_cluster,
+            "sequences_without": sum(c.without_cluster for c in parsed.chunks),
             **{name: len(np.unique(split.keys)) for name, split in written.items()},
         }
     return content

@@ -122,7 +122,7 @@ class PartialResults:
     def header(self, part: int) -> dict[str, Any] | None:
         """What a part says of itself, None where it is absent or not of this work."""
         with contextlib.suppress(UserError):
-            header = json.loads(_text(self.load(part, ("header",))["header"]))
+            header = json.loads(self.load(part, ("header",))["header"].tobytes())
             if header["settings"] == self.digest and header["part"] == part:
                 return header
         return None
@@ -132,8 +132,8 @@ class PartialResults:
         header = {"settings": self.digest, "part": part, "first": first, "proteins": len(ids)}
         encoded = [name.encode() for name in ids]
         arrays = arrays | {
-            "header": _bytes(json.dumps(header).encode()),
-            "ids": _bytes(b"".join(encoded)),  # as wide as each is
+            "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+            "ids": np.frombuffer(b"".join(encoded), np.uint8),  # as wide as each is
             "id_ends": np.cumsum([len(name) for name in encoded]),
         }
         with files.replacing(self.path(part), self.folder) as new, open(new, "wb") as file:
@@ -178,20 +178,16 @@ class PartReader:
         self._sums: dict[str, Any] = {}
         self.proteins = self.residues = self.longest_id = 0
         for part in range(results.total):
-            header = results.header(part)
-            rows = results.load(part, ("rows",))["rows"]
-            if (
-                header is None
-                or header.get("first") != self.proteins
-                or header.get("proteins") != len(rows)
-            ):
+            header = results.header(part) or {}
+            arrays = results.load(part, ("rows", "ids"))
+            rows, ids = arrays["rows"], arrays["ids"]
+            if (header.get("first"), header.get("proteins")) != (self.proteins, len(rows)):
                 raise UserError(
                     f"{results.path(part)} is no part {part} of this work: it was moved, or made "
                     "with other settings; remove it and run the same command again"
                 )
             self.proteins += len(rows)
             self.residues += int(rows.sum())
-            ids = results.load(part, ("ids",))["ids"]
             self.longest_id = max(self.longest_id, *map(len, ids))
         if self.proteins != (expected := results.resume()["count"]):
             raise UserError(
@@ -225,14 +221,6 @@ class PartReader:
                 kind = "{} {}".format(*self.like[name])
             total.update(f"{name} {kind} {self._sums[name].hexdigest()}\n".encode())
         return total.hexdigest()
-
-
-def _bytes(text: bytes) -> np.ndarray:
-    return np.frombuffer(text, np.uint8)
-
-
-def _text(array: np.ndarray) -> str:
-    return array.tobytes().decode()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
