@@ -104,7 +104,7 @@ def ours(args, data: str, run: Run) -> Curve:
         sums: dict[str, float] = {}
         for batch in evaluation_batches(held_out, stream):
             arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
-            sums = add_sums(sums, eval_step(program.state.params, arrays).fetch())
+            sums = add_sums(sums, eval_step(program.state.params, arrays)[0].fetch())
         return objective.metrics(sums)["perplexity_mask"]
 
     curve = followed(lambda step: program.run(1), evaluate, run, began)

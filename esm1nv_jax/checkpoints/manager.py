@@ -75,8 +75,19 @@ class RunCheckpoints:
     on in a thread. What failed there is reported by the next `check`, `save` or `wait`.
     """
 
-    def __init__(self, workdir: epath.PathLike, config: CheckpointConfig, strict: bool = False):
-        """Raises UserError, if `strict`, where the best checkpoint is damaged."""
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        config: CheckpointConfig,
+        strict: bool = False,
+        metric: str = "loss_mask",
+        maximize: bool = False,
+    ):
+        """The best checkpoint is that of the lowest `metric`, or of the highest if `maximize`.
+
+        Raises UserError, if `strict`, where the best checkpoint is damaged.
+        """
+        self._metric, self._sign = metric, -1 if maximize else 1
         self.workdir, self.config, self.strict = epath.Path(workdir), config, strict
         self._clock = _EveryMinutes(config.minutes, time.monotonic())
         save = policies.AnySavePolicy([policies.FixedIntervalPolicy(config.every), self._clock])
@@ -91,7 +102,7 @@ class RunCheckpoints:
         }
         self._threads = ThreadPoolExecutor(len(self._managers), "checkpoint")
         self._writes: dict[str, Future] = {}
-        self._lowest_loss = float("inf")
+        self.best_step, self._best = 0, float("inf")  # `_best` times the sign is the metric
         if jax.process_index() == 0:
             for folder in self._managers:
                 steps(self.workdir, folder)  # raises UserError where it cannot be read
@@ -100,7 +111,8 @@ class RunCheckpoints:
             best = step_folder.latest_valid_step(self.workdir, strict, console.print, BEST)
             self._quarantine(BEST, best)
             if best is not None:
-                self._lowest_loss = step_folder.read_metadata(self.workdir, best, BEST)["loss_mask"]
+                value = step_folder.read_metadata(self.workdir, best, BEST)[metric]
+                self.best_step, self._best = best, self._sign * value
 
     def should_save(self, step: int) -> bool:
         """Whether the policy asks for a checkpoint after `step`, by steps or by the clock."""
@@ -116,12 +128,12 @@ class RunCheckpoints:
         self._start(FOLDER, step, params, optimizer, data_state, metadata)
 
     def save_if_best(
-        self, loss: float, step: int, params, optimizer, data_state: dict, metadata: dict
+        self, value: float, step: int, params, optimizer, data_state: dict, metadata: dict
     ) -> None:
-        """As `save`, into `best/`, where the validation loss is the lowest of the run."""
-        if loss < self._lowest_loss:
-            self._lowest_loss = loss
-            metadata = metadata | {"loss_mask": loss}
+        """As `save`, into `best/`, where the `value` of the metric is the best of the run."""
+        if self._sign * value < self._best:
+            self.best_step, self._best = step, self._sign * value
+            metadata = metadata | {self._metric: value}
             self._start(BEST, step, params, optimizer, data_state, metadata)
 
     def check(self) -> None:

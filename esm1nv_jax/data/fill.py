@@ -11,7 +11,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold, fold_all, purpose
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS, PackedWindow, StreamConfig
-from esm1nv_jax.data.source import Source
+from esm1nv_jax.data.source import Labels, Source
 
 # The arrays of a batch by name, each [rows, row_length]:
 #   tokens       int32   ids of `tokenizer`, <s> and </s> around each sequence
@@ -19,6 +19,10 @@ from esm1nv_jax.data.source import Source
 #   positions    int32   from 0 in each segment
 #   example_ids  int32   index of the sequence in its split; -1 in padding
 #   mask_bits    uint32  a hash of each token, by which residues to mask are chosen
+# And of a source with labels, [rows, row_length] for residues, [rows, max_segments] for proteins;
+# -1 or NaN where none is used:
+#   labels         int32 or float32  classes or values; [..., classes], 0 or 1, where several hold
+#   label_examples int32             index of the sequence in its split; -1 where there is none
 Batch = dict[str, np.ndarray]
 
 _PADDING = {
@@ -36,7 +40,8 @@ class ReadRows:
 
     ids: uint8 [rows, row_length], residues alone. The rest is of pieces, which are the segments of
     each row and the padding after them, [segments + rows]: int64 `sizes` in tokens; int32 `segment`
-    and `example`, uint32 `mask_key`, and uint32 `start`, the first residue kept.
+    and `example`, uint32 `mask_key`, and uint32 `start`, the first residue kept. `labels` are
+    arrays of the batch as they are.
     """
 
     ids: np.ndarray
@@ -45,6 +50,7 @@ class ReadRows:
     example: np.ndarray
     mask_key: np.ndarray
     start: np.ndarray
+    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def read_rows(
@@ -89,7 +95,30 @@ def read_rows(
         pieces(window.example, -1, np.int32),
         pieces(mask_key, 0, np.uint32),
         pieces(start, 0, np.uint32),
+        {} if source.labels is None else _labels(source.labels, config, window, rows, kept, start),
     )
+
+
+def _labels(
+    labels: Labels, config: StreamConfig, window: PackedWindow, rows: int, kept, start
+) -> dict[str, np.ndarray]:
+    """The labels of planned rows, where their residues or proteins lie."""
+    per_residue = labels.offsets is not None
+    shape = (rows, config.row_length if per_residue else config.max_segments)
+    values = np.full(shape + labels.values.shape[1:], labels.padding, labels.values.dtype)
+    examples = np.full(shape, -1, np.int32)
+    if not per_residue:
+        where = window.row, window.segment - 1
+        values[where], examples[where] = labels.values[window.example], window.example
+        return {"labels": values, "label_examples": examples}
+    end = np.cumsum(kept + SPECIALS)
+    begin_of_row = np.concatenate(([0], end))[np.searchsorted(window.row, window.row)]
+    first = end - kept - SPECIALS - begin_of_row + 1  # the column of the first residue, behind <s>
+    pieces = (x.tolist() for x in (window.example, window.row, first, kept, start))
+    for example, row, column, size, skipped in zip(*pieces, strict=True):
+        values[row, column : column + size] = labels.of(example)[skipped : skipped + size]
+        examples[row, column : column + size] = example
+    return {"labels": values, "label_examples": examples}
 
 
 def batch_of(rows: ReadRows) -> Batch:
@@ -113,4 +142,4 @@ def batch_of(rows: ReadRows) -> Batch:
     padding = np.flatnonzero(batch["segment_ids"] == 0)
     for name, value in _PADDING.items():
         batch[name][padding] = value
-    return {name: values.reshape(rows.ids.shape) for name, values in batch.items()}
+    return {name: values.reshape(rows.ids.shape) for name, values in batch.items()} | rows.labels

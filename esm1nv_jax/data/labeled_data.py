@@ -7,35 +7,53 @@ import dataclasses
 import hashlib
 import io
 import math
+import zlib
+from typing import Any
 
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.hashing import fold_all, permute, purpose
+from esm1nv_jax.common.hashing import fold, fold_all, permute, purpose
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.compression import read_text
+from esm1nv_jax.data.source import Labels, MemorySource
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
-TASKS = ("secondary_structure", "localisation", "regression")
+# The level and kind of the labels of each task.
+TASKS = {
+    "residue_classification": ("residue", "classification"),
+    "residue_regression": ("residue", "regression"),
+    "protein_classification": ("protein", "classification"),
+    "protein_multilabel": ("protein", "multilabel"),
+    "protein_regression": ("protein", "regression"),
+}
+PROBE_TASKS = {  # the names that `esm1nv probe` knows
+    "secondary_structure": "residue_classification",
+    "localisation": "protein_classification",
+    "regression": "protein_regression",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """n proteins and k labels, one per residue or one per protein, in order.
 
-    labels: int64 [k], indices of classes, or float64 [k]. used: bool [k]; the other labels take
-    part neither in training nor in scores. sizes: int64 [n], labels of each protein.
+    labels: int64 [k], indices of classes, or float64 [k]; with several labels a protein int64
+    [k, classes], 0 or 1. used: bool [k]; the other labels take part neither in training nor in
+    scores. sizes: int64 [n], labels of each protein. ids: [n], or none.
     """
 
     sequences: list[bytes]
     labels: np.ndarray
     used: np.ndarray
     sizes: np.ndarray
+    ids: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """`classes` is empty for regression; `fingerprint` is a digest of the test set."""
+    """`classes` is empty for regression; `fingerprint` is a digest of the test set; `shared` counts
+    the sequences that stand in more than one split."""
 
     name: str
     classes: tuple[str, ...]
@@ -43,10 +61,62 @@ class Task:
     valid: Split
     test: Split
     fingerprint: str
+    shared: int = 0
+
+    @property
+    def level(self) -> str:
+        return TASKS[PROBE_TASKS.get(self.name, self.name)][0]
+
+    @property
+    def kind(self) -> str:
+        return TASKS[PROBE_TASKS.get(self.name, self.name)][1]
 
     @property
     def per_residue(self) -> bool:
-        return self.name == "secondary_structure"
+        return self.level == "residue"
+
+    def source(self, split: str) -> MemorySource:
+        """The split `train`, `valid` or `test` as a source of the input stream."""
+        part: Split = getattr(self, split)
+        is_float = part.labels.dtype.kind == "f"
+        values = part.labels.astype(np.float32 if is_float else np.int32)
+        values[~part.used] = np.nan if is_float else -1
+        offsets = np.concatenate(([0], np.cumsum(part.sizes))) if self.per_residue else None
+        records = list(zip(part.ids, part.sequences, strict=True))
+        return MemorySource(records, Labels(values, offsets))
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitFractions:
+    """How a table without a column `split` is split: by a hash of (seed, sequence)."""
+
+    valid: float = 0.1
+    test: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        if not (0 < self.valid < 1 and 0 < self.test < 1 and self.valid + self.test < 1):
+            raise UserError(
+                f"fractions valid={self.valid} and test={self.test} must be above 0 and sum to "
+                "less than 1"
+            )
+
+    def split_of(self, sequence: bytes) -> str:
+        key = fold_all(self.seed, purpose("labeled split"))
+        share = float(fold(key, np.uint32(zlib.crc32(sequence)))) / 2**32
+        if share < self.test:
+            return "test"
+        return "valid" if share < self.test + self.valid else "train"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    line: int
+    id: str
+    sequence: bytes
+    label: Any  # str, float, list of floats, or a tuple of classes
+    mask: str
+    text: str  # the label as it stands in the table
 
 
 def read_csv(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -72,90 +142,174 @@ def read_csv(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     return columns[1], rows
 
 
-def read(path: str, name: str, limit: int | None = None) -> Task:
-    """Reads columns `sequence`, `label`, `split`, and for secondary structure `mask` if there.
+def read(
+    path: str, name: str, limit: int | None = None, fractions: SplitFractions | None = None
+) -> Task:
+    """Reads columns `sequence`, `label`, `split`, and if there `id` and, for residues, `mask`.
 
     Args:
       path: CSV, plain or compressed.
-      name: one of TASKS. A label is a letter per residue, a class, or a number.
+      name: one of TASKS or PROBE_TASKS. A label is a letter per residue, or numbers separated by
+        spaces; of a protein, a class, classes separated by `;`, or a number.
       limit: the largest number of proteins of each split; they are the same in every call.
+      fractions: how to split a table without a column `split`; None: it must have one.
 
     Raises UserError that names the line at fault.
     """
-    if name not in TASKS:
-        raise UserError(f"--task {name} is unknown; there are {', '.join(TASKS)}")
-    rows: dict[str, list[tuple[bytes, str, str]]] = {"train": [], "valid": [], "test": []}
+    task = PROBE_TASKS.get(name, name)
+    if task not in TASKS:
+        known = ", ".join((*TASKS, *PROBE_TASKS))
+        raise UserError(f"--task {name} is unknown; there are {known}")
+    level, kind = TASKS[task]
     columns, table = read_csv(path)
-    if missing := [c for c in ("sequence", "label", "split") if c not in columns]:
+    needed = ("sequence", "label", *(() if fractions else ("split",)))
+    if missing := [c for c in needed if c not in columns]:
         raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(columns)}")
+    rows: dict[str, list[_Row]] = {"train": [], "valid": [], "test": []}
     for line, fields in table:
-        row = dict(zip(columns, fields, strict=True))
-        split = SPLITS.get(row["split"].lower())
-        if split is None:
-            raise UserError(f"{path}, line {line}: split {row['split']!r} is not train/valid/test")
-        try:
-            sequence = tokenizer.normalize(row["sequence"]).sequence
-        except tokenizer.InvalidResidueError as error:
-            raise UserError(f"{path}, line {line}: {error}") from None
-        label, mask = row["label"], row.get("mask")
-        if not sequence:
-            raise UserError(f"{path}, line {line}: the sequence is empty")
-        if name == "secondary_structure":
-            mask = "1" * len(sequence) if mask is None else mask
-            for what, text in (("label", label), ("mask", mask)):
-                if len(text) != len(sequence):
-                    raise UserError(
-                        f"{path}, line {line}: the {what} has {len(text)} characters, the sequence "
-                        f"{len(sequence)} residues; they must be equally long"
-                    )
-            if set(mask) - {"0", "1"}:
-                raise UserError(f"{path}, line {line}: the mask holds more than 0 and 1")
-        elif name == "regression" and not _is_number(label):
-            raise UserError(f"{path}, line {line}: the label {label!r} is not a number such as 0.5")
-        elif not label:
-            raise UserError(f"{path}, line {line}: the label is empty")
-        rows[split].append((sequence, label, mask or ""))
+        text = dict(zip(columns, fields, strict=True))
+        row = _row(f"{path}, line {line}", line, text, level, kind)
+        if "split" in columns:
+            split = SPLITS.get(text["split"].lower(), "")
+            if not split:
+                raise UserError(
+                    f"{path}, line {line}: split {text['split']!r} is not train/valid/test"
+                )
+        elif fractions is not None:
+            split = fractions.split_of(row.sequence)
+        rows[split].append(row)
     for split, content in rows.items():
         if len(content) < 2:
             raise UserError(f"{path} has {len(content)} rows of split {split}; a probe needs more")
-        if name == "secondary_structure" and not any("1" in mask for _, _, mask in content):
+        if level == "residue" and not any("1" in row.mask for row in content):
             raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
+    _check_ids(path, [row for content in rows.values() for row in content])
+    unique = [{row.sequence for row in content} for content in rows.values()]
+    shared = sum(map(len, unique)) - len(set().union(*unique))
     digest = hashlib.sha256()
-    for sequence, label, _ in rows["test"]:
-        digest.update(b"%b %b\n" % (sequence, label.encode()))
+    for row in rows["test"]:
+        digest.update(b"%b %b\n" % (row.sequence, row.text.encode()))
     for split, content in rows.items():
         n = len(content)
         if limit is not None and limit < n:
             chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
             rows[split] = [content[i] for i in sorted(chosen.tolist())]
-    labels = (row[1] for content in rows.values() for row in content)
-    kinds = tuple(sorted(set("".join(labels) if name == TASKS[0] else labels)))
-    if len(kinds) < 2:
-        raise UserError(f"{path}: every label is {kinds[0]!r}; there is nothing to learn")
-    classes = kinds if name != "regression" else ()
-    splits = {split: _split(content, name, classes) for split, content in rows.items()}
-    return Task(name, classes, **splits, fingerprint=digest.hexdigest()[:16])
+    distinct = sorted({x for content in rows.values() for row in content for x in _values(row)})
+    if len(distinct) < 2:
+        only = "".join(f"{x:g}" if isinstance(x, float) else x for x in distinct)
+        raise UserError(f"{path}: every label is {only!r}; there is nothing to learn")
+    classes = tuple(distinct) if kind != "regression" else ()
+    splits = {split: _split(content, level, kind, classes) for split, content in rows.items()}
+    return Task(name, classes, **splits, fingerprint=digest.hexdigest()[:16], shared=shared)
 
 
-def _split(rows: list[tuple[bytes, str, str]], name: str, classes: tuple[str, ...]) -> Split:
-    sequences = [row[0] for row in rows]
-    if name == "secondary_structure":
-        place = np.zeros(0x110000 if any(ord(c) > 127 for c in classes) else 128, np.int64)
-        place[[ord(c) for c in classes]] = range(len(classes))
-        text = "".join(row[1] for row in rows)
-        labels = place[np.fromiter(map(ord, text), np.int64, len(text))]
-        used = np.frombuffer("".join(row[2] for row in rows).encode(), np.uint8) == ord("1")
-        return Split(sequences, labels, used, np.array([len(s) for s in sequences]))
-    if name == "regression":
-        labels = np.array([float(row[1]) for row in rows])
-    else:
-        labels = np.array([classes.index(row[1]) for row in rows])
-    ones = np.ones(len(rows), np.int64)
-    return Split(sequences, labels, ones.astype(bool), ones)
+def check_classes(path: str, task: Task) -> None:
+    """Raises UserError where a class cannot be learned: it has at most one example to train on."""
+    if not task.classes:
+        return
+    k = len(task.classes)
+
+    def examples(split: Split) -> np.ndarray:
+        labels = split.labels[split.used]
+        return labels.sum(axis=0) if labels.ndim == 2 else np.bincount(labels, minlength=k)
+
+    train = examples(task.train)
+    for name in ("valid", "test"):
+        unknown = (train == 0) & (examples(getattr(task, name)) > 0)
+        if unknown.any():
+            listed = ", ".join(repr(task.classes[i]) for i in np.flatnonzero(unknown)[:8])
+            raise UserError(
+                f"{path}: split {name} has labels of class {listed}, of which split train has none"
+            )
+    if (train == 1).any():
+        rare = ", ".join(repr(task.classes[i]) for i in np.flatnonzero(train == 1)[:8])
+        raise UserError(
+            f"{path}: split train has one example of class {rare}; a class needs two or more: "
+            "join it with another, or leave it out"
+        )
 
 
-def _is_number(text: str) -> bool:
+def _row(where: str, line: int, text: dict[str, str], level: str, kind: str) -> _Row:
+    """A line of the table, checked."""
     try:
-        return math.isfinite(float(text))
+        sequence = tokenizer.normalize(text["sequence"]).sequence
+    except tokenizer.InvalidResidueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not sequence:
+        raise UserError(f"{where}: the sequence is empty")
+    label, n = text["label"], len(sequence)
+    mask = text.get("mask", "1" * n) if level == "residue" else ""
+    value: Any = label
+    if level == "residue":
+        numbers = label.split()
+        size, unit = (
+            (len(numbers), "numbers") if kind == "regression" else (len(label), "characters")
+        )
+        for what, count, of in (("label", size, unit), ("mask", len(mask), "characters")):
+            if count != n:
+                raise UserError(
+                    f"{where}: the {what} has {count} {of}, the sequence "
+                    f"{n} residues; they must be equally long"
+                )
+        if set(mask) - {"0", "1"}:
+            raise UserError(f"{where}: the mask holds more than 0 and 1")
+        if kind == "regression":
+            used = [x if bit == "1" else "0" for x, bit in zip(numbers, mask, strict=True)]
+            value = [_number(where, x) for x in used]
+    elif kind == "regression":
+        value = _number(where, label)
+    elif kind == "multilabel":
+        value = tuple(sorted({x.strip() for x in label.split(";")} - {""}))
+    elif not label:
+        raise UserError(f"{where}: the label is empty")
+    return _Row(line, text.get("id") or f"line_{line}", sequence, value, mask, label)
+
+
+def _number(where: str, text: str) -> float:
+    try:
+        value = float(text)
     except ValueError:
-        return False
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{where}: the label {text!r} is not a number such as 0.5")
+    return value
+
+
+def _check_ids(path: str, rows: list[_Row]) -> None:
+    seen: dict[str, _Row] = {}
+    for row in rows:
+        first = seen.setdefault(row.id, row)
+        if first.label != row.label:
+            lines = sorted((first.line, row.line))
+            raise UserError(
+                f"{path}, line {lines[1]}: id {row.id!r} has another label than in line {lines[0]}"
+            )
+
+
+def _values(row: _Row) -> list:
+    """The labels of a row that are used."""
+    if row.mask:
+        return [x for x, bit in zip(row.label, row.mask, strict=True) if bit == "1"]
+    return list(row.label) if isinstance(row.label, tuple) else [row.label]
+
+
+def _split(rows: list[_Row], level: str, kind: str, classes: tuple[str, ...]) -> Split:
+    sequences, ids = [row.sequence for row in rows], tuple(row.id for row in rows)
+    if level == "residue":
+        text = "".join(row.mask for row in rows).encode()
+        used = np.frombuffer(text, np.uint8) == ord("1")
+        sizes = np.array([len(s) for s in sequences])
+        if kind == "regression":
+            return Split(sequences, np.concatenate([row.label for row in rows]), used, sizes, ids)
+        index = {name: i for i, name in enumerate(classes)}  # letters of masked residues have none
+        letters = "".join(row.label for row in rows)
+        labels = np.fromiter((index.get(x, 0) for x in letters), np.int64, len(letters))
+        return Split(sequences, labels, used, sizes, ids)
+    if kind == "regression":
+        labels = np.array([row.label for row in rows])
+    elif kind == "multilabel":
+        labels = np.array([[name in row.label for name in classes] for row in rows], np.int64)
+    else:
+        labels = np.array([classes.index(row.label) for row in rows])
+    ones = np.ones(len(rows), np.int64)
+    return Split(sequences, labels, ones.astype(bool), ones, ids)

@@ -58,6 +58,11 @@ class StreamConfig:
         if self.sample not in ("all", "one_per_group"):
             raise UserError(f"sample must be 'all' or 'one_per_group', found {self.sample!r}")
 
+    @property
+    def max_segments(self) -> int:
+        """The most sequences that a row can hold."""
+        return self.row_length // (SPECIALS + 1) if self.packed else 1
+
 
 def stream_config(config: ConfigDict, rows: int) -> StreamConfig:
     """The stream that a run's config describes, with `rows` rows in a global batch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from functools import cache
@@ -21,17 +22,49 @@ SAMPLE = "sample"
 _SAMPLE_HELD_OUT = 500  # sequences in each of validation and test of the bundled sample
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Labels:
+    """Labels of n examples, int32 classes or float32 values; -1 or NaN where one is not used.
+
+    values: one a residue, those of all examples after each other; or one a protein, [n], or [n, K].
+    offsets: int64 [n + 1], where each example's labels begin; None for one a protein.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray | None
+
+    @property
+    def padding(self) -> float:
+        """The value of a label that is not used."""
+        return np.nan if self.values.dtype.kind == "f" else -1
+
+    def of(self, example: int) -> np.ndarray:
+        """The labels of the residues of one example, [residues]."""
+        assert self.offsets is not None
+        return self.values[self.offsets[example] : self.offsets[example + 1]]
+
+    def take(self, chosen: np.ndarray) -> Labels:
+        """The labels of the examples `chosen`, in that order."""
+        if self.offsets is None:
+            return Labels(self.values[chosen], None)
+        parts = [self.of(i) for i in chosen.tolist()]
+        offsets = np.concatenate(([0], np.cumsum([len(part) for part in parts])))
+        return Labels(np.concatenate(parts), offsets)
+
+
 class Source(Protocol):
     """A split of n examples.
 
     lengths: residues of each example, uncropped: uint16 or uint32 [n].
     fingerprint: hex digest of the records in their order, by which a resumed run knows its data.
     groups: the clusters of the examples, where they are known.
+    labels: the labels of the examples, where they have any.
     """
 
     lengths: np.ndarray
     fingerprint: str
     groups: Groups | None
+    labels: Labels | None
 
     def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The ids of the examples `indices`, [len(indices)]."""
@@ -41,17 +74,20 @@ class Source(Protocol):
 
 
 class MemorySource:
-    """A split that is held in memory: (id, sequence) of each example."""
+    """A split that is held in memory: (id, sequence) of each example, and labels if it has any."""
 
     groups: Groups | None = None
 
-    def __init__(self, records: Sequence[tuple[str, bytes]]):
+    def __init__(self, records: Sequence[tuple[str, bytes]], labels: Labels | None = None):
+        self.labels = labels
         self._ids = [name for name, _ in records]
         self._sequences = [sequence for _, sequence in records]
         self.lengths = np.array([len(s) for s in self._sequences], np.uint32)
         digest = hashlib.sha256()
         for name, sequence in records:
             digest.update(b"%b\n%b\n" % (name.encode(), sequence))
+        if labels is not None:
+            digest.update(labels.values.tobytes())
         self.fingerprint = digest.hexdigest()
 
     def ids(self, indices: Sequence[int] | np.ndarray) -> list[str]:
@@ -70,6 +106,8 @@ class ShardSource:
 
     Raises UserError where the folder is no whole data set or its split is empty.
     """
+
+    labels: Labels | None = None
 
     def __init__(self, folder: Path, split: str):
         self._folder, self._split = folder, split
@@ -157,7 +195,8 @@ def subset(source: Source, size: int) -> Source:
         return source
     key = fold_all(0, purpose("evaluation subset"))
     chosen = np.sort(permute(np.arange(size), n, key))
-    return MemorySource(list(zip(source.ids(chosen), source.sequences(chosen), strict=True)))
+    records = list(zip(source.ids(chosen), source.sequences(chosen), strict=True))
+    return MemorySource(records, None if source.labels is None else source.labels.take(chosen))
 
 
 def open_split(data: str, split: str) -> Source:

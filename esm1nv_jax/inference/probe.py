@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
-from scipy import stats
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import command, files
@@ -30,7 +29,7 @@ from esm1nv_jax.inference.evaluate import to_json
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
 from esm1nv_jax.inference.perplexity import GroupedMean
 from esm1nv_jax.inference.probe_heads import GRIDS, LabeledFeatures
-from esm1nv_jax.model import encoder
+from esm1nv_jax.model import encoder, label_metrics
 
 KINDS = ONE_HOT, UNTRAINED, TRAINED = "one-hot", "untrained encoder", "this encoder"
 NETWORK = {"secondary_structure": "cnn"}  # the head beside the linear one; else mlp
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run, a step, or a model folder")
-    add("--task", required=True, choices=labeled_data.TASKS)
+    add("--task", required=True, choices=tuple(labeled_data.PROBE_TASKS))
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
@@ -173,31 +172,8 @@ def main_metric(task: Task, split: Split, predicted: np.ndarray) -> float:
 def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
     """Of the labels that are used. Accuracy for secondary structure; accuracy, macro-F1 and MCC for
     localisation; Spearman's rho and mean squared error for regression."""
-    labels, predicted = split.labels[split.used], predicted[split.used]
-    if task.name == "regression":
-        rho = stats.spearmanr(labels, predicted[:, 0]).statistic if np.ptp(predicted) else math.nan
-        return {"spearman": float(rho), "mse": float(np.mean((labels - predicted[:, 0]) ** 2))}
-    guess = predicted.argmax(axis=1)
-    values = {"accuracy": float(np.mean(guess == labels))}
-    if task.name == "localisation":
-        k = len(task.classes)
-        table = np.bincount(labels * k + guess, minlength=k * k).reshape(k, k).astype(float)
-        values |= {"macro_f1": macro_f1(table), "mcc": matthews(table)}
-    return values
-
-
-def macro_f1(table: np.ndarray) -> float:
-    """Mean F1 over the classes that occur or are guessed; table[true, guess] counts."""
-    either = table.sum(axis=0) + table.sum(axis=1)
-    return float(np.mean(2 * np.diag(table)[either > 0] / either[either > 0]))
-
-
-def matthews(table: np.ndarray) -> float:
-    """Matthews' correlation for many classes (Gorodkin, 2004); 0 where only one is guessed."""
-    n, right = table.sum(), np.trace(table)
-    true, guess = table.sum(axis=1), table.sum(axis=0)
-    scale = math.sqrt((n**2 - (guess**2).sum()) * (n**2 - (true**2).sum()))
-    return float((right * n - true @ guess) / scale) if scale else 0.0
+    values = label_metrics.score(task.kind, split.labels[split.used], predicted[split.used])
+    return {"accuracy": values["accuracy"]} if task.per_residue else values
 
 
 def row_of(

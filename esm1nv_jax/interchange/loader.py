@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from etils import epath
 
-from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.checkpoints import finetuned, model_folder
 from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.interchange import huggingface
 
@@ -13,9 +13,15 @@ def load_weights(path: str) -> Weights:
     """Weights of a run (its newest checkpoint), one of its steps, its `best`, a model folder or a
     Hugging Face folder. Another format is one more branch here, and a module beside `huggingface`.
 
+    Of a fine-tuned run it is the best checkpoint, with its base model, LoRA merged, and its head.
+
     Raises UserError where there is none, with what was looked for.
     """
     folder = epath.Path(path)
-    if not (folder / model_folder.DESCRIPTION).exists() and huggingface.is_hf_folder(folder):
+    if (folder / model_folder.DESCRIPTION).exists():
+        return model_folder.read(path)
+    if huggingface.is_hf_folder(folder):
         return huggingface.read(path)
+    if (found := finetuned.find(path)) is not None:
+        return finetuned.read(*found, load_weights)
     return model_folder.read(path)

@@ -14,7 +14,7 @@ from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.metrics_log import MetricsWriter
 from esm1nv_jax.training.host_metrics import HostClock, log_line
 from esm1nv_jax.training.metrics import ScalarMetrics, ThroughputWindow
-from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.objectives import Objective
 from esm1nv_jax.training.preemption import PreemptionHandler
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig
@@ -48,7 +48,7 @@ class RunMonitor:
     def __init__(
         self,
         config: RunConfig,
-        objective: MaskedLM,
+        objective: Objective,
         run_dir: epath.Path,
         group: ProcessGroup,
         watchdog: Watchdog,
@@ -60,7 +60,7 @@ class RunMonitor:
         self._config, self._group, self._log, self._watchdog = config, group, log, watchdog
         self._seconds_before, self._started = seconds, time.monotonic()
         self._finished_at: int | None = None
-        primary = group.is_primary
+        self._objective, primary = objective, group.is_primary
         self._writer = MetricsWriter(run_dir, step, primary)
         self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective.metrics)
         self._clock = HostClock(group, mesh.local_devices[0])
@@ -118,8 +118,7 @@ class RunMonitor:
             listed = "  ".join(f"{name} {value:.3g}" for name, value in hosts.items())
             log_line(self._log, f"step {step}  {listed}")
             self._progress.note = (
-                f"loss {train['loss']:.3f}  perplexity {train['perplexity']:.2f} "
-                f"(<mask> {train['perplexity_mask']:.2f})  "
+                f"{self._objective.progress_note(train)}  "
                 f"{train['tokens_per_second']:,.0f} tokens/s"
             )
         self._progress.update(step, self._progress.note)

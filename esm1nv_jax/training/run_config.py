@@ -26,9 +26,11 @@ from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
+from esm1nv_jax.training.objectives import Objective
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig, resolve_shares
 from esm1nv_jax.training.step import StepConfig
+from esm1nv_jax.training.tuning import FinetuneConfig, Tuning
 
 REDUCE_DTYPES = ("float32", "bfloat16")
 
@@ -63,6 +65,8 @@ IRRELEVANT_TO_LEARNING = (
     "batch.microbatches",
     "data.path",
     "data.workers",
+    "finetune.patience",
+    "finetune.test",
 )
 
 
@@ -152,6 +156,7 @@ class RunConfig:
     cluster: ClusterConfig
     log: LogConfig
     profile: str
+    finetune: FinetuneConfig | None = None  # of pretraining there is no such group
 
     @classmethod
     def from_config_dict(cls, config: ConfigDict) -> RunConfig:
@@ -175,6 +180,13 @@ class RunConfig:
             raise UserError(f"minutes={self.minutes} must be at least 0; 0 is no limit")
         if self.init_from and self.fork_from:
             raise UserError("init_from and fork_from exclude each other; take one")
+        if self.finetune and self.fork_from:
+            raise UserError("fork_from is for pretraining; a fine-tuned run begins by init_from")
+        if self.finetune and not self.init_from and self.finetune.method != "full":
+            raise UserError(
+                f"finetune.method={self.finetune.method} needs a model; set init_from, or train "
+                "from scratch by method=full"
+            )
         if self.data.max_residues + 2 > self.model.positions:
             raise UserError(
                 f"data.max_residues={self.data.max_residues} needs {self.data.max_residues + 2} "
@@ -187,7 +199,10 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dictionaries of JSON values."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self)
+        if self.finetune is None:
+            del values["finetune"]
+        return json.loads(json.dumps(values))
 
     def flat(self) -> dict[str, Any]:
         """Return every field under its dotted name."""
@@ -207,8 +222,12 @@ class RunConfig:
             )
         return first, last
 
-    def step_config(self, device: jax.Device) -> StepConfig:
+    def step_config(
+        self, device: jax.Device, objective: Objective | None = None, tuning: Tuning | None = None
+    ) -> StepConfig:
         """Return what the training step is made of on this kind of device.
+
+        By default the objective is masked language modelling, and all parameters are trained.
 
         Raises UserError where the attention backend that the config names does not run there.
         """
@@ -233,12 +252,13 @@ class RunConfig:
             seed=self.seed,
             model=self.model,
             compute=compute,
-            objective=MaskedLM(recipe(self.masking.recipe, self.masking.rate)),
+            objective=objective or MaskedLM(recipe(self.masking.recipe, self.masking.rate)),
             optimizer=self.optimizer,
             microbatches=self.batch.microbatches,
             reduce_dtype=self.compute.reduce_dtype,
             deterministic=self.compute.deterministic,
             nonfinite_allowed=self.skip_nonfinite,
+            tuning=tuning,
         )
 
     def global_rows(self, lengths: np.ndarray, num_devices: int) -> int:
@@ -265,7 +285,11 @@ def changes_learning(field: str) -> bool:
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str):
     """Build a frozen dataclass, and those inside it, from nested dictionaries of its fields."""
-    fields = typing.get_type_hints(kind)
+    fields = {
+        name: next(iter(typing.get_args(hint)), hint)  # of `X | None`, X
+        for name, hint in typing.get_type_hints(kind).items()
+    }
+    optional = {f.name for f in dataclasses.fields(kind) if f.default is None}
     for name in values:
         if name not in fields:
             group = f"config.{prefix[:-1]}" if prefix else "config"
@@ -273,7 +297,7 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str):
                 f"config has no field config.{prefix}{name}; {group} has {', '.join(fields)}"
             )
     for name in fields:
-        if name not in values:
+        if name not in values and name not in optional:
             raise UserError(
                 f"config has no field config.{prefix}{name}; build it on "
                 "configs/pretrain_small.py by esm1nv_jax.common.config_file.parent, which has "

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.metrics import ScalarMetrics
-from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.objectives import Objective
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
 from esm1nv_jax.training.sharding import DATA, sharding
+from esm1nv_jax.training.tuning import Tuning, merge_trees
 
 # Autotuning picks kernels by the clock, so two starts may pick different ones.
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
@@ -33,6 +34,12 @@ class TrainState:
     params: dict
     opt_state: optax.OptState
     nonfinite: jax.Array  # int32: steps whose loss or gradient was not finite
+    frozen: dict = dataclasses.field(default_factory=dict)  # parameters that no step changes
+
+    @property
+    def all_params(self) -> dict:
+        """The parameters, trained and frozen, as one tree."""
+        return merge_trees(self.params, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,40 +49,54 @@ class StepConfig:
     seed: int
     model: encoder.EncoderConfig
     compute: encoder.ComputeConfig
-    objective: MaskedLM
+    objective: Objective
     optimizer: OptimizerConfig
     microbatches: int = 1
     reduce_dtype: str = "float32"
     deterministic: bool = False  # on a GPU: the same bits from the same start
     nonfinite_allowed: int = 0  # beyond so many nonfinite steps the state stands still
+    tuning: Tuning | None = None  # which parameters are trained; None: all
 
 
 def create_state(config: StepConfig) -> TrainState:
     """Return a fresh state with random parameters."""
-    return state_from_params(config, encoder.init(config.model, config.seed))
+    return state_from_params(config, config.objective.init(config.model, config.seed))
 
 
 def state_from_params(config: StepConfig, params: dict) -> TrainState:
     """Return the state before the first step, from parameters of any origin."""
+    frozen: dict = {}
+    if config.tuning is not None:
+        params, frozen = config.tuning.split(params, config.model)
     opt_state = optimizer(config.optimizer).init(params)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32))
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, jnp.zeros((), jnp.int32), frozen)
 
 
 def batch_sums(config: StepConfig, params, batch, dropout_key: DropoutKey | None):
     """Return sums over some rows, fp32 scalars: the objective's, and counts of tokens."""
+    return batch_outputs(config, params, batch, dropout_key)[0]
+
+
+def batch_outputs(config: StepConfig, params, batch, dropout_key: DropoutKey | None):
+    """Return `batch_sums`, and the objective's outputs by row. `params` are all of them, trained
+    and frozen."""
     real_BT = batch["segment_ids"] > 0
     first_BT = real_BT & (batch["positions"] == 0)
-    return config.objective.loss_sums(config.model, config.compute, params, batch, dropout_key) | {
+    sums, outputs = config.objective.loss_sums(
+        config.model, config.compute, params, batch, dropout_key
+    )
+    counts = {
         "sequences": jnp.sum(first_BT, dtype=jnp.float32),
         "tokens": jnp.sum(real_BT, dtype=jnp.float32),  # with <s> and </s>, without padding
         "num_slots": jnp.float32(real_BT.size),
         # The sum of 2 p + 1 over the positions p of a segment is its squared length.
         "sum_squared_lengths": jnp.sum(jnp.where(real_BT, 2.0 * batch["positions"] + 1.0, 0.0)),
     }
+    return sums | counts, outputs
 
 
-def device_gradients(config: StepConfig, params, batch, step):
-    """Return the gradients and sums of one step, summed over all devices.
+def device_gradients(config: StepConfig, params, frozen, batch, step):
+    """Return the gradients of `params` and the sums of one step, summed over all devices.
 
     Runs inside the `shard_map`, on this device's rows, in `config.microbatches` parts.
     """
@@ -84,7 +105,8 @@ def device_gradients(config: StepConfig, params, batch, step):
     global_rows = (first_row + jnp.arange(rows)).astype(jnp.uint32)
 
     def loss_of(params, batch, global_rows):
-        sums = batch_sums(config, params, batch, DropoutKey.at(config.seed, step, global_rows))
+        key = DropoutKey.at(config.seed, step, global_rows)
+        sums = batch_sums(config, merge_trees(params, frozen), batch, key)
         return sums["loss"], sums
 
     gradients_of = jax.grad(loss_of, has_aux=True)
@@ -117,12 +139,12 @@ def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
     grads, sums = jax.shard_map(
         functools.partial(device_gradients, config),
         mesh=mesh,
-        in_specs=(P(), P(DATA), P()),
+        in_specs=(P(), P(), P(DATA), P()),
         out_specs=P(),
         # With the check, autodiff reduces the gradient of replicated parameters over the devices by
         # itself, in every microbatch; here that is done once, after the last of them.
         check_vma=False,
-    )(state.params, batch, state.step)
+    )(state.params, state.frozen, batch, state.step)
     # The mean over the targets of all hosts.
     grads = jax.tree.map(lambda g: g / config.objective.num_targets(sums), grads)
     gradient_norm = optax.global_norm(grads)
@@ -149,20 +171,25 @@ def train_step(config: StepConfig, mesh: Mesh, state: TrainState, batch):
         "halted": halted,
         "nonfinite": nonfinite,  # so far, in the whole run
     }
-    state = TrainState(state.step + ~halted, params, opt_state, nonfinite)
+    state = TrainState(state.step + ~halted, params, opt_state, nonfinite, state.frozen)
     return state, ScalarMetrics.pack(metrics)
 
 
 def eval_step(config: StepConfig, mesh: Mesh, params, batch):
-    """Return the ScalarMetrics of one global batch without dropout; equal on every device."""
+    """Return the ScalarMetrics of one global batch without dropout, and the objective's outputs of
+    all its rows; equal on every device. `params` are all of them, trained and frozen."""
 
     def on_device(params, batch):
-        return jax.lax.psum(batch_sums(config, params, batch, None), DATA)
+        sums, outputs = batch_outputs(config, params, batch, None)
+        gathered = {
+            name: jax.lax.all_gather(x, DATA, axis=0, tiled=True) for name, x in outputs.items()
+        }
+        return jax.lax.psum(sums, DATA), gathered
 
-    sums = jax.shard_map(
+    sums, outputs = jax.shard_map(
         on_device, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=P(), check_vma=False
     )(params, batch)
-    return ScalarMetrics.pack(sums)
+    return ScalarMetrics.pack(sums), outputs
 
 
 def jit_steps(config: StepConfig, mesh: Mesh):
@@ -192,7 +219,11 @@ def jit_steps(config: StepConfig, mesh: Mesh):
 def abstract_batch(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
     """Return the shapes, dtypes and shardings of a global batch."""
     return {
-        name: jax.ShapeDtypeStruct((rows, row_length), dtype, sharding=sharding(mesh, "batch"))
+        name: jax.ShapeDtypeStruct(
+            config.objective.batch_shape(name, rows, row_length),
+            dtype,
+            sharding=sharding(mesh, "batch"),
+        )
         for name, dtype in config.objective.batch_dtypes.items()
     }
 
@@ -212,5 +243,5 @@ def compile_steps(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
     jitted_train_step, jitted_eval_step = jit_steps(config, mesh)
     return (
         jitted_train_step.lower(state, batch).compile(),
-        jitted_eval_step.lower(state.params, batch).compile(),
+        jitted_eval_step.lower(state.all_params, batch).compile(),
     )

@@ -21,6 +21,7 @@ from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training.monitor import NonfiniteStep
 from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import StepConfig
 
 UNIGRAM_SAMPLE = 20_000  # training sequences from which the unigram baseline is counted
@@ -30,7 +31,7 @@ def print_start(
     config: RunConfig,
     step_config: StepConfig,
     stream: StreamConfig,
-    source: Source,
+    data: RunData,
     mesh: jax.sharding.Mesh,
     hosts: list[str],
     run_dir: epath.Path,
@@ -40,21 +41,37 @@ def print_start(
     model = config.model
     names = sorted(set(hosts))
     rows = stream.rows // mesh.size
-    sequences = stream.rows * 1_000_000 / rows_for(source.lengths, 1_000_000, stream)
+    sequences = stream.rows * 1_000_000 / rows_for(data.train.lengths, 1_000_000, stream)
     console.print(
         f"model      {parameter_count(model):,} parameters: {model.layers} layers, "
         f"{model.width} wide, {model.heads} heads, {model.positions} positions\n"
-        f"data       {config.data.path}: {len(source.lengths):,} training sequences\n"
+        f"data       {config.data.path}: {len(data.train.lengths):,} training sequences\n"
         f"devices    {mesh.size} x {mesh.devices.flat[0].device_kind} in {len(hosts)} process(es) "
         f"on {len(names)} host(s) ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})\n"
         f"batch      {stream.rows} rows of {stream.row_length} tokens, about {sequences:,.0f} "
         f"sequences; {rows} rows, about {sequences / mesh.size:,.1f} sequences a device: "
         f"{stream.rows * stream.row_length:,} tokens a step\n"
-        f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues; "
+        f"{describe_objective(config, data)}; "
         f"matmuls in {config.compute.dtype}, attention by {step_config.compute.attention}\n"
         f"workdir    {run_dir}"
         + (f"\nresuming   from step {step:,} of {config.steps:,}" if step else "")
     )
+
+
+def describe_objective(config: RunConfig, data: RunData) -> str:
+    """Return what is learned, and of fine-tuning by how many trained parameters."""
+    if config.finetune is None or data.task is None:
+        return f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues"
+    task, counts = data.task, {"train": 0, "valid": 0, "test": 0}
+    labels = ", ".join(f"{int(getattr(task, split).used.sum()):,} {split}" for split in counts)
+    text = f"task       {task.name}: labels {labels}; "
+    text += f"{len(task.classes)} classes; " if task.classes else ""
+    if task.shared:
+        text += f"{task.shared:,} sequences stand in more than one split; "
+    cropped = int(np.sum(data.train.lengths > config.data.max_residues))
+    if cropped:
+        text += f"{cropped:,} training sequences are cropped; "
+    return f"{text}method {config.finetune.method}"
 
 
 def print_layout_change(before: dict[str, int] | None, now: dict[str, int]) -> None:

@@ -17,16 +17,15 @@ from esm1nv_jax.common import config_file
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
-from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, stream_config
-from esm1nv_jax.data.source import Source, open_split, subset
-from esm1nv_jax.interchange.loader import load_weights
-from esm1nv_jax.training import memory, process_group, sharding, summary
+from esm1nv_jax.data.packing import StreamConfig, stream_config
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.training import evaluation, memory, process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log
-from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
-from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.objectives import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning
+from esm1nv_jax.training.run_data import RunData, open_data
 from esm1nv_jax.training.step import (
     StepConfig,
     TrainState,
@@ -59,27 +58,29 @@ def run(
 ) -> int:
     """Train in one process of `group`; see `train`."""
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
-    step_config = config.step_config(mesh.devices.flat[0])
-    train_source, validation_source = open_data(config)
-    stream = stream_config(config, config.global_rows(train_source.lengths, mesh.size))
+    _ = config.step_config(mesh.devices.flat[0])  # raises UserError before data are opened
+    data = open_data(config)
+    step_config = config.step_config(mesh.devices.flat[0], data.objective, data.tuning)
+    objective = step_config.objective
+    stream = stream_config(config, config.global_rows(data.train.lengths, mesh.size))
     memory.check_memory(step_config, stream, mesh)
-    pretrained = load_pretrained(config)
     fork = find_fork(config, workdir)
-    fingerprints = {"train": train_source.fingerprint, "validation": validation_source.fingerprint}
     watchdog.hosts = process_group.assert_equal_across_processes(
-        group, mesh.size, config.flat(), " ".join(fingerprints.values())
+        group, mesh.size, config.flat(), " ".join(data.fingerprints.values())
     )
 
     with lock_workdir(workdir, group) as run_dir, open_host_log(run_dir, group, watchdog) as log:
         if group.is_primary:
-            write_or_check_config(run_dir, config, fingerprints)
-        checkpoints = RunCheckpoints(run_dir, config.checkpoint, strict)
+            write_or_check_config(run_dir, config, data.fingerprints)
+        best_by = objective.best_metric, objective.maximize
+        checkpoints = RunCheckpoints(run_dir, config.checkpoint, strict, *best_by)
         layout = {"devices": mesh.size, "processes": group.size, "rows": stream.rows}
         metadata = {"config": config.to_dict(), "code": __version__, "layout": layout}
+        metadata |= data.metadata
 
         watchdog.heartbeat("restoring the checkpoint")
         state, data_state, saved = restore_or_initialize(
-            config, step_config, mesh, checkpoints, train_source, pretrained, fork, group
+            config, step_config, mesh, checkpoints, data, fork, group
         )
         step = int(state.step)  # steps done
         watchdog.heartbeat("compiling")
@@ -88,7 +89,7 @@ def run(
         group.barrier("compiled", watchdog.stall_timeout)
         if group.is_primary:
             summary.print_start(
-                config, step_config, stream, train_source, mesh, watchdog.hosts, run_dir, step
+                config, step_config, stream, data, mesh, watchdog.hosts, run_dir, step
             )
             if fork and not saved:
                 goes_on = "goes on there" if data_state is not None else "begins anew"
@@ -96,29 +97,23 @@ def run(
             summary.print_layout_change(saved.get("layout"), layout)
 
         monitor = RunMonitor(
-            config,
-            step_config.objective,
-            run_dir,
-            group,
-            watchdog,
-            log,
-            mesh,
-            step,
-            saved.get("seconds", 0.0),
+            config, objective, run_dir, group, watchdog, log, mesh, step, saved.get("seconds", 0.0)
         )
         batches = training_batches(
-            train_source, stream, step_config.objective, mesh, config.data.workers, data_state
+            data.train, stream, objective, mesh, config.data.workers, data_state
         )
         validate = functools.partial(
-            evaluate, step_config.objective, validation_source, stream, mesh, monitor
+            validation_metrics, objective, data.validation, stream, mesh, monitor, eval_step
         )
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
                 if step == 0 or (fork and not saved):
-                    validate(eval_step, state.params, step)
+                    validate(state, step)
                 monitor.start()
                 pending = None
-                finished = stop = monitor.finished(step)
+                finished = stop = monitor.finished(step) or out_of_patience(
+                    config, checkpoints, step
+                )
                 while not stop:
                     with monitor.waiting_for_batch(step + 1, state):
                         batch, device_batch = next(batches)
@@ -140,12 +135,14 @@ def run(
                     with monitor.pause():
                         seconds = {"seconds": monitor.seconds}
                         items = checkpoint_items(
-                            state, batches.get_state(), train_source, metadata | seconds
+                            state, batches.get_state(), data.train, metadata | seconds
                         )
                         if evaluate_now:
-                            validation = validate(eval_step, state.params, step)
-                            checkpoints.save_if_best(validation["loss_mask"], step, *items)
-                        if save_now:
+                            value = validate(state, step)[objective.best_metric]
+                            checkpoints.save_if_best(value, step, *items)
+                            finished |= out_of_patience(config, checkpoints, step)
+                            stop |= finished
+                        if stop or save_now:
                             monitor.heartbeat(f"saving step {step}")
                             checkpoints.save(step, *items)
         except NonfiniteStep as error:
@@ -155,38 +152,23 @@ def run(
         watchdog.heartbeat("waiting until the last checkpoint is on disk")
         checkpoints.wait()
         group.barrier("saved", config.cluster.stall_timeout)
+        if finished and data.test is not None:
+            evaluation.test_once(data, state, stream, mesh, group, watchdog, eval_step, run_dir)
         watchdog.disable()
         stop_status = 0 if finished else monitor.stop_status
         if group.is_primary and stop_status:
             summary.print_stopped(step, run_dir)
+        elif group.is_primary and data.task is not None:
+            evaluation.print_results(data, run_dir)
         elif group.is_primary:
-            summary.print_results(config, stream, train_source, validation_source, run_dir)
+            summary.print_results(config, stream, data.train, data.validation, run_dir)
         return stop_status
 
 
-def open_data(config: RunConfig) -> tuple[Source, Source]:
-    """Return the training split, and the sequences of the validation split that are evaluated."""
-    if not config.data.path:
-        raise UserError(
-            "config.data.path is empty: make a data set with `esm1nv prepare --fasta "
-            "uniref50.fasta.gz --out DIR` and add --config.data.path=DIR, or try "
-            "--config.data.path=sample"
-        )
-    validation_source = open_split(config.data.path, "validation")
-    return (
-        open_split(config.data.path, "train"),
-        subset(validation_source, config.evaluation.sequences),
-    )
-
-
-def load_pretrained(config: RunConfig) -> dict | None:
-    """Return the parameters that `config.init_from` names, if any; they must fit the model."""
-    if not config.init_from:
-        return None
-    weights = load_weights(config.init_from)
-    params = weights.encoder_params  # a head is no part of masked language modelling
-    model_folder.check(params, config.model, f"init_from={config.init_from}")
-    return params
+def out_of_patience(config: RunConfig, checkpoints: RunCheckpoints, step: int) -> bool:
+    """Return whether fine-tuning ends since so many validations have brought nothing better."""
+    patience = config.finetune.patience if config.finetune else 0
+    return bool(patience) and step - checkpoints.best_step >= patience * config.evaluation.every
 
 
 def find_fork(config: RunConfig, workdir: str) -> tuple[epath.Path, int, str] | None:
@@ -236,8 +218,7 @@ def restore_or_initialize(
     step_config: StepConfig,
     mesh: jax.sharding.Mesh,
     checkpoints: RunCheckpoints,
-    source: Source,
-    pretrained: dict | None,
+    run_data: RunData,
     fork: tuple[epath.Path, int, str] | None,
     group: ProcessGroup,
 ) -> tuple[TrainState, pipeline.State | None, dict]:
@@ -254,24 +235,41 @@ def restore_or_initialize(
         return "" if latest is None else str(latest)
 
     chosen = group.broadcast("checkpoint", choose)
+    checkpoints.best_step = int(group.broadcast("best", lambda: str(checkpoints.best_step)))
     shapes = abstract_state(step_config, mesh)
+    create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
     if chosen:
         params, rest, data = checkpoints.restore(int(chosen), *split_state(shapes))
-        if data["data"] != source.fingerprint:
+        if data["data"] != run_data.train.fingerprint:
             raise UserError(
                 "the training split is not the one this run began with; set config.data.path to "
                 "the same data set, or choose another --workdir=DIR"
             )
         saved = step_folder.read_metadata(checkpoints.workdir, int(chosen))
-        return TrainState(params=params, **rest), data.get("stream", {}), saved
+        frozen: dict = {}
+        if step_config.tuning is not None and run_data.initial is not None:
+            check_base(saved, run_data.metadata, checkpoints.workdir)
+            _, frozen = step_config.tuning.split(run_data.initial, step_config.model)
+            frozen = sharding.place_state(jax.device_get(frozen), mesh)
+        state = TrainState(params=params, frozen=frozen, **rest)
+        return state, data.get("stream", {}), saved
     if fork is not None:
-        return *restore_fork(config, fork, shapes, source), {}
-    if pretrained is not None:
-        params = sharding.place_state(pretrained, mesh)
-        create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
-        return create(step_config, params), None, {}
-    create = jax.jit(create_state, static_argnums=0, out_shardings=replicated)
-    return create(step_config), None, {}
+        return *restore_fork(config, fork, shapes, run_data.train), {}
+    if run_data.initial is not None:
+        return create(step_config, sharding.place_state(run_data.initial, mesh)), None, {}
+    create_random = jax.jit(create_state, static_argnums=0, out_shardings=replicated)
+    return create_random(step_config), None, {}
+
+
+def check_base(saved: dict, here: dict, run_dir: epath.Path) -> None:
+    """Raise UserError where a fine-tuned run was begun from another base model."""
+    before, now = saved["base"], here["base"]
+    if before["digest"] != now["digest"]:
+        raise UserError(
+            f"{run_dir} was begun from {before['path']} with digest {before['digest'][:16]}; "
+            f"{now['path']} now has {now['digest'][:16]}: put that model there again, or choose "
+            "another --workdir=DIR"
+        )
 
 
 def split_state(state: TrainState) -> tuple[dict, dict]:
@@ -291,7 +289,7 @@ def checkpoint_items(
 def training_batches(
     source: Source,
     stream: StreamConfig,
-    objective: MaskedLM,
+    objective: Objective,
     mesh: jax.sharding.Mesh,
     workers: int = 0,
     data_state: pipeline.State | None = None,
@@ -307,23 +305,20 @@ def training_batches(
     return pipeline.prefetch(dataset.map(place), data_state)
 
 
-def evaluate(
-    objective: MaskedLM,
+def validation_metrics(
+    objective: Objective,
     source: Source,
     stream: StreamConfig,
     mesh: jax.sharding.Mesh,
     monitor: RunMonitor,
     eval_step,
-    params: dict,
+    state: TrainState,
     step: int,
 ) -> dict[str, float]:
     """Return and log metrics on held-out sequences: the same ones, masked alike, every time."""
-    sums: dict[str, float] = {}
-    rows = sharding.local_rows(mesh, stream.rows)
-    for batch in pipeline.evaluation_batches(source, evaluation_stream(stream), rows):
-        monitor.heartbeat("evaluating")
-        arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
-        sums = add_sums(sums, eval_step(params, arrays).fetch())
-    metrics = objective.metrics(sums)
+    sums, outputs = evaluation.evaluate(
+        objective, source, stream, mesh, monitor.heartbeat, eval_step, state.all_params
+    )
+    metrics = objective.metrics(sums, outputs)
     monitor.write_validation(step, metrics)
     return metrics

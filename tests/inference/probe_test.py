@@ -16,7 +16,7 @@ from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
 from esm1nv_jax.inference import probe, probe_heads
 from esm1nv_jax.inference.probe_heads import LabeledFeatures, Scale, Setting
-from esm1nv_jax.model import encoder
+from esm1nv_jax.model import encoder, label_metrics
 
 LETTERS = "LASGVERTDIPKNFQYHMCW"
 
@@ -168,17 +168,17 @@ def test_batches_hold_every_label_once_and_padding_is_unused():
 def test_macro_f1_and_mcc_are_their_definitions():
     table = np.array([[5.0, 1, 0], [2, 3, 1], [0, 0, 0]])  # the third class is only ever guessed
     f1 = [2 * 5 / (2 * 5 + 2 + 1), 2 * 3 / (2 * 3 + 1 + 3), 0.0]
-    assert probe.macro_f1(table) == pytest.approx(np.mean(f1))
+    assert label_metrics.macro_f1(table) == pytest.approx(np.mean(f1))
     two = np.array([[6.0, 2], [1, 9]])
     tn, fp, fn, tp = two.ravel()
     expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    assert probe.matthews(two) == pytest.approx(expected)
+    assert label_metrics.matthews(two) == pytest.approx(expected)
     # For many classes: the correlation of one-hot tables, summed over classes.
     cells = np.repeat(np.arange(9), table.ravel().astype(int))
     a, b = (x - x.mean(axis=0) for x in (np.eye(3)[cells // 3], np.eye(3)[cells % 3]))
     expected = (a * b).sum() / np.sqrt((a**2).sum() * (b**2).sum())
-    assert probe.matthews(table) == pytest.approx(expected)
-    assert probe.matthews(np.array([[3.0, 0], [2, 0]])) == 0
+    assert label_metrics.matthews(table) == pytest.approx(expected)
+    assert label_metrics.matthews(np.array([[3.0, 0], [2, 0]])) == 0
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,12 @@ from esm1nv_jax.model.masking import Masked
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLM:
-    """What the model learns: `targets` of a batch, `loss_sums` to minimise, `metrics` to read.
-
-    An objective is a frozen value, so that it is a static argument of the jitted step.
-    """
+    """Cross-entropy of the masked residues; an `Objective`."""
 
     masking: masking.MaskingConfig
 
+    best_metric: ClassVar[str] = "loss_mask"
+    maximize: ClassVar[bool] = False
     # The arrays of a batch that it reads, all [B, T].
     batch_dtypes: ClassVar[dict[str, Any]] = {
         "tokens": jnp.int32,
@@ -30,6 +29,13 @@ class MaskedLM:
         "positions": jnp.int32,
         "mask_bits": jnp.uint32,
     }
+
+    def init(self, model: encoder.EncoderConfig, seed) -> dict:
+        """Return fresh parameters of the encoder."""
+        return encoder.init(model, seed)
+
+    def batch_shape(self, name: str, rows: int, row_length: int) -> tuple[int, ...]:
+        return rows, row_length
 
     def targets(self, model: encoder.EncoderConfig, batch: dict) -> Masked:
         """Return the corrupted input and the residues to predict."""
@@ -43,8 +49,9 @@ class MaskedLM:
         params: dict,
         batch: dict,
         dropout_key: DropoutKey | None,
-    ) -> dict[str, jax.Array]:
-        """Return sums over some rows, fp32 scalars that add up over rows, devices and hosts.
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Return sums over some rows, fp32 scalars that add up over rows, devices and hosts; and no
+        outputs.
 
         `loss` is in nats, over `num_targets` targets; `loss_mask`, `num_masked` and
         `num_correct_masked` are over targets at `<mask>` positions only.
@@ -60,13 +67,15 @@ class MaskedLM:
             dropout_key=dropout_key,
             prediction_positions_BM=masked.prediction_positions_BM,
         )
-        return masking.cross_entropy_sums(output.logits, masked)
+        return masking.cross_entropy_sums(output.logits, masked), {}
 
     def num_targets(self, sums: dict):
         """Return what `loss` is divided by: the number of predictions."""
         return sums["num_targets"]
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+    def metrics(
+        self, sums: dict[str, float], outputs: dict[str, Any] | None = None
+    ) -> dict[str, float]:
         """Return metrics from sums over any number of batches.
 
         Perplexity is exp of the token-weighted mean cross-entropy: over all selected positions,
@@ -81,6 +90,12 @@ class MaskedLM:
             "perplexity_mask": _exp(mean_loss_mask),
             "accuracy_mask": sums["num_correct_masked"] / max(sums["num_masked"], 1),
         }
+
+    def progress_note(self, metrics: dict[str, float]) -> str:
+        return (
+            f"loss {metrics['loss']:.3f}  perplexity {metrics['perplexity']:.2f} "
+            f"(<mask> {metrics['perplexity_mask']:.2f})"
+        )
 
 
 def _exp(nats: float) -> float:

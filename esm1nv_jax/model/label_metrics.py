@@ -1,0 +1,111 @@
+"""Metrics of predicted labels, and their errors by protein.
+
+Classification is scored from counts: `table[true, predicted]` of one label, `table[class, true,
+predicted]` of several labels a protein. A bootstrap draws whole proteins, for residues of one
+protein are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+SAMPLES = 1_000  # of a bootstrap
+LOWER_IS_BETTER = ("loss", "mse")
+
+
+def score(kind: str, labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    """Return the metrics of n predictions.
+
+    Args:
+      kind: "classification": labels int [n], predicted [n, K] logits, gives accuracy, macro_f1 and
+        mcc. "multilabel": labels int [n, K], 0 or 1, predicted [n, K] logits, gives the same, as
+        means over classes but for accuracy, over all labels. "regression": labels [n], predicted
+        [n, 1], gives spearman and mse.
+    """
+    if kind == "regression":
+        values = predicted[:, 0].astype(np.float64)
+        return {"spearman": spearman(labels, values), "mse": float(np.mean((labels - values) ** 2))}
+    protein = np.zeros(len(labels), np.int64)
+    return _of_table(kind, counts(kind, labels, predicted, protein, 1)[0].astype(np.float64))
+
+
+def bootstrap_errors(
+    kind: str, labels: np.ndarray, predicted: np.ndarray, protein: np.ndarray, seed: int = 0
+) -> dict[str, float]:
+    """Return the standard error of every metric of `score`, by a bootstrap of the proteins.
+
+    protein: int [n], which one a label belongs to.
+    """
+    _, protein = np.unique(protein, return_inverse=True)
+    n, rng = int(protein.max()) + 1, np.random.default_rng(seed)
+    if kind == "regression":
+        order = np.argsort(protein, kind="stable")
+        begin = np.searchsorted(protein[order], np.arange(n + 1))
+        groups = [order[begin[i] : begin[i + 1]] for i in range(n)]
+
+        def draw() -> dict[str, float]:
+            chosen = np.concatenate([groups[i] for i in rng.integers(0, n, n).tolist()])
+            return score(kind, labels[chosen], predicted[chosen])
+    else:
+        tables = counts(kind, labels, predicted, protein, n)
+        flat = tables.reshape(n, -1).astype(np.float64)
+
+        def draw() -> dict[str, float]:
+            times = np.bincount(rng.integers(0, n, n), minlength=n)
+            return _of_table(kind, (times @ flat).reshape(tables.shape[1:]))
+
+    drawn = [draw() for _ in range(SAMPLES)]
+    return {name: float(np.nanstd([x[name] for x in drawn], ddof=1)) for name in drawn[0]}
+
+
+def counts(
+    kind: str, labels: np.ndarray, predicted: np.ndarray, protein: np.ndarray, proteins: int
+) -> np.ndarray:
+    """Return a table of counts for each protein: [proteins, K, K], or [proteins, K, 2, 2]."""
+    k = predicted.shape[1]
+    if kind == "classification":
+        index = (protein * k + labels) * k + predicted.argmax(axis=1)
+        return np.bincount(index, minlength=proteins * k * k).reshape(proteins, k, k)
+    cell = 2 * labels + (predicted > 0)
+    index = (protein[:, None] * k + np.arange(k)) * 4 + cell
+    return np.bincount(index.ravel(), minlength=proteins * k * 4).reshape(proteins, k, 2, 2)
+
+
+def _of_table(kind: str, table: np.ndarray) -> dict[str, float]:
+    if kind == "classification":
+        right = float(np.trace(table) / table.sum())
+        return {"accuracy": right, "macro_f1": macro_f1(table), "mcc": matthews(table)}
+    right = float((table[:, 0, 0] + table[:, 1, 1]).sum() / table.sum())
+    either = 2 * table[:, 1, 1] + table[:, 0, 1] + table[:, 1, 0]
+    f1 = 2 * table[either > 0, 1, 1] / either[either > 0]
+    return {
+        "accuracy": right,
+        "macro_f1": float(f1.mean()) if len(f1) else 0.0,
+        "mcc": float(np.mean([matthews(x) for x in table])),
+    }
+
+
+def macro_f1(table: np.ndarray) -> float:
+    """Return the mean F1 over the classes that occur or are predicted; table[true, predicted]."""
+    either = table.sum(axis=0) + table.sum(axis=1)
+    return float(np.mean(2 * np.diag(table)[either > 0] / either[either > 0]))
+
+
+def matthews(table: np.ndarray) -> float:
+    """Return Matthews' correlation for any number of classes (Gorodkin, 2004); 0 where only one is
+    predicted."""
+    n, right = table.sum(), np.trace(table)
+    true, predicted = table.sum(axis=1), table.sum(axis=0)
+    scale = math.sqrt((n**2 - (predicted**2).sum()) * (n**2 - (true**2).sum()))
+    return float((right * n - true @ predicted) / scale) if scale else 0.0
+
+
+def spearman(labels: np.ndarray, values: np.ndarray) -> float:
+    """Return Spearman's rho; NaN where all labels or all values are equal."""
+    from scipy import stats  # slow to import
+
+    if not (np.ptp(values) and np.ptp(labels)):
+        return math.nan
+    return float(stats.spearmanr(labels, values).statistic)

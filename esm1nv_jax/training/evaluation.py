@@ -1,0 +1,148 @@
+"""Evaluation of held-out sequences; and the end of fine-tuning: the best checkpoint on the test
+split, once, with errors by protein."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+from rich.table import Table
+
+from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.checkpoints.step_folder import BEST
+from esm1nv_jax.common import files, metrics_log
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.html import plus_minus
+from esm1nv_jax.data import pipeline
+from esm1nv_jax.data.packing import StreamConfig, evaluation_stream
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.model import label_metrics
+from esm1nv_jax.training import sharding
+from esm1nv_jax.training.metrics import add_sums
+from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.process_group import ProcessGroup
+from esm1nv_jax.training.run_data import RunData
+from esm1nv_jax.training.step import TrainState
+from esm1nv_jax.training.tuning import merge_trees
+from esm1nv_jax.training.watchdog import Watchdog
+
+FILE = "test.json"  # in the folder of a run
+
+
+def evaluate(
+    objective: Objective,
+    source: Source,
+    stream: StreamConfig,
+    mesh: jax.sharding.Mesh,
+    heartbeat: Callable[[str], None],
+    eval_step,
+    params: dict,
+) -> tuple[dict[str, float], dict[str, np.ndarray] | None]:
+    """Return sums over every sequence of `source`, each once, and the objective's outputs by row,
+    if it has any; the same on every process.
+
+    params: all of them, trained and frozen. eval_step: compiled for batches of `stream`.
+    """
+    sums: dict[str, float] = {}
+    parts: list[dict[str, np.ndarray]] = []
+    rows = sharding.local_rows(mesh, stream.rows)
+    for batch in pipeline.evaluation_batches(source, evaluation_stream(stream), rows):
+        heartbeat("evaluating")
+        arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
+        scalars, outputs = eval_step(params, arrays)
+        sums = add_sums(sums, scalars.fetch())
+        parts.append(jax.device_get(outputs))
+    if not parts[0]:
+        return sums, None
+    return sums, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def test_once(
+    data: RunData,
+    state: TrainState,
+    stream: StreamConfig,
+    mesh: jax.sharding.Mesh,
+    group: ProcessGroup,
+    watchdog: Watchdog,
+    eval_step,
+    run_dir: epath.Path,
+) -> None:
+    """Evaluate the checkpoint that validates best on the test split, and write `test.json`.
+
+    A run whose file is there already is not tested again.
+    """
+    done = group.broadcast("tested", lambda: str((run_dir / FILE).exists()))
+    if done == "True" or data.test is None or data.task is None:
+        return
+    assert data.objective is not None
+    saved = step_folder.steps(run_dir, BEST)
+    best = int(group.broadcast("best of all", lambda: str(saved[-1] if saved else 0)))
+    params = state.all_params
+    if best:
+        trained = step_folder.read_params(run_dir, best, BEST)
+        params = merge_trees(sharding.place_state(trained, mesh), state.frozen)
+    sums, outputs = evaluate(
+        data.objective, data.test, stream, mesh, watchdog.heartbeat, eval_step, params
+    )
+    if not group.is_primary:
+        return
+    assert outputs is not None
+    labels, predicted, examples = data.objective.used_labels(outputs)
+    results = {
+        "step": best or int(state.step),
+        "task": data.task.name,
+        "classes": list(data.task.classes),
+        "metrics": data.objective.metrics(sums, outputs),
+        "errors": label_metrics.bootstrap_errors(data.task.kind, labels, predicted, examples),
+        "labels": len(labels),
+        "proteins": len(np.unique(examples)),
+        "test_set": data.task.fingerprint,
+        "sequences_in_several_splits": data.task.shared,
+    }
+    text = json.dumps(results, indent=1).replace("NaN", "null")
+    files.write_atomically(run_dir / FILE, text)
+
+
+def print_results(data: RunData, run_dir: epath.Path) -> None:
+    """Print the metrics of the best validation and of the test split, and what to do next."""
+    assert data.objective is not None
+    validated = [line for line in metrics_log.read(run_dir) if line["kind"] == "validation"]
+    name = data.objective.best_metric
+    sign = 1 if data.objective.maximize else -1
+    known = [x for x in validated if x["step"] and x.get(name) is not None and x[name] == x[name]]
+    tested = json.loads((run_dir / FILE).read_text()) if (run_dir / FILE).exists() else None
+    table = Table(
+        title=f"{data.objective.head.level} labels, chosen by {name}", title_justify="left"
+    )
+    table.add_column("")
+    rows: list[tuple[str, dict, dict]] = []
+    if known:
+        best = max(known, key=lambda line: sign * line[name])
+        rows.append((f"validation, step {best['step']:,}", best, {}))
+    if tested:
+        label = f"test, {tested['proteins']:,} proteins, ± s.e. by protein"
+        rows.append((label, tested["metrics"], tested["errors"]))
+    names = [
+        n
+        for n in ("loss", "accuracy", "macro_f1", "mcc", "spearman", "mse")
+        if rows and n in rows[0][1]
+    ]
+    for metric in names:
+        table.add_column(metric, justify="right")
+    for label, metrics, errors in rows:
+        cells = [
+            plus_minus(metrics[n], errors[n], 3)
+            if errors.get(n) is not None
+            else ("-" if metrics.get(n) is None else f"{metrics[n]:.3f}")
+            for n in names
+        ]
+        table.add_row(label, *cells)
+    console.print(table)
+    console.print(
+        f"\nbest         {run_dir / BEST}\n"
+        f"metrics      {run_dir / metrics_log.FILE}, {run_dir / FILE if tested else 'not tested'}\n"
+        f"predict      esm1nv predict --checkpoint {run_dir} --fasta FILE --out FILE.csv"
+    )

@@ -1,0 +1,156 @@
+"""What a run learns and from what: its objective, sources, and the parameters it starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+
+from esm1nv_jax.checkpoints import finetuned, model_folder
+from esm1nv_jax.checkpoints.model_folder import Weights
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import labeled_data
+from esm1nv_jax.data.labeled_data import Task
+from esm1nv_jax.data.packing import stream_config
+from esm1nv_jax.data.source import Source, open_split, subset
+from esm1nv_jax.interchange.loader import load_weights
+from esm1nv_jax.model.heads import HeadConfig
+from esm1nv_jax.training.objectives.labels import LabelPrediction, balanced_weights, standard_scale
+from esm1nv_jax.training.run_config import RunConfig
+from esm1nv_jax.training.tuning import Tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+    """What a run is about, beside its config.
+
+    train, validation: the sources; of fine-tuning also the `task` that holds them, and `test`, if
+      it is to be evaluated.
+    objective: that of fine-tuning; None: masked language modelling.
+    tuning: which parameters are trained; None: all.
+    initial: the parameters to start from, on the host; None: random ones.
+    metadata: what checkpoints hold beside the config: of a fine-tuned run, its base and its head.
+    """
+
+    train: Source
+    validation: Source
+    test: Source | None = None
+    task: Task | None = None
+    objective: LabelPrediction | None = None
+    tuning: Tuning | None = None
+    initial: dict | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprint of each source, by split."""
+        sources = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: x.fingerprint for name, x in sources.items() if x is not None}
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Return what a run is about. Raises UserError where data or model do not fit the config."""
+    if config.finetune is not None:
+        return _open_labeled(config)
+    if not config.data.path:
+        raise UserError(
+            "config.data.path is empty: make a data set with `esm1nv prepare --fasta "
+            "uniref50.fasta.gz --out DIR` and add --config.data.path=DIR, or try "
+            "--config.data.path=sample"
+        )
+    validation = open_split(config.data.path, "validation")
+    train = open_split(config.data.path, "train")
+    initial = None
+    if config.init_from:  # a head is no part of masked language modelling
+        initial = _load_base(config).encoder_params
+    return RunData(train, subset(validation, config.evaluation.sequences), initial=initial)
+
+
+def _load_base(config: RunConfig) -> Weights:
+    weights = load_weights(config.init_from)
+    model_folder.check(weights.encoder_params, config.model, f"init_from={config.init_from}")
+    return weights
+
+
+def _open_labeled(config: RunConfig) -> RunData:
+    finetune, path = config.finetune, config.data.path
+    assert finetune is not None
+    if not path:
+        raise UserError("config.data.path is empty: name the CSV file with the labels")
+    task = labeled_data.read(path, finetune.task, fractions=finetune.fractions)
+    labeled_data.check_classes(path, task)
+    objective = objective_of(config, task)
+    validation = subset(task.source("valid"), config.evaluation.sequences)
+    metadata = {
+        "head": dataclasses.asdict(objective.head),
+        "label_scale": [objective.label_mean, objective.label_std],
+        "lora": dataclasses.asdict(objective.lora) if objective.lora else None,
+        "base": None,
+    }
+    train, test = task.source("train"), task.source("test") if finetune.test else None
+    data = RunData(train, validation, test, task, objective, metadata=metadata)
+    if not config.init_from:  # all parameters are trained, so that a checkpoint is a whole model
+        return data
+    weights = _load_base(config)
+    params = weights.encoder_params
+    metadata["base"] = {"path": _exact_path(weights, config), "digest": finetuned.digest(params)}
+    initial = params | objective.init_added(config.model, config.seed)
+    if weights.head is not None:
+        _check_head(config.init_from, weights.head, objective.head)
+        mean, std = objective.label_mean, objective.label_std
+        initial["head"] = finetuned.scale_head(weights.params["head"], -mean / std, 1 / std)
+    return dataclasses.replace(
+        data, tuning=finetune.tuning, initial=_to_numpy(initial), metadata=metadata
+    )
+
+
+def objective_of(config: RunConfig, task: Task) -> LabelPrediction:
+    """Return the objective that predicts the labels of `task`."""
+    finetune = config.finetune
+    assert finetune is not None
+    labels = task.train.labels[task.train.used]
+    scale: tuple[float, float] = (0.0, 1.0)
+    weights: tuple[float, ...] = ()
+    if task.kind == "regression":
+        scale = standard_scale(labels)
+    elif finetune.class_weights:
+        several = labels.ndim == 2
+        counts = labels.sum(axis=0) if several else np.bincount(labels, minlength=len(task.classes))
+        weights = balanced_weights(counts)
+    return LabelPrediction(
+        HeadConfig(task.level, task.kind, task.classes, finetune.pooling),
+        stream_config(config, rows=1).max_segments,
+        weights,
+        *scale,
+        lora=finetune.tuning.lora,
+        metric=finetune.metric,
+    )
+
+
+def _check_head(path: str, there: HeadConfig, here: HeadConfig) -> None:
+    if there == here:
+        return
+    describe = "{0.level} {0.kind}, pooling {0.pooling}, classes {1}".format
+    listed = [describe(head, ", ".join(head.classes) or "none") for head in (there, here)]
+    raise UserError(
+        f"init_from={path} has a head for {listed[0]}; the table needs one for {listed[1]}; begin "
+        "from the model that it was fine-tuned from"
+    )
+
+
+def _exact_path(weights: Weights, config: RunConfig) -> str:
+    """The path of the base that goes on to name the same parameters, where a run trains on."""
+    run, steps = weights.provenance.get("run"), weights.provenance.get("steps", [])
+    path = os.path.abspath(os.path.expanduser(config.init_from))
+    if not os.path.exists(os.path.join(path, model_folder.DESCRIPTION)) and run and len(steps) == 1:
+        for folder in ("checkpoints", "best"):
+            if os.path.isdir(exact := os.path.join(os.path.abspath(run), folder, str(steps[0]))):
+                return exact
+    return config.init_from if "://" in config.init_from else path
+
+
+def _to_numpy(tree: dict) -> dict:
+    flat = model_folder.flatten(tree)
+    return model_folder.unflatten({name: np.asarray(value) for name, value in flat.items()})
