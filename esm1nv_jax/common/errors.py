@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend.
+    """A mistake that the person at the keyboard can fix.
 
     The message is one line: the value found, the values allowed, the next thing to do.
     Every command prints it and leaves with `EXIT_USER`.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import lzma
 import shutil
 import sys
@@ -59,7 +60,7 @@ class DecompressedFile:
         self.name, self.expected, self.read_bytes = name or str(path), expected, 0
         self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
         try:
-            self._file = open(path, "rb", BLOCK)  # noqa: SIM115
+            self._file = io.BufferedReader(open(path, "rb", 0), BLOCK)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"cannot read {self.name}: {error.strerror}") from error
 

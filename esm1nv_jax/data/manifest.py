@@ -133,7 +133,9 @@ def _distribute(
         for number in np.unique(split).tolist():
             chosen = np.flatnonzero(split == number)
             own, lengths = [encoded[i] for i in chosen.tolist()], assigned.lengths[here[chosen]]
-            letters = records.composition(b"".join(map(records.sequence_of, own, lengths.tolist())))
+            pairs = zip(own, lengths.tolist(), strict=True)
+            sequences = b"".join(records.sequence_of(record, n) or b"" for record, n in pairs)
+            letters = records.composition(sequences)
             writers["train"].letters -= letters
             if number != DROPPED:
                 writer = writers[NAMES[number]]
