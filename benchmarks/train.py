@@ -158,8 +158,8 @@ def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, fol
 
 
 @contextlib.contextmanager
-def running(*arguments):
-    """A function from steps to residues a second, of a program in a process."""
+def running(serve: Callable[..., None], *arguments):
+    """A function from steps to a rate: what `serve(pipe, *arguments)` sends, in a process."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     worker = context.Process(target=serve, args=(there, *arguments), daemon=True)
@@ -180,7 +180,7 @@ def measured(args, dtype: str, folder: str) -> dict[str, list[float]]:
     names = (OURS, *RIVALS[args.rival])
     with contextlib.ExitStack() as stack:
         programs = {
-            name: stack.enter_context(running(name, args.model, dtype, args.rows, folder))
+            name: stack.enter_context(running(serve, name, args.model, dtype, args.rows, folder))
             for name in names
         }
         rates: dict[str, list[float]] = {name: [] for name in names}

@@ -1,0 +1,173 @@
+"""What fine-tuning gains over a frozen encoder, by task and method: a Markdown table.
+
+    python benchmarks/finetuning_evidence.py --model DIR --data FOLDER --out RUNS
+        [--tasks secondary_structure] [--methods probe,head,full] [--seeds 3] [--epochs 10]
+        [--train 2000] [--test 500]
+
+FOLDER holds the CSV files of TASKS. Every method sees the same proteins: of the training and the
+validation split those of the table, or `--train` and a quarter as many, of the test split `--test`.
+`probe` are the two heads of `esm1nv probe` on the frozen encoder, `scratch` is `full` from random
+weights. A row is the mean over seeds with its standard error; peak memory and time are the largest
+of one run, for `probe` of all its heads and seeds. Finished runs in RUNS are not repeated.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.common import command
+from esm1nv_jax.common.command import Parser
+from esm1nv_jax.data import labeled_data
+
+# name: file, task, metric
+TASKS = {
+    "secondary_structure": (
+        "flip_secondary_structure_3state.csv.gz",
+        "residue_classification",
+        "accuracy",
+    ),
+    "localisation": ("deeploc2_single_label_le510.csv.gz", "protein_classification", "accuracy"),
+    "gb1": ("flip_gb1_two_vs_rest.csv.gz", "protein_regression", "spearman"),
+}
+CONFIG = Path(__file__).parents[1] / "configs" / "finetune.py"
+METHODS = ("probe", "head", "last=2", "lora=8", "full", "scratch")
+
+
+def smaller_table(source: Path, target: Path, sizes: dict[str, int | None]) -> None:
+    """Writes at most so many rows of each split, always the same ones, in their order."""
+    columns, rows = labeled_data.read_csv(str(source))
+    at = columns.index("split")
+    chosen: set[int] = set()
+    for split, size in sizes.items():
+        members = [i for i, (_, row) in enumerate(rows) if labeled_data.SPLITS[row[at]] == split]
+        order = np.random.default_rng(0).permutation(len(members))[:size]
+        chosen |= {members[i] for i in order}
+    with open(target, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(row for i, (_, row) in enumerate(rows) if i in chosen)
+
+
+def timed(arguments: list[str]) -> dict[str, float]:
+    """Runs a command to its end: seconds, and the peak of its memory in GiB."""
+    began = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", *arguments])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"failed: {' '.join(arguments)}")
+    return {"seconds": time.monotonic() - began, "gib": usage.ru_maxrss / (1 << 20)}
+
+
+def probe(model: str, table: Path, task: str, metric: str, seeds: int, out: Path) -> dict:
+    """The linear head and the network on the frozen encoder, by `esm1nv probe`."""
+    file, cost = out / "probe.json", out / "probe-cost.json"
+    if not cost.exists():
+        argv = ["esm1nv_jax", "probe", "--checkpoint", model, "--task", task]
+        argv += ["--csv", str(table), "--seeds", str(seeds), "--json", str(file)]
+        cost.write_text(json.dumps(timed(argv)))
+    rows = json.loads(file.read_text())["rows"]
+    return {
+        f"probe, {row['head']}": {
+            "mean": row[metric],
+            "error": row[f"{metric}_se_seeds"],
+            "parameters": None,
+            **json.loads(cost.read_text()),
+        }
+        for row in rows
+        if row["features"] == "this encoder"
+    }
+
+
+def finetune(
+    model: str, table: Path, task: str, metric: str, method: str, seeds: int, epochs: int, out: Path
+) -> dict[str, Any]:
+    """Mean and standard error on the test split over seeds."""
+    values, costs, parameters = [], [], 0
+    for seed in range(seeds):
+        run = out / f"{method}-{seed}"
+        if not (run / "cost.json").exists():
+            config = f"model={model},csv={table},task={task},epochs={epochs},seed={seed},"
+            config += "scratch" if method == "scratch" else f"method={method}"
+            argv = ["esm1nv_jax.main", f"--config={CONFIG}:{config}", f"--workdir={run}"]
+            cost = timed(argv)
+            (run / "cost.json").write_text(json.dumps(cost))
+        values.append(json.loads((run / "test.json").read_text())["metrics"][metric])
+        costs.append(json.loads((run / "cost.json").read_text()))
+        step = step_folder.steps(run, step_folder.BEST)[-1]
+        arrays = step_folder.open_params(str(run), step, step_folder.BEST)
+        parameters = sum(math.prod(array.shape) for array in arrays.values())
+    error = statistics.stdev(values) / len(values) ** 0.5 if seeds > 1 else math.nan
+    return {
+        "mean": statistics.mean(values),
+        "error": error,
+        "parameters": parameters,
+        **{name: max(cost[name] for cost in costs) for name in ("seconds", "gib")},
+    }
+
+
+def print_table(name: str, metric: str, results: dict[str, dict[str, Any]], seeds: int) -> None:
+    print(f"\n{name}, {seeds} seeds\n")
+    print(f"| method | test {metric} | trained parameters | peak memory | time |")
+    print("|---|---|---|---|---|")
+    for method, row in results.items():
+        count = "" if row["parameters"] is None else f"{row['parameters']:,}"
+        print(
+            f"| {method} | {row['mean']:.4f} ± {row['error']:.4f} | {count} | "
+            f"{row['gib']:.2f} GiB | {row['seconds'] / 60:.1f} min |"
+        )
+    probes = {m: row for m, row in results.items() if m.startswith("probe")}
+    others = {m: row for m, row in results.items() if m not in probes and m != "scratch"}
+    if probes and others and seeds > 1:
+        (a, frozen), (b, tuned) = (
+            max(rows.items(), key=lambda item: item[1]["mean"]) for rows in (probes, others)
+        )
+        gain, error = tuned["mean"] - frozen["mean"], math.hypot(tuned["error"], frozen["error"])
+        print(f"\n{b} less {a}: {gain:+.4f} ± {error:.4f}, {gain / error:.1f} standard errors")
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("(benchmark)", "What fine-tuning gains.", "see the file")
+    add = parser.add_argument
+    add("--model", required=True, help="the checkpoint to fine-tune")
+    add("--data", required=True, type=Path, metavar="FOLDER", help="of the CSV files")
+    add("--out", required=True, type=Path, metavar="RUNS", help="a folder; a second call goes on")
+    add("--tasks", default=",".join(TASKS))
+    add("--methods", default=",".join(METHODS))
+    add("--seeds", type=int, default=3)
+    add("--epochs", type=int, default=10)
+    add("--train", type=int, help="at most so many proteins to train on")
+    add("--test", type=int, help="at most so many proteins to test on")
+    args = parser.parse_args(argv)
+    for name in args.tasks.split(","):
+        file, task, metric = TASKS[name]
+        out = args.out / name
+        out.mkdir(parents=True, exist_ok=True)
+        table = out / "table.csv"
+        valid = args.train and max(2, args.train // 4)
+        sizes = {"train": args.train, "valid": valid, "test": args.test}
+        smaller_table(args.data / file, table, sizes)
+        results: dict[str, dict[str, Any]] = {}
+        for method in args.methods.split(","):
+            if method == "probe":
+                results |= probe(args.model, table, task, metric, args.seeds, out)
+            else:
+                results[method] = finetune(
+                    args.model, table, task, metric, method, args.seeds, args.epochs, out
+                )
+        print_table(name, metric, results, args.seeds)
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main, sys.argv[1:]))
