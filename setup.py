@@ -15,7 +15,7 @@ EXTRAS = {
     # notebooks/inference.ipynb.
     "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "jupyterlab>=4"],
     # What benchmarks/ compares with.
-    "bench": ["torch>=2.4", "transformers>=4.44"],
+    "bench": ["torch>=2.4", "transformers>=4.44", "peft>=0.17", "accelerate>=1.1"],
     # Biopython is an independent reader of FASTA; scikit-learn, nbclient and ipykernel run the
     # notebook.
     "test": [
@@ -31,8 +31,8 @@ EXTRAS = {
     ],
     # Linter, formatter, types, import rules, and the hook that runs them before a commit.
     "dev": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17", "pre-commit>=4"],
-    # With them the tests compare with transformers, on random and on real weights.
-    "interchange-test": ["torch>=2.6", "transformers>=5", "antiberty==0.1.3"],
+    # With them the tests compare with transformers and peft, on random and on real weights.
+    "interchange-test": ["torch>=2.6", "transformers>=5", "peft>=0.18", "antiberty==0.1.3"],
     "cuda12": ["jax[cuda12]"],
     # Compilers for chips that are absent: of jax's own version, without any CUDA library.
     "plan": ["jax[cuda12-local]", "jax[tpu]"],

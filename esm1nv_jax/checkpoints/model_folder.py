@@ -34,7 +34,8 @@ class Weights:
     """Parameters on the host with what they belong to.
 
     params: nested, NumPy float32; those of a fine-tuned model's `head` are under "head".
-    provenance: where they came from: run, steps, data, config, metrics, fine_tuned_from.
+    provenance: where they came from: run, steps, data, config, metrics; `base`, what it was
+      fine-tuned from.
     """
 
     params: dict

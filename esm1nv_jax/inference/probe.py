@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run, a step, or a model folder")
-    add("--task", required=True, choices=tuple(labeled_data.PROBE_TASKS))
+    older = {new: old for old, new in labeled_data.PROBE_TASKS.items()}
+    add("--task", required=True, choices=(*older.values(), *older), help="the last as of finetune")
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
@@ -70,7 +71,8 @@ def main(argv: list[str]) -> None:
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} {value} must be {least} or more")
     files.check(options.json)
-    task = labeled_data.read(options.csv, options.task, options.limit)
+    name = older.get(options.task, options.task)
+    task = labeled_data.read(options.csv, name, options.limit)
     results = probe(load(options.checkpoint, options.precision), task, options.seeds, progress=True)
     results = {
         "checkpoint": options.checkpoint,

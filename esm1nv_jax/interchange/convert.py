@@ -1,4 +1,5 @@
-"""`esm1nv convert`: a model to a folder of `transformers`, and back, with the same numbers."""
+"""`esm1nv convert`: a model to a folder of `transformers` with the same numbers, and back; LoRA to
+`peft`."""
 
 from __future__ import annotations
 
@@ -25,21 +26,11 @@ def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
     Raises UserError where the model is no architecture of `transformers`, unless `approximate`
     allows the erf form of GELU in place of the tanh form: then the difference is measured.
     """
-    from esm1nv_jax.interchange import head_tensors, huggingface, model_card
+    from esm1nv_jax.interchange import huggingface, model_card
     from esm1nv_jax.interchange.loader import load_weights
 
     _check_empty(out)
-    weights = load_weights(checkpoint)
-    if reason := head_tensors.inexact_reason(weights.head):
-        raise UserError(reason)
-    difference = ""
-    if reason := huggingface.inexact_reason(weights.model):
-        if not approximate:
-            raise UserError(reason)
-        config = huggingface.approximate_config(weights.model)
-        approximated = dataclasses.replace(weights, model=config)
-        difference = measure_difference(weights, approximated)
-        weights = approximated
+    weights, difference = _convertible(load_weights(checkpoint), approximate)
     provenance = weights.provenance
     run, steps = provenance.get("run"), provenance.get("steps", [])
     if "metrics" not in provenance and run and len(steps) == 1:
@@ -48,6 +39,49 @@ def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
     with _disk_errors(out):
         huggingface.write(out, dataclasses.replace(weights, provenance=provenance), difference)
     return difference
+
+
+def to_peft(checkpoint: str, out: str, approximate: bool = False) -> str:
+    """Writes the LoRA of a fine-tuned run as an adapter folder of `peft`, its base model in it.
+
+    Returns and raises as `to_hf`; raises UserError, too, where the run has no LoRA.
+    """
+    from esm1nv_jax.checkpoints import finetuned, step_folder
+    from esm1nv_jax.interchange import peft_adapter
+    from esm1nv_jax.interchange.loader import load_weights
+    from esm1nv_jax.model.lora import LoraConfig
+
+    _check_empty(out)
+    weights, found = load_weights(checkpoint), finetuned.find(checkpoint)
+    metadata = step_folder.read_metadata(*found) if found else {}
+    if not found or not metadata.get("lora"):
+        raise UserError(
+            f"{checkpoint} holds no LoRA, which only the run of a fine-tuning with --method lora=8 "
+            "or such does; give that run, or convert the whole model with --to hf"
+        )
+    tuned, difference = _convertible(weights, approximate)
+    adapters = step_folder.read_params(*found)["lora"]
+    base = load_weights(metadata["base"]["path"])
+    with _disk_errors(out):
+        lora = LoraConfig(**metadata["lora"])
+        peft_adapter.write(out, base, tuned, lora, adapters, difference)
+    return difference
+
+
+def _convertible(weights: Weights, approximate: bool) -> tuple[Weights, str]:
+    """A model as `transformers` can have it, and what is not exact, or ''."""
+    from esm1nv_jax.interchange import head_tensors, huggingface
+
+    if reason := head_tensors.inexact_reason(weights.head):
+        raise UserError(reason)
+    reason = huggingface.inexact_reason(weights.model)
+    if not reason:
+        return weights, ""
+    if not approximate:
+        raise UserError(reason)
+    config = huggingface.approximate_config(weights.model)
+    approximated = dataclasses.replace(weights, model=config)
+    return approximated, measure_difference(weights, approximated)
 
 
 def from_hf(path: str, out: str, vocabulary: str | None = None) -> Weights:
@@ -155,12 +189,13 @@ def _disk_errors(out: str):
 def main(argv: list[str]) -> int:
     parser = command.Parser(
         "convert",
-        "Convert a model to a folder of Hugging Face transformers, or such a folder to a model.",
+        "Convert a model to a folder of Hugging Face transformers, or such a folder to a model; "
+        "or\nthe LoRA of a fine-tuned run to an adapter of peft.",
         "esm1nv convert --to hf --checkpoint runs/first --out exported\n"
         "  esm1nv convert --from hf facebook_esm2 --out models/esm2",
     )
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=["hf"], help="write a folder for transformers")
+    direction.add_argument("--to", choices=["hf", "peft"], help="write a folder for it")
     direction.add_argument("--from", dest="source", choices=["hf"], help="read one")
     parser.add_argument("folder", nargs="?", metavar="DIR", help="what to convert")
     parser.add_argument("--checkpoint", metavar="PATH", help="the same: a run, a step or a model")
@@ -176,13 +211,14 @@ def main(argv: list[str]) -> int:
     if len(paths) != 1:
         parser.error("name one folder to convert, by --checkpoint DIR or as DIR")
     if options.approximate and not options.to:
-        parser.error("--approximate goes with --to hf")
+        parser.error("--approximate goes with --to")
     if options.vocabulary and not options.source:
         parser.error("--vocabulary goes with --from hf")
     if options.to:
-        difference = to_hf(paths[0], options.out, options.approximate)
+        write = {"hf": to_hf, "peft": to_peft}[options.to]
+        difference = write(paths[0], options.out, options.approximate)
         console.print(difference or "exact: the same numbers, rounding apart")
-        console.print(f'open it with AutoModelForMaskedLM.from_pretrained("{options.out}")')
+        console.print(f"{options.out}/README.md shows how to open it")
         return 0
     weights = from_hf(paths[0], options.out, options.vocabulary)
     if left_out := weights.provenance["tensors_left_out"]:

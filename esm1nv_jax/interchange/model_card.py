@@ -14,6 +14,7 @@ from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.model.heads import HeadConfig
 
 SAMPLE = "the 10,000 proteins that ship with esm1nv_jax, out of Swiss-Prot"
+HEAD_METRICS = ("loss", "accuracy", "macro_f1", "mcc", "spearman", "mse")
 SAMPLE_LICENCE = "UniProt Consortium, CC BY 4.0 (attribution needed)"
 
 
@@ -106,8 +107,10 @@ def _training(provenance: dict[str, Any]) -> str:
         f"Masked language modelling, recipe `{masking['recipe']}`, {masking['rate']:.0%} of "
         "residues predicted."
     )
-    if "fine_tuned_from" in provenance:
-        learned = "Fine-tuned on labels; the provenance names the model that it began from."
+    if "head" in provenance:
+        base = provenance.get("base")
+        learned = "Fine-tuned on labels, from "
+        learned += f"`{base['path']}`." if base else "random weights."
     lines = [
         learned,
         f"AdamW, peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up steps; "
@@ -139,12 +142,15 @@ def _data_path(provenance: dict[str, Any]) -> str | None:
 
 def _metrics(provenance: dict[str, Any]) -> str:
     metrics = provenance.get("metrics")
-    if not isinstance(metrics, dict) or "perplexity_mask" not in metrics:
+    if not isinstance(metrics, dict) or not metrics.keys() & {"perplexity_mask", "loss"}:
         return "None recorded."
     if "step" in metrics:
         source = f"Validation after step {metrics['step']:,}"
     else:  # `esm1nv average` evaluates on data that it names
         source = f"On {metrics.get('data', 'data that is not recorded')}"
+    if "perplexity_mask" not in metrics:  # of a head
+        values = [f"{k} {metrics[k]:.3f}" for k in HEAD_METRICS if metrics.get(k) is not None]
+        return f"{source}: {', '.join(values)}."
     return (
         f"{source}: perplexity {metrics['perplexity']:.3f} over all selected positions, "
         f"{metrics['perplexity_mask']:.3f} over `<mask>` positions only."

@@ -31,7 +31,7 @@ def make_tuned(path, head, base):
         lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32),
         heads.abstract(head, weights.model.width),
     )
-    provenance = weights.provenance | {"fine_tuned_from": {"digest": "0"}}
+    provenance = weights.provenance | {"base": {"path": "models/first", "digest": "0"}}
     tuned = model_folder.Weights(weights.params | {"head": params}, weights.model, provenance, head)
     model_folder.write(str(path), tuned)
     return str(path)

@@ -206,7 +206,7 @@ def test_the_command_and_its_mistakes(tuned, model_path, tmp_path, capsys):
 def test_a_head_in_a_model_folder_is_read_back_or_refused(tuned, model_path, tmp_path):
     head = PROTEIN["cls"]
     weights = model_folder.read(tuned[head])
-    assert weights.head == head and "fine_tuned_from" in weights.provenance
+    assert weights.head == head and "base" in weights.provenance
     assert model_folder.read(model_path).head is None
     wrong = dataclasses.replace(weights, head=dataclasses.replace(head, pooling="attention"))
     model_folder.write(str(tmp_path / "wrong"), wrong)

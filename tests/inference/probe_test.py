@@ -312,3 +312,14 @@ def test_an_encoder_embeds_each_protein_once(checkpoint, tmp_path, one_setting, 
     path = write(tmp_path / "t.csv", three(sequences, lambda s: str(s.count("L") / len(s))))
     run(checkpoint, "regression", path, tmp_path)  # this encoder, and two untrained ones
     assert sum(embedded) == 3 * sum(map(len, sequences))
+
+
+@pytest.mark.parametrize(("name", "task"), labeled_data.PROBE_TASKS.items())
+def test_the_tasks_of_finetune_go_by_their_names(name, task, monkeypatch):
+    def read(path, found, limit):
+        raise UserError(found)
+
+    monkeypatch.setattr(labeled_data, "read", read)
+    for given in (name, task):
+        with pytest.raises(UserError, match=f"^{name}$"):
+            probe.main(["--checkpoint", "x", "--csv", "y", "--task", given])

@@ -50,7 +50,7 @@ def make(path, head, config=ESM, provenance=None):
     params = encoder.init(config, 7) | {"head": heads.init(head, config.width, 8)}
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.1, x.shape)), params)
-    made = {"fine_tuned_from": {"digest": "0"}} if provenance is None else provenance
+    made = {"base": {"path": "models/first", "digest": "0"}} if provenance is None else provenance
     model_folder.write(str(path), model_folder.Weights(params, config, made, head))
     return str(path)
 
@@ -91,7 +91,7 @@ def test_the_class_there_gives_the_same_numbers_and_comes_back(head, config, tmp
     weights, again = load_weights(source), load_weights(str(tmp_path / "there"))
     expected = head if head.level == "protein" else dataclasses.replace(head, pooling="cls")
     assert again.head == expected and again.model == config and again.has_lm_head
-    assert again.provenance["fine_tuned_from"] == {"digest": "0"}
+    assert again.provenance["base"]["digest"] == "0"
     ours, theirs = map(model_folder.flatten, (weights.params, again.params))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
