@@ -16,6 +16,7 @@ VERBS = {
     "config": ("esm1nv_jax.training.show_config", "show every field of a config, with its meaning"),
     "plan": ("esm1nv_jax.planning.plan", "memory and time of a step on chips you do not have"),
     "train": ("esm1nv_jax.main", "train a model from a config file"),
+    "finetune": ("esm1nv_jax.training.finetune", "train a model on labels of a CSV table"),
     "compare": ("esm1nv_jax.training.compare", "set runs side by side: configs, curves, seeds"),
     "average": ("esm1nv_jax.inference.average", "the mean of checkpoints, as a model folder"),
     "evaluate": ("esm1nv_jax.inference.evaluate", "perplexity beside baselines, and a report"),
@@ -28,7 +29,7 @@ VERBS = {
 }
 
 # And train, which does the same by itself.
-COMPUTING = ("embed", "predict", "score", "evaluate", "probe")
+COMPUTING = ("finetune", "embed", "predict", "score", "evaluate", "probe")
 
 
 def help_text() -> str:

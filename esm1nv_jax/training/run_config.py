@@ -182,6 +182,8 @@ class RunConfig:
             raise UserError("init_from and fork_from exclude each other; take one")
         if self.finetune and self.fork_from:
             raise UserError("fork_from is for pretraining; a fine-tuned run begins by init_from")
+        if self.finetune:
+            self.finetune.tuning.check(self.model)
         if self.finetune and not self.init_from and self.finetune.method != "full":
             raise UserError(
                 f"finetune.method={self.finetune.method} needs a model; set init_from, or train "

@@ -1,7 +1,8 @@
 """`esm1nv config`: every field of a config, resolved, with its meaning and unit.
 
-Meanings are the comments of configs/pretrain_small.py, the file that has every field, so that a
-field is described where its default stands. docs/configs.md is made by `--markdown`.
+Meanings are the comments of configs/pretrain_small.py, which has every field but those of the group
+`finetune`, and of configs/finetune.py, so that a field is described where its default stands.
+docs/configs.md is made by `--markdown`.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ _GROUP = re.compile(r"    config\.(\w+) = \{")
 _FIELD = re.compile(r'    config\.(\w+) = (?!\()|        "(\w+)": ')
 
 
-def meanings() -> dict[str, str]:
-    """The comment of each field of the full recipe, by its dotted name."""
+def meanings(name: str = "pretrain_small") -> dict[str, str]:
+    """The comment of each field that the config file `name` makes, by its dotted name."""
     texts: dict[str, str] = {}
     group, above = "", ""
-    for line in config_file.find("pretrain_small").read_text(encoding="utf-8").splitlines():
+    for line in config_file.find(name).read_text(encoding="utf-8").splitlines():
         if comment := re.match(r"\s+# (?:([a-z_.]+): )?(.*)", line):
             if comment[1]:  # of a field that has no line of its own
                 texts[comment[1]] = comment[2]
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
     from esm1nv_jax.training.run_config import RunConfig  # jax, which --help does without
 
     RunConfig.from_config_dict(config)  # raises UserError
-    fields, texts = config_file.flat(config), meanings()
+    fields, texts = config_file.flat(config), meanings("finetune") | meanings()
     if options.json:
         print(config_file.to_json(config))
     elif options.markdown:

@@ -96,13 +96,17 @@ class Tuning:
             )
         return cls(text, frozen_dtype=frozen_dtype)
 
-    def split(self, params: dict, model: EncoderConfig) -> tuple[dict, dict]:
-        """Return (trained, frozen) parameters. The masked-LM head, which no label reads, is frozen:
-        weight decay would shrink it. Raises UserError for more blocks than the model has."""
+    def check(self, model: EncoderConfig) -> None:
+        """Raise UserError for more blocks than the model has."""
         if self.blocks > model.layers:
             raise UserError(
                 f"finetune.method=last={self.blocks}: the model has {model.layers} blocks"
             )
+
+    def split(self, params: dict, model: EncoderConfig) -> tuple[dict, dict]:
+        """Return (trained, frozen) parameters. The masked-LM head, which no label reads, is frozen:
+        weight decay would shrink it."""
+        self.check(model)
         trained = {name: params[name] for name in ("head", "lora") if name in params}
         if self.method == "full":
             trained |= {name: x for name, x in params.items() if name != "lm_head"}
