@@ -32,7 +32,7 @@ from esm1nv_jax.common.html import BLUE, ORANGE, HtmlReport, new_figure, plus_mi
 from esm1nv_jax.data.source import MemorySource
 from esm1nv_jax.inference.evaluate import evaluate_model, open_source
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.perplexity import GroupedMean
+from esm1nv_jax.inference.perplexity import paired_difference
 from esm1nv_jax.model import encoder
 
 COLUMNS = ("", "all selected", "<mask> only", "nats, average minus member")
@@ -245,16 +245,6 @@ def evaluate_models(
             rows.append(row | (dataclasses.asdict(member) if member else {}))
             task.advance()
     return rows
-
-
-def paired_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
-    """How much higher the loss of `a` is than that of `b`, nats at `<mask>`, and its standard error
-    by protein: both were asked the same, so what is hard for both cancels."""
-    counts = np.array([row["positions_mask"] for row in a["by_protein"].values()])
-    losses = [np.log([row["perplexity_mask"] for row in x["by_protein"].values()]) for x in (a, b)]
-    mean = GroupedMean(1)
-    mean.add(np.zeros(len(counts), np.int64), counts, counts * (losses[0] - losses[1]))
-    return mean.mean()
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> None:
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
     add("--groups", metavar="TSV", help="id and name of a class, a line each: results by class")
     add("--pseudo", action="store_true", help="also the pseudo-perplexity: for small sets")
+    add("--against", metavar="PATH", help="another model: its difference, paired by protein")
     add("--masks-out", metavar="FILE", help="write the masks, to ask another model the same")
     add("--json", metavar="FILE", help="write all results")
     add("--report", metavar="FILE.html", help="write a page with plots")
@@ -64,22 +66,37 @@ def main(argv: list[str]) -> None:
         source: Source = mask_file.source
     else:
         source, name = open_source(options.data, options.fasta)
+    if options.against and options.groups:
+        raise UserError("--against pairs by protein, --groups sums by class; leave out one of them")
     groups = read_groups(options.groups) if options.groups else None
+    if options.against:
+        groups = {x: x for x in source.ids(range(len(source.lengths)))}
     model = load(options.checkpoint, options.precision, options.max_residues)
     model.require_lm_head()
-    results = evaluate_model(
-        model,
-        source,
+    if options.against:
+        other = load(options.against, options.precision, options.max_residues)
+        other.require_lm_head()
+        if other.longest != model.longest or other.config.vocabulary != model.config.vocabulary:
+            raise UserError(
+                f"{options.checkpoint} and {options.against} differ in the residues that they read "
+                "at once or in their vocabulary, so that they are not asked the same; try "
+                f"--max-residues {min(other.longest, model.longest)}"
+            )
+    evaluate_one = functools.partial(
+        evaluate_model,
+        source=source,
         masking=options.masking or "card",
         seed=options.seed or 0,
         mask_file=mask_file,
         training_data=name.rpartition(":")[0] if options.data else None,
         groups=groups,
-        pseudo=options.pseudo,
-        masks_out=options.masks_out,
         progress=True,
     )
+    results = evaluate_one(model, pseudo=options.pseudo, masks_out=options.masks_out)
     results = {"checkpoint": options.checkpoint, "data": name} | results
+    if options.against:
+        results["against"] = compare_models(results, evaluate_one(other), options.against)
+        results["by_group"] = {}
     print_results(results)
     if options.json:
         files.write(options.json, to_json(results))
@@ -193,6 +210,18 @@ def evaluate_model(
     return results
 
 
+def compare_models(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> dict[str, Any]:
+    """How much higher our loss at `<mask>` is, nats a residue, with its error paired by protein."""
+    rows = ({"by_protein": results["by_group"]} for results in (ours, theirs))
+    difference, error = perplexity.paired_difference(*rows)
+    return {
+        "checkpoint": name,
+        "perplexity_mask": theirs["overall"]["perplexity_mask"],
+        "difference": difference,
+        "difference_se": error,
+    }
+
+
 def unigram_counts(
     model: Model, source: Source, training_data: str | None = None
 ) -> tuple[np.ndarray, str]:
@@ -270,6 +299,13 @@ def print_results(results: dict[str, Any]) -> None:
     stdout.print(
         f"Gain over composition at <mask>: {gain} nats a residue (standard errors by protein)."
     )
+    if other := results.get("against"):
+        stdout.print(
+            f"Loss at <mask> less that of {other['checkpoint']} (perplexity "
+            f"{other['perplexity_mask']:.3f}): "
+            f"{plus_minus(other['difference'], other['difference_se'], 4)} nats a residue, paired "
+            "by protein."
+        )
     if results["cropped"]:
         stdout.print(
             f"{count(results['cropped'], 'protein')} cut to the first "

@@ -217,6 +217,16 @@ def _row(means: dict[str, GroupedMean], k: int) -> dict[str, float]:
     return row
 
 
+def paired_difference(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, float]:
+    """How much higher the loss of `a` is than that of `b`, nats at `<mask>`, and its standard error
+    by protein: both were asked the same, so what is hard for both cancels."""
+    counts = np.array([row["positions_mask"] for row in a["by_protein"].values()])
+    losses = [np.log([row["perplexity_mask"] for row in x["by_protein"].values()]) for x in (a, b)]
+    mean = GroupedMean(1)
+    mean.add(np.zeros(len(counts), np.int64), counts, counts * (losses[0] - losses[1]))
+    return mean.mean()
+
+
 def evaluation_stream(model: Model, seed: int) -> StreamConfig:
     """Rows as long as the model reads at once; longer proteins are cut to a prefix."""
     shapes = model.on_devices.shapes

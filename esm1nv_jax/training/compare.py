@@ -26,7 +26,13 @@ METRIC = "perplexity_mask"  # the one metric in which recipes can be compared
 # to different questions.
 QUESTION = ("masking.", "evaluation.", "data.max_residues", "data.fingerprint.validation")
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
-HEADER = ("runs", "seeds", "step", "mean", "spread")
+HEADER = ("runs", "seeds", "step", "mean", "spread", "above the first")
+DIFFERENCES = (
+    "Above the first: the difference of means at the last step at which all runs of the table "
+    "validated, ± its standard error over seeds. Runs of one seed each have none; the difference "
+    "of two models with an error paired by protein: esm1nv evaluate --checkpoint RUN --against RUN "
+    "--data DIR."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +70,9 @@ class Run:
 class RecipeRow:
     """The runs of one recipe at the last step at which all of them validated.
 
-    `spread` is the sample standard deviation over seeds, NaN for one.
+    `spread` is the sample standard deviation over seeds, NaN for one. `difference` is how much the
+    mean lies above that of the first row of its table, both at the last step that all its runs
+    share, with its standard error over seeds; NaN where there is none.
     """
 
     runs: list[str]
@@ -72,11 +80,17 @@ class RecipeRow:
     step: int
     mean: float
     spread: float
+    difference: float = math.nan
+    difference_se: float = math.nan
 
     def cells(self) -> list[str]:
         spread = "-" if math.isnan(self.spread) else f"{self.spread:.3f}"
         seeds = ", ".join(map(str, self.seeds))
-        return [", ".join(self.runs), seeds, f"{self.step:,}", f"{self.mean:.3f}", spread]
+        above = "-"
+        if not math.isnan(self.difference):
+            error = "" if math.isnan(self.difference_se) else f" ± {self.difference_se:.3f}"
+            above = f"{self.difference:.3f}{error}"
+        return [", ".join(self.runs), seeds, f"{self.step:,}", f"{self.mean:.3f}", spread, above]
 
 
 def main(argv: list[str]) -> None:
@@ -110,6 +124,8 @@ def main(argv: list[str]) -> None:
         for row in rows:
             table.add_row(*row.cells())
         stdout.print(table)
+    if any(len(rows) > 1 for rows in groups):
+        stdout.print(DIFFERENCES)
     if len(groups) > 1:
         stdout.print(not_comparable(runs))
     records = [dataclasses.asdict(row) for group in groups for row in group]
@@ -119,10 +135,10 @@ def main(argv: list[str]) -> None:
     if options.csv:
         text_file = io.StringIO()
         writer = csv.writer(text_file, lineterminator="\n")
-        writer.writerow(HEADER)
-        for r in records:
-            seeds = " ".join(map(str, r["seeds"]))
-            writer.writerow([" ".join(r["runs"]), seeds, r["step"], r["mean"], r["spread"]])
+        writer.writerow(field.name for field in dataclasses.fields(RecipeRow))
+        for record in records:
+            lists = {name: " ".join(map(str, record[name])) for name in ("runs", "seeds")}
+            writer.writerow((record | lists).values())
         files.write(options.csv, text_file.getvalue())
     if options.out and options.out.endswith(".png"):
         with files.writing(options.out):
@@ -188,7 +204,30 @@ def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
         spread = statistics.stdev(values) if len(values) > 1 else math.nan
         row = RecipeRow([run.name for run in same], seeds, step, statistics.fmean(values), spread)
         groups.setdefault(same[0].question, []).append(row)
-    return [sorted(rows, key=lambda row: row.mean) for rows in groups.values()]
+    return [_with_differences(rows, runs) for rows in groups.values()]
+
+
+def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]:
+    """Return rows of one question, best first, with their differences from the best."""
+    rows = sorted(rows, key=lambda row: row.mean)
+    named = {run.name: run for run in runs}
+    steps = ({x["step"] for x in named[name].validation} for row in rows for name in row.runs)
+    shared = set.intersection(*steps)
+    if not shared:
+        return rows
+    values = [[named[name].at(max(shared)) for name in row.runs] for row in rows]
+
+    def error_of_mean(x: list[float]) -> float:
+        return statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+
+    return rows[:1] + [
+        dataclasses.replace(
+            row,
+            difference=statistics.fmean(x) - statistics.fmean(values[0]),
+            difference_se=math.hypot(error_of_mean(x), error_of_mean(values[0])),
+        )
+        for row, x in zip(rows[1:], values[1:], strict=True)
+    ]
 
 
 def not_comparable(runs: list[Run]) -> str:
@@ -229,7 +268,7 @@ def report(
     page.heading("Over seeds")
     for rows in groups:
         page.table(HEADER, [row.cells() for row in rows])
-    page.note("Spread is the sample standard deviation over runs of one recipe.")
+    page.note(f"Spread is the sample standard deviation over runs of one recipe. {DIFFERENCES}")
     if len(groups) > 1:
         page.paragraph(not_comparable(runs))
     page.heading("What differs")

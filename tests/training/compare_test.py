@@ -6,6 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esm1nv_jax import cli
@@ -43,6 +44,25 @@ def test_seeds_of_a_recipe_are_one_row_at_the_last_step_they_share(runs):
     assert row.seeds == [0, 1, 2] and row.step == 100
     assert row.mean == pytest.approx(statistics.fmean([17.0, 17.4, 17.1]))
     assert row.spread == pytest.approx(statistics.stdev([17.0, 17.4, 17.1]))
+
+
+def test_recipes_differ_by_so_much_with_an_error_over_seeds(runs, tmp_path, capsys):
+    figures = {0: 30, 100: 16.0, 150: 15.5}, {0: 30, 100: 16.6}, {0: 30, 100: 16.2}
+    better = [
+        write(tmp_path / f"lr/{seed}", f"seed={seed}", x, lr=1e-3) for seed, x in enumerate(figures)
+    ]
+    ((first, second),) = over_seeds(read([*runs[:3], *better]))
+    assert first.runs[0] == "lr/0" and math.isnan(first.difference)
+    a, b = [17.0, 17.4, 17.1], [16.0, 16.6, 16.2]  # at step 100, which all have
+    assert second.difference == pytest.approx(np.mean(a) - np.mean(b))
+    assert second.difference_se == pytest.approx(
+        np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 3)
+    )
+    ((_, alone),) = over_seeds(read([runs[0], better[0]]))
+    assert alone.difference == pytest.approx(1.0) and math.isnan(alone.difference_se)
+    assert arguments.run(cli.dispatch, ["compare", *runs[:3], *better]) == 0
+    text = capsys.readouterr().out
+    assert "0.900 ± 0.213" in text and "--against RUN" in text
 
 
 def test_recipes_are_ranked_only_if_validation_asks_them_the_same(runs, tmp_path, capsys):
