@@ -8,7 +8,7 @@ DIR is a data set made by `esm1nv prepare`.
 Hardware and time: the original took 176, later 144, A100 GPUs; for 176 A100-80GB `esm1nv plan`
 estimates 0.23 to 0.30 s a step, 3 days for a million steps. Not measured here. Expected metric: no
 perplexity of ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split)
-has 11.8. To try the real shape on a CPU, in 10 GB of memory:
+has 11.8. To try the real shape on a CPU, in 5 GB of memory:
 
     python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=1,steps=20 \\
         --config.data.path=sample --config.compute.dtype=float32 \\

@@ -168,8 +168,8 @@ def inexact_reason(config: EncoderConfig) -> str | None:
             "transformers; only norm='pre' can be converted with them"
         )
     fix = (
-        "train with --config=configs/pretrain_small.py:hf, or convert with --approximate, which "
-        "prints the difference"
+        "train with the config's argument hf (pretrain_small:hf, quickstart:hf), or convert with "
+        "--approximate, which prints the difference"
     )
     activations = {config.ffn_activation, config.head_activation}
     if config.norm == "pre" and activations != {"gelu_erf"}:

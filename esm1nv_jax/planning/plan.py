@@ -20,6 +20,7 @@ from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.planning import chips
 
+PROCESS = 0.9 * chips.GIB  # VmHWM of a process that has compiled a step, on Linux
 SPARE = 0.10  # of a device's memory that should stay free
 VARIANTS = {
     "remat": ("compute.remat", ("none", "dots", "block")),
@@ -85,6 +86,8 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
         for efficiency in (chip.low, chip.low.mean(chip.high), chip.high)
     )
     memory = roofline.memory_of(compiled, program, state)
+    if chip.platform == "cpu":
+        memory |= process_memory(memory)
     peak = sum(memory.values())
     useful = training_flops(model, load.tokens, load.squares, load.selected)
     return {
@@ -145,6 +148,17 @@ def compile_step(settings, mesh, rows: int, row_length: int):
             raise
         raise DoesNotFit(f"does not fit: {str(error).splitlines()[0][:200]}") from None
     return state, compiled, time.perf_counter() - start
+
+
+def process_memory(memory: dict[str, float]) -> dict[str, float]:
+    """Bytes that a training process on a CPU takes beside those of its step."""
+    working = memory["activations"] + memory["temporaries"]
+    return {
+        # The best and the newest may be written at the same time.
+        "copies for checkpoints": 2 * (memory["parameters"] + memory["optimizer"]),
+        "freed, but kept": working if command.keeps(working) else 0,
+        "Python, JAX, compiler": PROCESS,
+    }
 
 
 def attempt(config, changes: dict[str, Any], target: tuple[str, int, int]) -> Plan:
@@ -325,6 +339,7 @@ def main(argv: list[str]) -> int:
         plans = [attempt(config, change, target) for change in changes]
         print(json.dumps(plans, indent=1)) if options.json else print_comparison(plans)
         return 0
+    console.print(f"compiling for {options.chip}")
     try:
         result |= plan(config, *target)
     except DoesNotFit as error:

@@ -17,6 +17,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
+from esm1nv_jax.interchange.huggingface import inexact_reason
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training.monitor import NonfiniteStep
@@ -53,7 +54,8 @@ def print_start(
         f"{stream.rows * stream.row_length:,} tokens a step\n"
         f"{describe_objective(config, data)}; "
         f"matmuls in {config.compute.dtype}, attention by {step_config.compute.attention}\n"
-        f"workdir    {run_dir}"
+        + (f"export     {inexact}\n" if (inexact := inexact_reason(model)) else "")
+        + f"workdir    {run_dir}"
         + (f"\nresuming   from step {step:,} of {config.steps:,}" if step else "")
     )
 

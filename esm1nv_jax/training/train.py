@@ -13,7 +13,7 @@ from etils import epath
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.manager import RunCheckpoints, restore_from
-from esm1nv_jax.common import config_file
+from esm1nv_jax.common import command, config_file
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import pipeline
@@ -85,6 +85,8 @@ def run(
         step = int(state.step)  # steps done
         watchdog.heartbeat("compiling")
         train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
+        if not command.keeps(train_step.memory_analysis().temp_size_in_bytes):
+            command.return_freed_memory()
         # A collective waits half a minute for its peers, and compile times may differ by more.
         group.barrier("compiled", watchdog.stall_timeout)
         if group.is_primary:

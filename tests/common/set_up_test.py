@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from esm1nv_jax.common import command
+
 COMPILE = """
 from esm1nv_jax.common import command
 command.set_up()
@@ -16,9 +18,11 @@ jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((64, 64))).block_until_ready()
 # Faults of pages while a large block is filled and dropped again and again.
 FAULTS = """
 import resource, sys
-if sys.argv[1] == "kept":
-    from esm1nv_jax.common import command
+from esm1nv_jax.common import command
+if sys.argv[1]:
     command.keep_freed_memory()
+if sys.argv[1] == "returned":
+    command.return_freed_memory()
 def work():
     return b"x" * 100_000_000
 work()
@@ -62,8 +66,31 @@ def test_without_a_home_folder_nothing_is_kept():
     assert python(NO_HOME) == ""
 
 
-def test_freed_memory_is_kept():
-    if not sys.platform.startswith("linux"):
-        pytest.skip("the allocator of glibc")
-    kept, given_back = (int(python(FAULTS, how)) for how in ("kept", "given back"))
-    assert kept < 1000 < 50_000 < given_back
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of glibc")
+def test_freed_memory_is_kept_until_it_is_returned_or_turned_off():
+    kept, given_back, returned = (int(python(FAULTS, how)) for how in ("kept", "", "returned"))
+    off = int(python(FAULTS, "kept", ESM1NV_KEEP_FREED_MEMORY="0"))
+    assert kept < 1000 < 50_000 < min(given_back, returned, off)
+
+
+def test_a_program_that_works_in_gigabytes_keeps_none_unless_told_to(monkeypatch):
+    monkeypatch.setattr(command, "has_accelerator", lambda: False)
+    assert [command.keeps(gib * 2**30) for gib in (0.5, 7)] == [True, False]
+    monkeypatch.setenv(command.KEEP, "1")
+    assert command.keeps(7 * 2**30)
+    monkeypatch.setenv(command.KEEP, "0")
+    assert not command.keeps(1)
+
+
+def test_a_terminal_gets_its_first_line_before_jax_is_imported(monkeypatch, capsys):
+    for name in ("hide_unusable_plugins", "keep_compiled_programs", "keep_freed_memory"):
+        monkeypatch.setattr(command, name, lambda: None)
+    command.set_up()
+    assert capsys.readouterr().err == ""  # a log
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["esm1nv", "embed", "--help"])
+    command.set_up()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "argv", ["esm1nv", "embed"])
+    command.set_up()
+    assert capsys.readouterr().err == "starting JAX\n"

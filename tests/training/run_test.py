@@ -63,6 +63,8 @@ def test_a_run_leaves_what_it_promises(straight):
         "unigram",
         "composition",
         "this model, step 12",
+        "export     model.ffn_activation='gelu_tanh' cannot be converted exactly",
+        "train with the config's argument hf",
         "metrics.jsonl",
         "--config.steps=24",
         "tokens/s",
