@@ -155,7 +155,7 @@ def score_mutants(
 
     def queries() -> Iterator[LogProbQuery]:
         for ((start, stop), masked), terms in wanted.items():
-            tokens = tokenizer.encode(wild_type[start:stop])
+            tokens = _tokens(wild_type[start:stop].encode())
             tokens[np.array(masked, int) - start + 1] = tokenizer.MASK
             columns = sorted({index - start + 1 for _, index, _, _ in terms})
             yield LogProbQuery(tokens, columns, (start, terms))
@@ -181,7 +181,7 @@ def _pseudo_log_ratios(model, wild_type, mutants, limit, on_progress) -> np.ndar
 
     def queries() -> Iterator[LogProbQuery]:
         for key, sequence in sequences.items():
-            tokens = tokenizer.encode(sequence[slice(*key[1])])
+            tokens = _tokens(sequence[slice(*key[1])].encode())
             yield from _one_masked(tokens, range(1, len(tokens) - 1), key)
 
     pll = dict.fromkeys(sequences, 0.0)
@@ -199,6 +199,11 @@ def _one_masked(tokens: np.ndarray, columns, key: Any) -> Iterator[LogProbQuery]
         masked = tokens.copy()
         masked[column] = tokenizer.MASK
         yield LogProbQuery(masked, [column], (key, int(tokens[column])))
+
+
+def _tokens(window: bytes) -> np.ndarray:
+    """Token ids of a part of a normalized sequence, of which a `*` at its end is no final stop."""
+    return tokenizer.add_specials(tokenizer.residue_ids(window))
 
 
 def _ids(letters: Sequence[str]) -> np.ndarray:
@@ -233,7 +238,7 @@ def pseudo_perplexity(
 
     def queries() -> Iterator[LogProbQuery]:
         for i, sequence in enumerate(sequences):
-            tokens = tokenizer.encode(sequence[:max_residues])
+            tokens = _tokens(sequence[:max_residues])
             known = (tokens >= tokenizer.FIRST_RESIDUE) & ~np.isin(tokens, missing)
             residues[i] = known.sum()
             yield from _one_masked(tokens, np.flatnonzero(known).tolist(), i)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import variant_scores
 from esm1nv_jax.inference.row_shapes import centered_window, split_into_windows
 
 
@@ -51,3 +53,33 @@ def test_a_centred_window_holds_its_sites_and_stays_inside(length, limit):
             assert stop - start == min(limit, length)
             if start > 0 and stop < length:  # not pushed by an end: as much on either side
                 assert abs((first - start) - (stop - 1 - last)) <= 1
+
+
+@pytest.mark.parametrize("mode", variant_scores.MODES)
+def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
+    read = []
+
+    def run_queries(model, queries, *most):
+        for query in queries:
+            read.append(query.tokens)
+            yield query, np.zeros((len(query.columns), tokenizer.VOCABULARY))
+
+    monkeypatch.setattr(variant_scores, "run_queries", run_queries)
+    wild_type = "ACDEF*GHIKL"  # in windows of six residues, the first ends in the stop
+    mutant = variant_scores.parse_mutant("A1C", wild_type)
+    variant_scores.score_mutants(None, wild_type, [mutant], 6, mode)
+    assert read and all(len(tokens) == 8 for tokens in read)
+    assert tokenizer.UNK in {int(tokens[6]) for tokens in read}  # or <mask>, where it is asked for
+
+
+def test_an_inner_stop_at_the_end_of_a_prefix_stays_a_token(model, monkeypatch):
+    sequences = [b"ACDEF*GHIKL", b"ACDEFXGHIKL"]
+    read = []
+    run_queries = variant_scores.run_queries
+
+    def spied(model, queries, *most):
+        return run_queries(model, (read.append(len(q.tokens)) or q for q in queries), *most)
+
+    monkeypatch.setattr(variant_scores, "run_queries", spied)
+    variant_scores.pseudo_perplexity(model.on_devices, sequences, 6)
+    assert set(read) == {8}
