@@ -102,7 +102,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "sequences_per_device": 370,  # on average, where rows is 0; more devices, a larger batch
         "microbatches": 1,  # gradient accumulation: parts of a device's rows, one after another
     }
-    # masking.recipe: card, 80 % <mask>, 10 % random, 10 % unchanged, or shipped: 50 %, 50 %, 0 %
+    # masking.recipe: card, 80/10/10 % <mask>, random, unchanged; or shipped, 50/50/0; sets no rate
     # masking.rate: share of the residues that is predicted
     config.masking = (
         {"recipe": "shipped", "rate": 0.10} if args["shipped"] else {"recipe": "card", "rate": 0.15}

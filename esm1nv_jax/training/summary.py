@@ -63,7 +63,10 @@ def print_start(
 def describe_objective(config: RunConfig, data: RunData) -> str:
     """Return what is learned, and of fine-tuning by how many trained parameters."""
     if config.finetune is None or data.task is None:
-        return f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues"
+        text = f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues"
+        own_rate = masking.RECIPES[config.masking.recipe].rate
+        other = f" (the original's rate: {own_rate:.0%})"
+        return text if config.masking.rate == own_rate else text + other
     task, counts = data.task, {"train": 0, "valid": 0, "test": 0}
     labels = ", ".join(f"{int(getattr(task, split).used.sum()):,} {split}" for split in counts)
     text = f"task       {task.name}: labels {labels}; "

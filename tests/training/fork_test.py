@@ -72,8 +72,10 @@ def test_a_fork_keeps_the_whole_state_under_a_new_schedule(tmp_path, train_here)
     assert resumed.returncode == 2 and "optimizer.horizon: 10 there, 12 here" in resumed.stderr
     assert f"--config.fork_from={cooled}" in resumed.stderr
 
-    output = train(train_here, tmp_path / "seed", fork, "--config.seed=1", "--config.steps=9")
+    others = ("--config.seed=1", "--config.masking.recipe=shipped", "--config.steps=9")
+    output = train(train_here, tmp_path / "seed", fork, *others)
     assert "the data stream begins anew" in output
+    assert "shipped, 15% of residues (the original's rate: 10%)" in output
     wider = train_here(f"--workdir={tmp_path / 'wider'}", fork, "--config.model.width=32")
     assert wider.returncode == 2 and "has another model: width differ" in wider.stderr
     assert not (tmp_path / "wider").exists()
