@@ -214,6 +214,12 @@ def mean(curves: list[Curve]) -> Curve:
     return [tuple(np.mean(points, axis=0).tolist()) for points in zip(*curves, strict=True)]
 
 
+def share_of_time(theirs: Curve, ours: Curve) -> float:
+    """Of the rival's whole time, what ours needed for its last perplexity; NaN: not reached."""
+    seconds, target = theirs[-1]
+    return next((s for s, p in ours if p <= target), np.nan) / seconds
+
+
 def plot(path: Path, curves: dict[str, Curve]) -> None:
     import matplotlib
 
@@ -267,13 +273,18 @@ def main(argv: list[str]) -> None:
                 done.append(follow(run))
                 kept.write_text(json.dumps(found, indent=1))
             seconds = args.share * done[seed][-1][0]
-    curves = {name: mean(its["curves"][: args.seeds]) for name, its in found.items()}
-    target = curves["transformers"][-1]
-    reached = next((s for s, p in curves["ours"] if p <= target[1]), None)
-    said = "not reached" if reached is None else f"{reached:.0f} s, {reached / target[0]:.2f} of it"
+    by_seed = {name: found[name]["curves"][: args.seeds] for name in runs}
+    curves = {name: mean(of_seeds) for name, of_seeds in by_seed.items()}
+    target, share = curves["transformers"][-1], share_of_time(*curves.values())
     print(
-        f"transformers: {target[1]:.3f} after {target[0]:.0f} s; ours: {said}, "
-        f"{curves['ours'][-1][1]:.3f} at its end"
+        f"transformers: {target[1]:.3f} after {target[0]:.0f} s; ours reached that after "
+        f"{share:.2f} of its time, {curves['ours'][-1][1]:.3f} at its end"
+    )
+    shares = [share_of_time(*pair) for pair in zip(*by_seed.values(), strict=True)]
+    error = np.std(shares, ddof=1) / np.sqrt(len(shares)) if len(shares) > 1 else np.nan
+    print(
+        f"by seed: {', '.join(f'{x:.2f}' for x in shares)}; mean {np.mean(shares):.2f} ± "
+        f"{error:.2f} (standard error; nan: a seed did not reach it)"
     )
     plot(out / "curves.png", curves)
 

@@ -24,6 +24,7 @@ from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import labeled_data, tokenizer
 from esm1nv_jax.data.labeled_data import Split, Task
 from esm1nv_jax.inference import probe_heads
+from esm1nv_jax.inference.embedding_cache import EmbeddingCache, key_of, model_digest
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.evaluate import to_json
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> None:
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
+    add("--no-cache", action="store_true", help="embed anew; keep no embeddings in ~/.cache")
     add("--json", metavar="FILE", help="write all results")
     options = parser.parse_args(argv)
     for name, least in (("seeds", 1), ("limit", 2)):
@@ -73,7 +75,10 @@ def main(argv: list[str]) -> None:
     files.check(options.json)
     name = older.get(options.task, options.task)
     task = labeled_data.read(options.csv, name, options.limit)
-    results = probe(load(options.checkpoint, options.precision), task, options.seeds, progress=True)
+    folder = None if options.no_cache else command.cache_folder()
+    cache = EmbeddingCache(folder / "embeddings") if folder else None
+    model = load(options.checkpoint, options.precision)
+    results = probe(model, task, options.seeds, progress=True, cache=cache)
     results = {
         "checkpoint": options.checkpoint,
         "csv": options.csv,
@@ -85,7 +90,13 @@ def main(argv: list[str]) -> None:
         console.print(f"results  {options.json}")
 
 
-def probe(model: Model, task: Task, seeds: int, progress: bool = False) -> dict[str, Any]:
+def probe(
+    model: Model,
+    task: Task,
+    seeds: int,
+    progress: bool = False,
+    cache: EmbeddingCache | None = None,
+) -> dict[str, Any]:
     """Results of every head on every kind of features, on the test split."""
     heads = ("linear", NETWORK.get(task.name, "mlp"))
     score = functools.partial(main_metric, task)
@@ -94,7 +105,7 @@ def probe(model: Model, task: Task, seeds: int, progress: bool = False) -> dict[
     for kind in KINDS:
         for seed in range(seeds):
             if seed == 0 or kind == UNTRAINED:  # an encoder embeds each protein once
-                data = features(kind, model, task, seed, progress)
+                data = features(kind, model, task, seed, progress, cache)
             total = sum(len(GRIDS[head]) if seed == 0 else 1 for head in heads)
             with bar(f"heads on {kind}", total, "fits", progress) as task_bar:
                 for key in [(head, kind) for head in heads]:
@@ -121,20 +132,36 @@ def probe(model: Model, task: Task, seeds: int, progress: bool = False) -> dict[
 
 
 def features(
-    kind: str, model: Model, task: Task, seed: int, progress: bool = False
+    kind: str,
+    model: Model,
+    task: Task,
+    seed: int,
+    progress: bool = False,
+    cache: EmbeddingCache | None = None,
 ) -> dict[str, LabeledFeatures]:
-    """Features of every split. `seed` is that of the untrained encoder."""
+    """Features of every split, from `cache` where it has them. `seed` is that of the untrained
+    encoder."""
     if kind == UNTRAINED:
         model = dataclasses.replace(model, params=encoder.init(model.config, seed))
     splits = {name: getattr(task, name) for name in ("train", "valid", "test")}
     if kind == ONE_HOT:
         return {n: LabeledFeatures(s, one_hot(s, task.per_residue)) for n, s in splits.items()}
     total = sum(len(sequence) for split in splits.values() for sequence in split.sequences)
+    digest = model_digest(model) if cache else ""
+    pooling = "per_residue" if task.per_residue else "mean"
     with bar(f"embed by {kind}", total, "residues", progress) as task_bar:
-        return {
-            n: LabeledFeatures(s, embeddings(model, s, task.per_residue, task_bar.advance))
-            for n, s in splits.items()
-        }
+
+        def embedded(split: Split) -> np.ndarray:
+            key = key_of(digest, split.sequences, pooling)
+            if cache and (kept := cache.read(key)) is not None:
+                task_bar.advance(sum(map(len, split.sequences)))
+                return kept
+            array = embeddings(model, split, task.per_residue, task_bar.advance)
+            if cache:
+                cache.write(key, array)
+            return array
+
+        return {name: LabeledFeatures(split, embedded(split)) for name, split in splits.items()}
 
 
 def one_hot(split: Split, per_residue: bool) -> np.ndarray:

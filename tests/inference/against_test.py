@@ -9,7 +9,7 @@ import pytest
 
 from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import arguments
+from esm1nv_jax.common import command
 from esm1nv_jax.model import encoder
 
 CONFIG = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=130)
@@ -45,7 +45,7 @@ def test_a_difference_is_that_of_the_losses_with_a_small_error(models, tmp_path,
 
     def evaluate(one, other):
         call = ["evaluate", f"--checkpoint={one}", f"--fasta={fasta}", f"--against={other}"]
-        assert arguments.run(cli.dispatch, [*call, f"--json={out}"]) == 0
+        assert command.run(cli.dispatch, [*call, f"--json={out}"]) == 0
         return json.loads(out.read_text(encoding="utf-8"))
 
     results = evaluate(a, b)
@@ -60,5 +60,5 @@ def test_a_difference_is_that_of_the_losses_with_a_small_error(models, tmp_path,
     assert swapped["difference"] == pytest.approx(-difference)
     assert swapped["difference_se"] == pytest.approx(error)
     call = ["evaluate", f"--checkpoint={a}", f"--fasta={fasta}", f"--against={short}"]
-    assert arguments.run(cli.dispatch, call) == 2
+    assert command.run(cli.dispatch, call) == 2
     assert "try --max-residues 64" in capsys.readouterr().err

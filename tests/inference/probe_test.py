@@ -1,8 +1,10 @@
 """Heads that must find what was planted, figures against formulas written out, and files."""
 
+import dataclasses
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
 from esm1nv_jax.inference import probe, probe_heads
+from esm1nv_jax.inference.embedding_cache import EmbeddingCache, key_of, model_digest
+from esm1nv_jax.inference.model import load
 from esm1nv_jax.inference.probe_heads import LabeledFeatures, Scale, Setting
 from esm1nv_jax.model import encoder, label_metrics
 
@@ -190,6 +194,12 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "esm1nv_jax" / "embeddings"
+
+
 @pytest.fixture
 def one_setting(monkeypatch):
     for head, setting in SETTING.items():
@@ -299,19 +309,74 @@ def test_a_limit_holds_for_every_split_and_one_seed_has_no_error(
     assert "embed by this encoder" in printed.err and "residues" in printed.err
 
 
-def test_an_encoder_embeds_each_protein_once(checkpoint, tmp_path, one_setting, monkeypatch):
-    embedded = []
+@pytest.fixture
+def embedded(monkeypatch):
+    """The lengths of all proteins that were embedded."""
+    lengths = []
     embed_sequences = probe.embed_sequences
 
     def counted(model, ids, *args):
-        embedded.extend(map(len, ids))
+        lengths.extend(map(len, ids))
         return embed_sequences(model, ids, *args)
 
     monkeypatch.setattr(probe, "embed_sequences", counted)
+    return lengths
+
+
+def test_an_encoder_embeds_each_protein_once_in_all_runs(
+    checkpoint, tmp_path, one_setting, embedded, cache_folder
+):
     sequences = proteins(80, 2)
     path = write(tmp_path / "t.csv", three(sequences, lambda s: str(s.count("L") / len(s))))
-    run(checkpoint, "regression", path, tmp_path)  # this encoder, and two untrained ones
-    assert sum(embedded) == 3 * sum(map(len, sequences))
+    once = sum(map(len, sequences))
+
+    def residues_embedded(*options):
+        embedded.clear()
+        results.append(run(checkpoint, "regression", path, tmp_path, *options))
+        return sum(embedded)
+
+    results = []
+    assert residues_embedded() == 3 * once  # this encoder, and two untrained ones
+    files = list(cache_folder.iterdir())
+    assert len(files) == 3 * 3  # of each split
+    damaged = min(files, key=lambda file: (file.stat().st_size, file.name))
+    damaged.write_bytes(damaged.read_bytes()[:-100] + bytes(100))
+    assert 0 < residues_embedded() < once
+    kept = {file: file.stat().st_mtime_ns for file in files}
+    assert residues_embedded("--no-cache") == 3 * once
+    assert {file: file.stat().st_mtime_ns for file in cache_folder.iterdir()} == kept
+    assert results[0] == results[1] == results[2]
+
+
+def test_what_changes_an_embedding_changes_its_key(checkpoint):
+    model = load(checkpoint)
+    digest = model_digest(model)
+    assert digest == model_digest(load(checkpoint))
+    others = {"precision": "bf16", "max_residues": 30, "params": encoder.init(model.config, 8)}
+    for name, value in others.items():
+        assert model_digest(dataclasses.replace(model, **{name: value})) != digest
+    cases = [(b"MK", b"TV"), (b"MKT", b"V"), (b"TV", b"MK")]
+    keys = {key_of(digest, case, kind) for case in cases for kind in ("mean", "per_residue")}
+    assert len(keys) == 6
+
+
+def test_a_damaged_or_foreign_array_is_none_and_old_ones_make_room(tmp_path):
+    arrays = {name: np.full((10, 10), i, np.float32) for i, name in enumerate("abc")}
+    cache = EmbeddingCache(tmp_path / "cache", limit=1200)
+    for i, (name, array) in enumerate(arrays.items()):
+        cache.write(name, array)
+        os.utime(tmp_path / "cache" / f"{name}.npy", (i, i))
+    assert cache.read("a") is None  # the oldest
+    np.testing.assert_array_equal(cache.read("c"), arrays["c"])
+    path = tmp_path / "cache" / "c.npy"
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:200] + b"x" + whole[201:], b"", b"text"):
+        path.write_bytes(content)
+        assert cache.read("c") is None
+    cache.write("large", np.zeros(10_000))
+    assert cache.read("large") is None
+    (tmp_path / "file").write_text("")
+    EmbeddingCache(tmp_path / "file").write("a", arrays["a"])  # no place to write to
 
 
 @pytest.mark.parametrize(("name", "task"), labeled_data.PROBE_TASKS.items())

@@ -60,7 +60,7 @@ def test_recipes_differ_by_so_much_with_an_error_over_seeds(runs, tmp_path, caps
     )
     ((_, alone),) = over_seeds(read([runs[0], better[0]]))
     assert alone.difference == pytest.approx(1.0) and math.isnan(alone.difference_se)
-    assert arguments.run(cli.dispatch, ["compare", *runs[:3], *better]) == 0
+    assert command.run(cli.dispatch, ["compare", *runs[:3], *better]) == 0
     text = capsys.readouterr().out
     assert "0.900 ± 0.213" in text and "--against RUN" in text
 
