@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from esm1nv_jax.common.console import console
-from esm1nv_jax.common.files import open_append
+from esm1nv_jax.common.files import open_append, writing
 
 FILE = "metrics.jsonl"
 
@@ -43,11 +43,12 @@ class MetricsWriter:
         if not enabled:
             return
         self.path = run_dir / FILE
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step(line) <= step]
-        if len(kept) < len(lines):
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = open_append(self.path)
+        with writing(self.path, errors=(OSError, UnicodeDecodeError)):  # a folder, no permission
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if _step(line) <= step]
+            if len(kept) < len(lines):
+                self.path.write_text("".join(f"{line}\n" for line in kept))
+            self._file = open_append(self.path)
         self._pending, self._warned = b"", False
         self._events: Any = None
         self._events_dir = run_dir / "tensorboard"

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from etils import epath
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.metrics_log import MetricsWriter
 
 
@@ -67,6 +68,13 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
             for step in range(start + 1, start + 6):
                 writer.write(step, "train", {"loss": float(step)})
     assert steps(folder) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("make", [os.mkdir, lambda path: path.write_bytes(b"\xff\xfe")])
+def test_what_is_no_file_of_metrics_is_one_line(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: "):
+        MetricsWriter(epath.Path(tmp_path), 0, True)
 
 
 def test_tensorboard_reads_the_events(tmp_path):

@@ -52,11 +52,12 @@ def test_a_run_ends_by_time_as_by_steps_and_goes_on_bit_for_bit(tmp_path, train_
 
 
 @pytest.mark.integration
-def test_a_fork_keeps_the_whole_state_under_a_new_schedule(tmp_path, train_here):
+def test_a_fork_keeps_the_whole_state_under_a_new_schedule(tmp_path, train_here, monkeypatch):
     origin = tmp_path / "origin"
+    monkeypatch.chdir(tmp_path)
     train(train_here, origin)
     before = sorted((str(p), p.stat().st_mtime_ns) for p in origin.rglob("*"))
-    fork = f"--config.fork_from={origin / 'checkpoints' / '8'}"
+    fork = "--config.fork_from=origin/checkpoints/8"
     output = train(train_here, tmp_path / "same", fork)
     assert "the data stream goes on there" in output
     assert_same(params(tmp_path / "same", 12), params(origin, 12))
