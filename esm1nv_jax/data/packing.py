@@ -1,8 +1,8 @@
 """What an input stream is; and which sequences go into which row, by their lengths alone.
 
 An epoch visits its examples in a random order. 2,048 in a row of that order are a packing window,
-and are laid into rows by best-fit decreasing. On natural proteins that fills rows to more than
-98.5 %; a larger window gains nothing that can be measured.
+and are laid into rows by best-fit decreasing. With the bundled sample that fills rows of 1,152
+tokens to 99.8 %, of 512 to 99.0 %, of 256 to 97.4 %; a larger window gains nothing measurable.
 """
 
 from __future__ import annotations

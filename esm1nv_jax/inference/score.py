@@ -135,7 +135,9 @@ def read_rows(
             mutants[row] = variant_scores.parse_mutant(name, wild_type, offset, f"row {row + 2}")
         except variant_scores.MutantError as error:
             if not skip:
-                raise
+                raise UserError(
+                    f"{error}; fix it, or leave such rows out with --on-error=skip"
+                ) from None
             skipped[error.kind] += 1
     if skipped:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(skipped.items()))

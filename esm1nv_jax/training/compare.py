@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -242,15 +243,23 @@ def not_comparable(runs: list[Run]) -> str:
 
 
 def plot_curves(runs: list[Run]):
-    """Plot the validation perplexity of every run against steps."""
+    """Plot the validation perplexity of every run against steps, and the mean over its seeds."""
     figure, axis = new_figure(height=4.2)
-    colour_of: dict[tuple, str] = {}
+    recipes: dict[tuple, list[Run]] = {}
     for run in runs:
-        style = "o--" if run.recipe in colour_of else "o-"
-        colour = colour_of.setdefault(run.recipe, COLOURS[len(colour_of) % len(COLOURS)])
-        points = [(x["step"], x[METRIC]) for x in run.validation]
-        axis.plot(*zip(*points, strict=True), style, color=colour, label=run.name, ms=3, lw=1.2)
-    axis.set(xlabel="step", ylabel="validation perplexity, <mask> only", title="Validation")
+        recipes.setdefault(run.recipe, []).append(run)
+    for same, colour in zip(recipes.values(), itertools.cycle(COLOURS), strict=False):
+        style = "o--" if len(same) > 1 else "o-"
+        for run in same:
+            points = [(x["step"], x[METRIC]) for x in run.validation]
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=run.name, ms=3, lw=0.9)
+        if len(same) > 1:
+            steps = sorted(set.intersection(*({x["step"] for x in r.validation} for r in same)))
+            means = [statistics.fmean(run.at(step) for run in same) for step in steps]
+            label = f"mean of {len(same)} seeds, {same[0].name} ..."
+            axis.plot(steps, means, "-", color=colour, label=label, lw=2)
+    axis.set(xlabel="step", ylabel="validation perplexity, <mask> only")
+    axis.set_title(", ".join(run.name for run in runs[:4]) + (", ..." if len(runs) > 4 else ""))
     axis.legend(frameon=False, fontsize=8)
     trained = [x[METRIC] for run in runs for x in run.validation if x["step"] > 0]
     if trained:  # the untrained model, at about 30, would flatten all that follows
@@ -264,7 +273,7 @@ def report(
     """Return the page: curves, the tables over seeds, and what differs."""
     page = HtmlReport("Runs side by side")
     page.plot(plot_curves(runs), "validation perplexity of every run against steps")
-    page.note("One colour a recipe; dashed lines are further seeds of it.")
+    page.note("One colour a recipe; dashed lines are its seeds, a thick one their mean.")
     page.heading("Over seeds")
     for rows in groups:
         page.table(HEADER, [row.cells() for row in rows])

@@ -218,7 +218,8 @@ def test_rows_without_a_score_are_counted_by_kind_on_request(model, model_path, 
     (tmp_path / "m.csv").write_text("\n".join(["mutant,DMS_score", *rows]) + "\n")
     mutants = ["--mutants", str(tmp_path / "m.csv")]
     assert score(model_path, tmp_path, *mutants) == 2
-    assert "row 2: 'WT' is no substitution" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "row 2: 'WT' is no substitution" in error and "--on-error=skip" in error
     assert score(model_path, tmp_path, *mutants, "--on-error", "skip") == 0
     told = capsys.readouterr().err
     assert "9 rows without a score" in told

@@ -112,6 +112,7 @@ def test_the_command_draws_every_run(runs, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert command.run(cli.dispatch, ["compare", *runs, "--out", str(out)]) == 0
     page = out.read_text()
+    assert "mean of 3 seeds, card/0 ..." in page  # matplotlib's comment beside a text
     assert "<svg" in page and "masking.recipe" in page and "0.208" in page
     assert "card/1" in capsys.readouterr().out
 
