@@ -33,6 +33,12 @@ def lock_workdir(workdir: str, group: ProcessGroup) -> Iterator[epath.Path]:
     run_dir = epath.Path(workdir)
     if not files.is_remote(run_dir):
         run_dir = epath.Path(os.path.abspath(os.path.expanduser(str(workdir))))
+    if any(character in str(run_dir) for character in "[*?"):
+        # Orbax looks for the parts of a checkpoint by a pattern, finds none and saves it empty.
+        raise UserError(
+            f"workdir {run_dir} has one of [ * ? in its path, where no checkpoint can be written; "
+            "choose another with --workdir=DIR"
+        )
     with contextlib.ExitStack() as stack:
         if group.is_primary:
             stack.enter_context(_locked(run_dir))

@@ -128,6 +128,8 @@ def test_of_a_missing_config_and_unknown_arguments(train_here):
 def test_of_a_workdir_that_cannot_be_written(tmp_path, train_here):
     (tmp_path / "file").write_text("")
     assert_refused(train_here(f"--workdir={tmp_path / 'file' / 'run'}"), "cannot be written")
+    assert_refused(train_here(f"--workdir={tmp_path / 'run[1]'}"), "has one of [ * ? in its path")
+    assert not (tmp_path / "run[1]").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("not json")
     assert_refused(train_here(f"--workdir={tmp_path / 'other'}"), "not readable as JSON")
