@@ -230,8 +230,9 @@ def restore_from(
     workdir: epath.Path, step: int, folder: str, params, optimizer
 ) -> tuple[Any, Any, dict]:
     """As `RunCheckpoints.restore`, of any run, which stays untouched."""
-    path = workdir.resolve() / folder  # Orbax refuses relative ones
-    manager = _open(path, policies.FixedIntervalPolicy(1), policies.LatestN(1))
+    if not files.is_remote(workdir):  # Orbax refuses relative paths
+        workdir = epath.Path(os.path.abspath(workdir))
+    manager = _open(workdir / folder, policies.FixedIntervalPolicy(1), policies.LatestN(1))
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(params),
         optimizer=ocp.args.StandardRestore(optimizer),

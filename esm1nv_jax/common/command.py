@@ -64,6 +64,7 @@ def run(verb: Callable[[list[str]], int | None], argv: list[str]) -> int:
         if hasattr(stream, "reconfigure"):  # what the locale cannot show is escaped, never fatal
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_names(argv)
         return verb(argv) or 0
     except UserError as error:
         from esm1nv_jax.common.console import console  # rich: `--help` does without
@@ -75,6 +76,21 @@ def run(verb: Callable[[list[str]], int | None], argv: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 0
+
+
+def _check_names(argv: list[str]) -> None:
+    """Raises UserError for a name that Orbax, TensorStore, HDF5 and Matplotlib cannot take."""
+    try:
+        names = [*argv, os.getcwd()]
+    except FileNotFoundError:
+        raise UserError("the current folder was deleted; go to another one") from None
+    for name in names:
+        try:
+            os.fsencode(name).decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{name!a} is not UTF-8; rename that file or folder, or name it by a link"
+            ) from None
 
 
 def set_up() -> None:

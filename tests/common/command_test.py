@@ -108,6 +108,25 @@ def show(**options):
     )
 
 
+def test_names_that_are_not_utf8_and_folders_that_are_gone_are_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    called = []
+    latin1 = os.fsdecode(b"caf\xe9")
+    assert command.run(called.append, ["doctor", latin1]) == 2
+    assert capsys.readouterr().err.startswith(r"error: 'caf\udce9' is not UTF-8; rename")
+    folder = tmp_path / latin1
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert command.run(called.append, ["doctor", "run"]) == 2
+    assert "is not UTF-8" in capsys.readouterr().err
+    folder.rmdir()
+    assert command.run(called.append, ["doctor", "run"]) == 2
+    assert "the current folder was deleted" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert command.run(called.append, ["doctor", "protein-\u03b1"]) == 0 and len(called) == 1
+
+
 def test_a_locale_without_utf8_shows_escapes():
     job = show(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = job.communicate()
