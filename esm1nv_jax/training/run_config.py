@@ -48,6 +48,8 @@ MINIMUM = {  # that a field may be
     "log.every": 1,
 }
 
+MAXIMUM = {"steps": 2**31 - 1, "optimizer.horizon": 2**31 - 1, "data.workers": 1000}  # int32 steps
+
 # Fields that change neither what a run learns nor the questions that validation asks: they may
 # differ between the starts of one run, and between runs that `compare` takes for one recipe. The
 # data set is identified by its content, not by its path.
@@ -168,6 +170,9 @@ class RunConfig:
         for name, minimum in MINIMUM.items():
             if name in values and values[name] < minimum:
                 raise UserError(f"{name}={values[name]} must be at least {minimum}")
+        for name, maximum in MAXIMUM.items():
+            if name in values and values[name] > maximum:
+                raise UserError(f"{name}={values[name]} must be at most {maximum}")
         nested = config.to_dict()
         if "optimizer" in nested and "steps" in nested:
             nested["optimizer"] = resolve_shares(nested["optimizer"], nested["steps"])
