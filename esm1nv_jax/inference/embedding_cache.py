@@ -82,4 +82,4 @@ def key_of(model: str, sequences: Iterable[bytes], kind: str) -> str:
 
 
 def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array)).digest()
+    return hashlib.sha256(np.ascontiguousarray(array).data).digest()

@@ -62,7 +62,7 @@ class Run:
             if name.startswith(QUESTION) and changes_learning(name)
         )
 
-    def at(self, step: int) -> float:
+    def at(self, step: float) -> float:
         """Return the validation metric after `step` steps; NaN where there is none."""
         return next((x[METRIC] for x in self.validation if x["step"] == step), math.nan)
 
