@@ -23,6 +23,7 @@ from esm1nv_jax.data.source import SAMPLE, SPLITS, Source, open_split
 
 _COLOURS = ("cyan", "yellow", "green", "magenta", "blue")
 _BAR = 40  # characters
+_MOST_TOKENS = 1 << 26  # of a batch: a gigabyte or two
 _MASK_RATE = 0.15  # without a config
 _SYMBOLS = {tokenizer.BOS: "‹", tokenizer.EOS: "›", tokenizer.PAD: "·", tokenizer.UNK: "?"}
 
@@ -129,6 +130,11 @@ def main(argv: list[str]) -> None:
         source = open_split(data, options.split)
         stream = StreamConfig(seed=0, rows=64, row_length=512, max_residues=510)
         rate = _MASK_RATE
+    if stream.rows * stream.row_length > _MOST_TOKENS:
+        raise UserError(
+            f"a batch of {stream.rows:,} rows of {stream.row_length:,} tokens is too large to "
+            f"show; at most {_MOST_TOKENS:,} tokens are (batch.rows, data.row_length)"
+        )
     stdout.print(summary_table(data, source, options.split), "")
     if data != SAMPLE and (table := preparation_table(data)):
         stdout.print(table, "")

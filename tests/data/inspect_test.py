@@ -82,7 +82,10 @@ def test_a_config_says_how_rows_are_cut(capsys):
     assert "names no data" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["--split", "all"], ["--rows=7"]])
+HUGE = ["sample", f"--config={CONFIGS / 'quickstart.py'}", "--config.batch.rows=1000000000"]
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["--split", "all"], ["--rows=7"], HUGE])
 def test_mistakes(words, capsys):
     assert command.run(dispatch, ["inspect", *words]) == EXIT_USER
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
