@@ -246,17 +246,14 @@ def assign(key: np.ndarray, validation: int, test: int, whole: bool) -> np.ndarr
     """
     order = np.argsort(key, kind="stable")
     ordered = key[order]
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    sizes = np.diff(np.append(starts, len(key)))
+    cluster = np.cumsum(np.append(True, ordered[1:] != ordered[:-1])) - 1  # in the order of keys
+    sizes = np.bincount(cluster)
     split = np.full(len(key), TRAIN, np.int8)
-    free = np.ones(len(sizes), bool)
+    split_of = np.full(len(sizes), TRAIN, np.int8)  # of each cluster
     for name, size in ((VALIDATION, validation), (TEST, test)):
-        taken, left = _fill(sizes, free, size, whole)
-        free[taken] = False
-        # Positions, in the order of keys, of all members of the clusters taken.
-        ends = np.cumsum(sizes[taken])
-        offsets = np.arange(sizes[taken].sum()) - np.repeat(ends - sizes[taken], sizes[taken])
-        split[order[np.repeat(starts[taken], sizes[taken]) + offsets]] = name
+        taken, left = _fill(sizes, split_of == TRAIN, size, whole)
+        split_of[taken] = name
+        split[order[split_of[cluster] == name]] = name
         if left and not whole:
             split[order[split[order] == TRAIN][:left]] = name
     return split
