@@ -24,7 +24,7 @@ from etils import epath
 from rich.table import Table
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints import model_folder, step_folder
+from esm1nv_jax.checkpoints import finetuned, model_folder, step_folder
 from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import bar, console, stdout
 from esm1nv_jax.common.errors import UserError
@@ -33,6 +33,7 @@ from esm1nv_jax.data.source import MemorySource
 from esm1nv_jax.inference.evaluate import evaluate_model, open_source
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.perplexity import paired_difference
+from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 
 COLUMNS = ("", "all selected", "<mask> only", "nats, average minus member")
@@ -146,6 +147,8 @@ def average(
     of the same model as the first.
     """
     members = sorted(set(members))
+    if finetuned.find(str(_path(members[0]))) is not None:
+        return _average_finetuned(members, on_progress)
     model, opened = _open_alike(members)
     sums: dict[str, np.ndarray] = {}
     with ThreadPoolExecutor(1) as thread:  # hashing and reading release the interpreter's lock
@@ -167,6 +170,32 @@ def average(
             thread.shutdown(wait=False, cancel_futures=True)
     means = {name: (total / len(members)).astype(np.float32) for name, total in sums.items()}
     return model_folder.Weights(model_folder.unflatten(means), model, _provenance(members))
+
+
+def _average_finetuned(
+    members: list[Member], on_progress: Callable[[Member], None]
+) -> model_folder.Weights:
+    """The mean of whole models, each with its base and LoRA merged: the mean of LoRA's factors is
+    not that of their products."""
+    sums: dict[str, np.ndarray] = {}
+    first = load_weights(str(_path(members[0])))
+    for member in members:
+        weights = load_weights(str(_path(member)))
+        if (weights.model, weights.head) != (first.model, first.head):
+            raise UserError(
+                f"{member} has another model or head than {members[0]}; only checkpoints of one "
+                "model can be averaged"
+            )
+        for name, value in model_folder.flatten(weights.params).items():
+            sums[name] = sums.get(name, 0.0) + value.astype(np.float64)
+        on_progress(member)
+    means = {name: (total / len(members)).astype(np.float32) for name, total in sums.items()}
+    params = model_folder.unflatten(means)
+    return model_folder.Weights(params, first.model, _provenance(members), first.head)
+
+
+def _path(member: Member) -> epath.Path:
+    return epath.Path(member.run) / step_folder.FOLDER / str(member.step)
 
 
 def _open_alike(
@@ -203,8 +232,7 @@ def _provenance(members: list[Member]) -> dict:
     the digest of every other of its files."""
     rows, data = [], set()
     for member in members:
-        path = epath.Path(member.run) / step_folder.FOLDER / str(member.step)
-        digest = hashlib.sha256((path / step_folder.CHECKSUMS).read_bytes()).hexdigest()
+        digest = hashlib.sha256((_path(member) / step_folder.CHECKSUMS).read_bytes()).hexdigest()
         rows.append(dataclasses.asdict(member) | {"sha256": digest})
         try:
             data.add(step_folder.read_data_state(member.run, member.step).get("data", ""))
@@ -236,7 +264,7 @@ def evaluate_models(
     rows = []
     with bar("evaluating", len(members) + 1, "models") as task:
         for member in [*members, None]:
-            params = step_folder.read_params(member.run, member.step) if member else weights.params
+            params = (load_weights(str(_path(member))) if member else weights).encoder_params
             provenance = {} if member else weights.provenance  # read the training data once
             model = Model(weights.model, jax.device_put(params), provenance)
             results = evaluate_model(model, source, groups=dict(zip(ids, ids, strict=True)))

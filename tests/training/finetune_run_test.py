@@ -11,6 +11,7 @@ from esm1nv_jax import main
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import command
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import average
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from esm1nv_jax.training import finetune, sharding
@@ -200,6 +201,21 @@ def test_a_fine_tuned_model_may_be_tuned_on(run, base):
     status, second = run("second", "--method", "head", "--epochs", "1", model=str(first))
     assert status == 0
     assert lines(second, "validation")[0]["accuracy"] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.integration
+def test_the_average_of_its_checkpoints_is_that_of_whole_models(run, tmp_path):
+    options = ("--method", "lora=4", "--epochs", "3", "--lr", "0.02", "--config.checkpoint.keep=3")
+    _, out = run("run", *options)
+    members = [load_weights(str(out / "checkpoints" / str(n))) for n in step_folder.steps(out)]
+    assert len(members) == 3
+    model = str(tmp_path / "model")
+    command.run(average.main, ["--workdir", str(out), "--out", model])
+    averaged = model_folder.read(model)
+    assert averaged.head == members[0].head
+    flat = [model_folder.flatten(member.params) for member in members]
+    for name, value in model_folder.flatten(averaged.params).items():
+        np.testing.assert_allclose(value, np.mean([x[name] for x in flat], axis=0), atol=1e-6)
 
 
 @pytest.mark.integration
