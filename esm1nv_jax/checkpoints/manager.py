@@ -87,7 +87,7 @@ class RunCheckpoints:
 
         Raises UserError, if `strict`, where the best checkpoint is damaged.
         """
-        self._metric, self._sign = metric, -1 if maximize else 1
+        self.best_metric, self._sign = metric, -1 if maximize else 1
         self.workdir, self.config, self.strict = epath.Path(workdir), config, strict
         self._clock = _EveryMinutes(config.minutes, time.monotonic())
         save = policies.AnySavePolicy([policies.FixedIntervalPolicy(config.every), self._clock])
@@ -133,7 +133,7 @@ class RunCheckpoints:
         """As `save`, into `best/`, where the `value` of the metric is the best of the run."""
         if self._sign * value < self._best:
             self.best_step, self._best = step, self._sign * value
-            metadata = metadata | {self._metric: value}
+            metadata = metadata | {self.best_metric: value}
             self._start(BEST, step, params, optimizer, data_state, metadata)
 
     def check(self) -> None:

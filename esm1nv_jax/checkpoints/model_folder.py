@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -74,16 +74,24 @@ def read(path: str) -> Weights:
     )
 
 
-def find_step(path: epath.PathLike) -> tuple[epath.Path, int, str] | None:
-    """(run, step, folder in it) of the step that `path` names: itself, or the newest of a run or
-    of its folders `checkpoints` and `best`; None where there is none."""
+class StepPath(NamedTuple):
+    """A step of a run; `folder` is `checkpoints` or `best`."""
+
+    run: epath.Path
+    step: int
+    folder: str
+
+
+def find_step(path: epath.PathLike) -> StepPath | None:
+    """The step that `path` names: itself, or the newest of a run or of its folders `checkpoints`
+    and `best`; None where there is none."""
     folder = epath.Path(path)
     if folder.name.isdecimal() and folder.parent.name in (FOLDER, BEST):
-        return folder.parent.parent, int(folder.name), folder.parent.name
+        return StepPath(folder.parent.parent, int(folder.name), folder.parent.name)
     if folder.name in (FOLDER, BEST) and (steps := step_folder.steps(folder.parent, folder.name)):
-        return folder.parent, steps[-1], folder.name
+        return StepPath(folder.parent, steps[-1], folder.name)
     steps = step_folder.steps(folder)
-    return (folder, steps[-1], FOLDER) if steps else None
+    return StepPath(folder, steps[-1], FOLDER) if steps else None
 
 
 def check_step(run: epath.Path, step: int, folder: str, items: tuple[str, ...] = ()) -> None:

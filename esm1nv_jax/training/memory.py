@@ -6,6 +6,7 @@ import os
 
 import jax
 
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.training.step import StepConfig
@@ -60,3 +61,9 @@ def check_memory(
             f"Adam, {other} for {rows:,} rows of {stream.row_length:,} tokens), and a device has "
             f"{has}; make the model or the batch smaller (model.*, batch.*, data.row_length)"
         )
+
+
+def bound_kept_memory(train_step: jax.stages.Compiled) -> None:
+    """On a CPU, give freed memory back to the system where a step works in too much to keep it."""
+    if not command.keeps(train_step.memory_analysis().temp_size_in_bytes):
+        command.return_freed_memory()

@@ -20,6 +20,7 @@ from esm1nv_jax.data.source import Source
 from esm1nv_jax.interchange.huggingface import inexact_reason
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.encoder import parameter_count
+from esm1nv_jax.training import evaluation
 from esm1nv_jax.training.monitor import NonfiniteStep
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.run_data import RunData
@@ -99,14 +100,20 @@ def print_stopped(step: int, run_dir: epath.Path) -> None:
     console.print(f"saved step {step} in {run_dir}; the same command resumes from there")
 
 
+def print_fork(path: str, anew: bool) -> None:
+    """Print which run this one goes on from, and whether its data stream begins anew."""
+    console.print(
+        f"forked     from {path}; the data stream {'begins anew' if anew else 'goes on there'}"
+    )
+
+
 def print_results(
-    config: RunConfig,
-    stream: StreamConfig,
-    train_source: Source,
-    validation_source: Source,
-    run_dir: epath.Path,
+    config: RunConfig, stream: StreamConfig, data: RunData, run_dir: epath.Path
 ) -> None:
     """Print the table that compares model and baselines, where the files are, what to do next."""
+    if data.task is not None:
+        evaluation.print_results(data, run_dir)
+        return
     validated = [line for line in metrics_log.read(run_dir) if line["kind"] == "validation"]
     if not validated:  # a full disk took them
         console.print(
@@ -114,7 +121,7 @@ def print_results(
             f"esm1nv evaluate --checkpoint {run_dir} --data {config.data.path}"
         )
         return
-    baseline = baseline_perplexities(config, stream, train_source, validation_source)
+    baseline = baseline_perplexities(config, stream, data.train, data.validation)
     table = Table(title="Perplexity on held-out sequences (lower is better)", title_justify="left")
     table.add_column("")
     table.add_column("all selected", justify="right")
