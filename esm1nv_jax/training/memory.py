@@ -65,5 +65,6 @@ def check_memory(
 
 def bound_kept_memory(train_step: jax.stages.Compiled) -> None:
     """On a CPU, give freed memory back to the system where a step works in too much to keep it."""
-    if not command.keeps(train_step.memory_analysis().temp_size_in_bytes):
+    analysis = train_step.memory_analysis()
+    if analysis is not None and not command.keeps(analysis.temp_size_in_bytes):
         command.return_freed_memory()
