@@ -62,6 +62,8 @@ def dispatch(argv: list[str]) -> int | None:
         command.set_up()
     elif verb != "plan":  # which compiles for absent GPUs
         command.hide_unusable_plugins()
+    if verb in ("plan", "average", "convert"):
+        command.check_machine()
     return importlib.import_module(VERBS[verb][0]).main(rest)
 
 

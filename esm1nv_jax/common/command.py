@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
@@ -19,6 +20,7 @@ from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 # Parameters of glibc's mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
 KEEP = "ESM1NV_KEEP_FREED_MEMORY"  # in the environment: 0, never; 1, whatever the size
+THREADS = 64  # a small training run on two cores takes 36
 KEPT_AT_MOST = 1 << 30  # bytes that a program works in
 # Device files of GPUs (/dev/dxg: under Windows) and TPUs.
 _ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
@@ -100,6 +102,31 @@ def set_up() -> None:
     hide_unusable_plugins()
     keep_compiled_programs()
     keep_freed_memory()
+    check_machine()
+
+
+def check_machine(cpu_info: str = "/proc/cpuinfo") -> None:
+    """Raises UserError where XLA would abort: it has no message for what it does not get."""
+    if sys.platform.startswith("linux") and not has_accelerator() and not os.path.exists(cpu_info):
+        raise UserError(
+            f"there is no {cpu_info}, from which JAX learns what the CPU can do: mount /proc"
+        )
+    enough = threading.Event()
+    threads = [threading.Thread(target=enough.wait, daemon=True) for _ in range(THREADS)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        raise UserError(
+            f"cannot start the {THREADS} threads that JAX takes; raise the limits on processes and "
+            "memory (ulimit -u, ulimit -v)"
+        ) from None
+    finally:
+        enough.set()
+        for thread in started:
+            thread.join()
 
 
 def has_accelerator() -> bool:

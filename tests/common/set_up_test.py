@@ -1,12 +1,15 @@
 """What a command sets up for its process, seen from other processes."""
 
+import itertools
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
 
 COMPILE = """
 from esm1nv_jax.common import command
@@ -82,8 +85,34 @@ def test_a_program_that_works_in_gigabytes_keeps_none_unless_told_to(monkeypatch
     assert not command.keeps(1)
 
 
+def test_a_machine_without_proc_is_one_line(monkeypatch):
+    monkeypatch.setattr(command, "has_accelerator", lambda: False)
+    if sys.platform.startswith("linux"):
+        with pytest.raises(UserError, match="there is no /nowhere/cpuinfo"):
+            command.check_machine("/nowhere/cpuinfo")
+
+
+def test_too_few_threads_are_one_line_and_none_is_left(monkeypatch):
+    before, start, started = threading.active_count(), threading.Thread.start, itertools.count()
+
+    def limited(thread):
+        if next(started) == 20:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(UserError, match=r"cannot start the 64 threads .* \(ulimit -u"):
+        command.check_machine()
+    assert threading.active_count() == before
+
+
 def test_a_terminal_gets_its_first_line_before_jax_is_imported(monkeypatch, capsys):
-    for name in ("hide_unusable_plugins", "keep_compiled_programs", "keep_freed_memory"):
+    for name in (
+        "check_machine",
+        "hide_unusable_plugins",
+        "keep_compiled_programs",
+        "keep_freed_memory",
+    ):
         monkeypatch.setattr(command, name, lambda: None)
     command.set_up()
     assert capsys.readouterr().err == ""  # a log
