@@ -25,6 +25,7 @@ from esm1nv_jax.training.step import (
     create_state,
     state_from_params,
 )
+from esm1nv_jax.training.workdir import OTHER_DATA
 
 
 def find_fork(config: RunConfig, workdir: str) -> StepPath | None:
@@ -97,10 +98,7 @@ def restore_or_initialize(
     if chosen:
         params, rest, data = checkpoints.restore(int(chosen), *split_state(shapes))
         if data["data"] != run_data.train.fingerprint:
-            raise UserError(
-                "the training split is not the one this run began with; set config.data.path to "
-                "the same data set, or choose another --workdir=DIR"
-            )
+            raise UserError(OTHER_DATA)
         saved = step_folder.read_metadata(checkpoints.workdir, int(chosen))
         frozen: dict = {}
         if step_config.tuning is not None and run_data.initial is not None:

@@ -13,7 +13,7 @@ from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Task
-from esm1nv_jax.data.packing import stream_config
+from esm1nv_jax.data.packing import TrainingWindows, stream_config
 from esm1nv_jax.data.source import Source, open_split, subset
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model.heads import HeadConfig
@@ -62,6 +62,7 @@ def open_data(config: RunConfig) -> RunData:
         )
     validation = open_split(config.data.path, "validation")
     train = open_split(config.data.path, "train")
+    TrainingWindows(train, stream_config(config, rows=1))  # raises UserError
     initial = None
     if config.init_from:  # a head is no part of masked language modelling
         initial = _load_base(config).encoder_params

@@ -13,12 +13,17 @@ from typing import Any
 
 from etils import epath
 
+from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.common import config_file, files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning
 
 CONFIG, DATA, LOCK, NONCE = "config.json", "data.json", "run.lock", ".nonce"
+OTHER_DATA = (
+    "the training split is not the one this run began with; set config.data.path to the same data "
+    "set, or choose another --workdir=DIR"
+)
 NONCE_TIMEOUT = 30.0  # seconds; a network file system may show a new file so much later
 
 
@@ -110,7 +115,8 @@ def write_or_check_config(
 
     `fingerprints` of the data, by split, are written beside it, for `esm1nv compare`.
 
-    Raises UserError that names every field whose change would change what the run learns.
+    Raises UserError that names every field whose change would change what the run learns, or where
+    the training data are not those of the run's checkpoints; the folder then stays as it was.
     """
     path = run_dir / CONFIG
     if path.exists():
@@ -134,9 +140,11 @@ def write_or_check_config(
                 f"workdir {run_dir} holds another run, which differs in {listed}; choose another "
                 f"with --workdir=DIR{'' if any(n.startswith('model.') for n in names) else fork}"
             )
-    files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
-    if not (run_dir / DATA).exists():  # other data than the run began with are refused later
+    if not step_folder.steps(run_dir) or not (run_dir / DATA).exists():
         files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
+    elif fingerprints["train"] not in (run_dir / DATA).read_text():
+        raise UserError(OTHER_DATA)
+    files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

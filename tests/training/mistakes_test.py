@@ -1,13 +1,17 @@
 """What a person gets wrong is answered with one line and status 2, before anything is written."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
+from etils import epath
 
+from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.run_config import MINIMUM, RunConfig
+from esm1nv_jax.training.workdir import write_or_check_config
 from tests.training import processes
 
 SYNTAX = "def get_config(:\n"
@@ -67,6 +71,7 @@ def get_config(arg=""):
         (["--config.skip_nonfinite=-1"], "skip_nonfinite=-1 must be at least 0"),
         ([f"--config.seed={1 << 63}"], "must lie in 0..2**63 - 1"),
         ([f"--config.data.path={__file__}"], "is a file, not a data set"),
+        (["--config.data.sample=one_per_group"], "prepare it with --groups"),
     ],
 )
 def test_of_options(tmp_path, train_here, options, words):
@@ -172,3 +177,17 @@ def assert_refused(process, words):
     errors = process.stderr.strip().splitlines()
     assert len(errors) == 1, process.stderr
     assert errors[0].startswith("error: ") and words in errors[0], errors[0]
+
+
+def test_other_training_data_leave_the_folder_as_it_was(tmp_path, monkeypatch):
+    config = RunConfig.from_config_dict(config_file.load(str(processes.TINY)))
+    folder = epath.Path(tmp_path)
+    write_or_check_config(folder, config, {"train": "aa", "validation": "v"})
+    write_or_check_config(folder, config, {"train": "bb", "validation": "v"})  # nothing learned yet
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(step_folder, "steps", lambda run: [4])
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, path="other"))
+    with pytest.raises(UserError, match="not the one this run began with"):
+        write_or_check_config(folder, elsewhere, {"train": "aa", "validation": "v"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_or_check_config(folder, elsewhere, {"train": "bb", "validation": "v"})
