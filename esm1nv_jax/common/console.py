@@ -15,6 +15,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from esm1nv_jax.common.errors import UserError
@@ -116,15 +117,17 @@ def bar(
         return
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit, markup=False),
+        BarColumn(bar_width=24 if console.width >= 120 else 12),
+        TextColumn("{task.completed:,.0f}{task.fields[of]} " + unit, markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        # Alone cut short where the line is full.
+        TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as task.progress:
-        task.progress.add_task(printable(what), total=total, completed=int(start), note="")
+    of = f"/{total:,.0f}" if total else ""
+    with Progress(*columns, console=console, refresh_per_second=4, expand=True) as task.progress:
+        task.progress.add_task(printable(what), total=total, completed=int(start), note="", of=of)
         yield task
 
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,21 @@ def test_a_progress_bar_shows_text_as_it_is(monkeypatch):
         task.update(5, HOSTILE)
     shown = made.file.getvalue()
     assert "[red]work" in shown and "[/x]" in shown and SHOWN in shown.replace("\x1b[0m", "")
+
+
+@pytest.mark.parametrize(("width", "total"), [(80, 1_000_000), (80, None), (200, 1_000_000)])
+def test_a_narrow_terminal_loses_the_end_of_the_note_and_nothing_else(monkeypatch, width, total):
+    made = console.PlainConsole(stderr=True)
+    made.file, made.width, made._force_terminal = io.StringIO(), width, True
+    monkeypatch.setattr(console, "console", made)
+    note = "loss 2.812  perplexity 16.64 (<mask> 17.20)  12,345 tokens/s"
+    with console.bar("training", total, "steps", start=500_000) as task:
+        task.update(600_000, note)
+    line = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", made.file.getvalue()))[-2]
+    assert re.match(r"training [━╸╺]{6}[━╸╺ ]+ 600,000(/1,000,000)? steps 0:00:0\d left ", line), (
+        line
+    )
+    assert (note if width == 200 else "loss 2.812") in line and len(line) <= width
 
 
 def test_an_error_is_one_printable_line(capsys):
