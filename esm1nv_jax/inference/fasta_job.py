@@ -213,16 +213,15 @@ class _Job:
             done += sum(lengths) * (part % shards == shard and part not in wanted)
         if done:
             console.print(f"going on with {results.folder}: {done:,} of {total:,} residues done")
-        began, start, first = time.monotonic(), done, 0
+        began, start = time.monotonic(), done
         with bar(self.verb, total, "residues", start=done) as progress:
             parts = self._cut(self.proteins, lambda protein: len(protein[1]))
             for part, records in enumerate(parts):
                 if part in wanted:
-                    results.write(part, first, [name for name, _ in records], self._part(records))
+                    results.write(part, [name for name, _ in records], self._part(records))
                     done += sum(len(sequence) for _, sequence in records)
                     rate = (done - start) / (time.monotonic() - began)
                     progress.update(done, f"{rate:,.0f} residues/s")
-                first += len(records)
 
     def _part(self, records: list[tuple[str, bytes]]) -> dict[str, np.ndarray]:
         kept = [s if self.request.long == "window" else s[: self.limit] for _, s in records]

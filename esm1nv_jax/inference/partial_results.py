@@ -2,7 +2,7 @@
 
 `OUT.parts/` holds `settings.json` and a `part-N.npz` for every stretch of the FASTA. A part appears
 by rename when all of it is on the disk, so a killed job has lost at most one. It carries the digest
-of the settings, its number and its range, so that no other file is ever taken for it. Jobs that
+of the settings and its number, so that no other file is ever taken for it. Jobs that
 share the work write into the same folder; which proteins form a part does not depend on them.
 """
 
@@ -117,22 +117,19 @@ class PartialResults:
 
     def missing(self) -> list[int]:
         """Parts that are not there, or are those of other work."""
-        return [part for part in range(self.total) if self.header(part) is None]
+        return [part for part in range(self.total) if not self.has(part)]
 
-    def header(self, part: int) -> dict[str, Any] | None:
-        """What a part says of itself, None where it is absent or not of this work."""
+    def has(self, part: int) -> bool:
+        """Whether a part is there. Settings and number fix its proteins."""
         with contextlib.suppress(UserError):
-            header = json.loads(self.load(part, ("header",))["header"].tobytes())
-            if header["settings"] == self.digest and header["part"] == part:
-                return header
-        return None
+            return str(self.load(part, ("of",))["of"]) == f"{self.digest} {part}"
+        return False
 
-    def write(self, part: int, first: int, ids: Sequence[str], arrays: dict[str, Any]) -> None:
-        """Writes a part whose proteins are number `first` and those that follow."""
-        header = {"settings": self.digest, "part": part, "first": first, "proteins": len(ids)}
+    def write(self, part: int, ids: Sequence[str], arrays: dict[str, Any]) -> None:
+        """Writes a part: the ids of its proteins, and their arrays."""
         encoded = [name.encode() for name in ids]
         arrays = arrays | {
-            "header": np.frombuffer(json.dumps(header).encode(), np.uint8),
+            "of": np.array(f"{self.digest} {part}"),
             "ids": np.frombuffer(b"".join(encoded), np.uint8),  # as wide as each is
             "id_ends": np.cumsum([len(name) for name in encoded]),
         }
@@ -170,7 +167,7 @@ class PartialResults:
 class PartReader:
     """Reads finished parts, each array of them once, and sums up what went by.
 
-    Raises UserError where a part is not of this work, or does not follow the one before it.
+    Raises UserError where a part is not of this work.
     """
 
     def __init__(self, results: PartialResults):
@@ -178,24 +175,17 @@ class PartReader:
         self._sums: dict[str, Any] = {}
         self.proteins = self.residues = self.longest_id = 0
         for part in range(results.total):
-            header = results.header(part) or {}
             arrays = results.load(part, ("rows", "ids"))
-            rows, ids = arrays["rows"], arrays["ids"]
-            if (header.get("first"), header.get("proteins")) != (self.proteins, len(rows)):
+            if not results.has(part):
                 raise UserError(
                     f"{results.path(part)} is no part {part} of this work: it was moved, or made "
                     "with other settings; remove it and run the same command again"
                 )
-            self.proteins += len(rows)
-            self.residues += int(rows.sum())
-            self.longest_id = max(self.longest_id, *map(len, ids))
-        if self.proteins != (expected := results.resume()["count"]):
-            raise UserError(
-                f"{results.folder} holds {self.proteins:,} proteins of {expected:,}; remove it and "
-                "run the same command again"
-            )
+            self.proteins += len(arrays["rows"])
+            self.residues += int(arrays["rows"].sum())
+            self.longest_id = max(self.longest_id, *map(len, arrays["ids"]))
         first = results.load(0)
-        self.fields = [n for n in first if n not in (*PER_PROTEIN, "header", "id_ends")]
+        self.fields = [n for n in first if n not in (*PER_PROTEIN, "of", "id_ends")]
         self.like = {name: (first[name].dtype, first[name].shape[1:]) for name in self.fields}
 
     def parts(self, *names: str) -> Iterator[dict[str, Any]]:
