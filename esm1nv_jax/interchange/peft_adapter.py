@@ -56,7 +56,7 @@ def write(
     }
     (folder / ADAPTER).write_bytes(save_safetensors(content, metadata={"format": "pt"}))
     adapted = "|".join(re.escape(names[name]) for name in lora.projections)
-    saved = {"classifier"} | {name.removesuffix(".weight") for name in weights if "pooler" in name}
+    pooler = [n.removesuffix(".weight") for n in weights if n.endswith("pooler.dense.weight")]
     config = {
         "peft_type": "LORA",
         "task_type": TASKS[head.level],
@@ -65,7 +65,7 @@ def write(
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
         "target_modules": rf"{re.escape(layers)}\.\d+\.({adapted})",
-        "modules_to_save": sorted(name for name in saved if not name.endswith(".bias")),
+        "modules_to_save": ["classifier", *pooler],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
