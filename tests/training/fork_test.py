@@ -10,6 +10,7 @@ from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.training import monitor
 from esm1nv_jax.training.optimizer import OptimizerConfig, schedule
+from tests.cluster.runs import Run
 
 
 def params(run, step):
@@ -49,6 +50,16 @@ def test_a_run_ends_by_time_as_by_steps_and_goes_on_bit_for_bit(tmp_path, train_
     train(train_here, run, "--config.minutes=1000")
     assert step_folder.steps(run)[-1] == 12
     assert_same(params(run, 12), params(straight, 12))
+
+
+@pytest.mark.integration
+def test_two_processes_end_by_time_after_the_same_step(tmp_path):
+    limit = ("--config.minutes=0.02", "--config.steps=1000000", "--config.checkpoint.every=1000000")
+    with Run(tmp_path / "run", 2, *limit) as run:
+        assert run.wait() == 0, run.text
+    assert "--config.minutes=0.04" in run.text
+    last = lines(run.workdir, "validation")[-1]["step"]
+    assert step_folder.steps(run.workdir) == ([last] if last else [])
 
 
 @pytest.mark.integration

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -77,10 +78,13 @@ def test_a_run_leaves_what_it_promises(straight):
     [
         (signal.SIGTERM, 75),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.integration),
+        pytest.param(signal.SIGHUP, 75, marks=pytest.mark.integration),  # a lost terminal
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.integration),
     ],
 )
 def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, status):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip("the tests run under nohup")
     run = tmp_path / "run"
     path, release = processes.held_data(tmp_path / "held", after=10)
     process = processes.start(f"--workdir={run}", PYTHONPATH=path)
@@ -102,6 +106,22 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
     assert [[line.get(f) for f in figures] for line in lines(run, "validation")] == expected
     steps = [line["step"] for line in lines(run, "train")]
     assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+@pytest.mark.integration
+def test_a_console_whose_reader_left_does_not_end_a_run(tmp_path, straight):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        processes.command(f"--workdir={run}"),
+        env=processes.environment(),
+        cwd=processes.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(300) == 0
+    assert_same(params(run, 12), params(straight[0], 12))
 
 
 def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
