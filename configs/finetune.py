@@ -12,7 +12,8 @@ step and device), lr=, weight_decay=, seed=, and `scratch`: the architecture of 
 random weights, for comparison.
 
 The learning rate rises over a tenth of the steps and falls to zero by a cosine. Its peak depends on
-the method: 1e-4 where all or the last blocks are trained, 5e-4 for LoRA, 1e-3 for the head alone.
+the method: 1e-4 where all or the last blocks are trained, 5e-4 for LoRA, 1e-3 for the head alone,
+of a model 768 wide; narrower ones take more, in proportion.
 Rows hold the longest protein, or as much as the model reads; longer proteins are cropped.
 """
 
@@ -25,7 +26,8 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.interchange.loader import load_weights
 
-PEAK_LR = {"lora": 5e-4, "head": 1e-3}  # else 1e-4
+PEAK_LR = {"lora": 5e-4, "head": 1e-3}  # else 1e-4, at this width:
+WIDTH = 768
 SHORTEST_ROW = 256  # tokens; several short proteins share one
 
 
@@ -67,9 +69,14 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     row_length = tokens * max(1, SHORTEST_ROW // tokens)
     config.data.update(path=args["csv"], max_residues=residues, row_length=-(-row_length // 8) * 8)
     config.batch.sequences_per_device = args["batch"]
-    peak_lr = args["lr"] or PEAK_LR.get(args["method"].partition("=")[0], 1e-4)
+    default_lr = PEAK_LR.get(args["method"].partition("=")[0], 1e-4) * WIDTH / model.width
     config.optimizer.update(
-        peak_lr=peak_lr, min_lr=0.0, warmup=0.1, constant=0.0, horizon=1.0, beta2=0.999
+        peak_lr=args["lr"] or default_lr,
+        min_lr=0.0,
+        warmup=0.1,
+        constant=0.0,
+        horizon=1.0,
+        beta2=0.999,
     )
     config.optimizer.weight_decay = args["weight_decay"]
     config.evaluation.every = epoch

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+import subprocess
 
 import numpy as np
 import pytest
@@ -259,3 +260,28 @@ def test_interrupted_and_gone_on_equals_straight(run, base, tmp_path, number, st
     for name in a:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     assert (straight / "test.json").read_text() == (stopped / "test.json").read_text()
+
+
+@pytest.mark.integration
+def test_two_processes_learn_as_one(base, tmp_path):
+    path = table(tmp_path / "t.csv", "residue_classification")
+    arg = f"model={base},csv={path},task=residue_classification,method=lora=4,epochs=3,lr=0.02"
+    options = ("--config.compute.dtype=float32", "--config.batch.rows=2")
+    config = f"configs/finetune.py:{arg}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert processes.run(f"--workdir={one}", *options, config=config).returncode == 0
+    launcher = [str(processes.ROOT / "launch" / "local.sh"), "-n", "2"]
+    done = subprocess.run(
+        [*launcher, *processes.command(f"--workdir={two}", *options, config=config)],
+        env=processes.environment(),
+        cwd=processes.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(lines(one, "validation"), lines(two, "validation"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    results = [json.loads((run / "test.json").read_text()) for run in (one, two)]
+    assert results[0]["step"] == results[1]["step"]
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-5)
