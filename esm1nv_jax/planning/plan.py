@@ -69,6 +69,8 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     chip = chips.chip(chip_name)
     devices = chips.devices(chip, hosts, per_host)
     run = RunConfig.from_config_dict(config)
+    if run.finetune is not None:
+        raise UserError("plan is for pretraining; this config fine-tunes a model")
     settings = run.step_config(devices[0])
     model, compute = settings.model, settings.compute
     source = open_split(run.data.path or SAMPLE, "train")

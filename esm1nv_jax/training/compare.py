@@ -171,6 +171,8 @@ def read(paths: list[str]) -> list[Run]:
         validation = [line for line in lines if line["kind"] == "validation"]
         if not validation:
             raise UserError(f"{path} has no validation metrics yet; let it run on, or leave it out")
+        if "finetune.task" in fields:
+            raise UserError(f"{path} is a fine-tuned run; compare is for pretraining: leave it out")
         runs.append(Run(name, fields, validation))
     return runs
 
