@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import typing
 from collections.abc import Mapping
@@ -167,6 +168,9 @@ class RunConfig:
         Raises UserError that names the field, the value found and what is allowed.
         """
         values = config_file.flat(config)
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name}={value} is not a finite number")
         for name, minimum in MINIMUM.items():
             if name in values and values[name] < minimum:
                 raise UserError(f"{name}={values[name]} must be at least {minimum}")

@@ -60,6 +60,8 @@ def get_config(arg=""):
         (["--config.profile=5-3"], "names no steps"),
         (["--config.optimizer.warmup=5000"], "optimizer.horizon=1000"),
         (["--config.optimizer.warmup=1.5"], "warmup=1.5 is neither whole nor a share of steps"),
+        (["--config.optimizer.weight_decay=nan"], "weight_decay=nan is not a finite number"),
+        (["--config.optimizer.peak_lr=inf"], "optimizer.peak_lr=inf is not a finite number"),
         (["--config.optimizer.horizon=1e300"], "horizon=1e+300 must be at most 2147483647"),
         ([f"--config.steps={1 << 31}"], "steps=2147483648 must be at most 2147483647"),
         (["--config.data.workers=1000000"], "data.workers=1000000 must be at most 1000"),
