@@ -80,6 +80,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     rows = global_rows // count
     load = roofline.stream_load(run, source, rows, count)
 
+    console.print(f"compiling for {count} x {chip.name}")  # which takes a while
     state, compiled, seconds = compile_step(settings, mesh, global_rows, run.data.row_length)
     program = Program(compiled.as_text())
     step = roofline.Step(model, compute.attention, settings.microbatches, hosts, per_host)
@@ -341,7 +342,6 @@ def main(argv: list[str]) -> int:
         plans = [attempt(config, change, target) for change in changes]
         print(json.dumps(plans, indent=1)) if options.json else print_comparison(plans)
         return 0
-    console.print(f"compiling for {options.chip}")
     try:
         result |= plan(config, *target)
     except DoesNotFit as error:
