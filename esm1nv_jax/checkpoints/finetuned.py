@@ -15,7 +15,7 @@ from etils import epath
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.model_folder import Weights, flatten, unflatten
-from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER
+from esm1nv_jax.checkpoints.step_folder import BEST
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import lora
 from esm1nv_jax.model.encoder_config import EncoderConfig
@@ -46,11 +46,8 @@ def find(path: str) -> tuple[epath.Path, int, str] | None:
             return None
     except (OSError, ValueError):
         return None  # `model_folder.read` says what is wrong
-    named = epath.Path(path).name
-    best = step_folder.steps(run, BEST)
-    if best and folder == FOLDER and named != FOLDER and not named.isdecimal():
-        return run, best[-1], BEST
-    return found
+    best = step_folder.steps(run, BEST) if epath.Path(path) == run else []
+    return (run, best[-1], BEST) if best else found
 
 
 def read(run: epath.Path, step: int, folder: str, load_base: Callable[[str], Weights]) -> Weights:
