@@ -161,6 +161,10 @@ def test_training_stops_when_validation_does_not_improve(run):
     assert (
         step_folder.steps(out) == [6] and json.loads((out / "test.json").read_text())["step"] == 2
     )
+    renamed = out.rename(out.parent / "1")  # as a step might be called
+    paths = [str(renamed), str(renamed / "best"), str(renamed / "checkpoints")]
+    assert [load_weights(path).provenance["steps"] for path in paths] == [[2], [2], [6]]
+    renamed.rename(out)
     assert run("run", *options)[0] == 0  # it has ended
     assert lines(out, "validation")[-1]["step"] == 6
 
