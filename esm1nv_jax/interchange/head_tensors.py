@@ -48,7 +48,9 @@ def config_fields(head: HeadConfig) -> dict[str, Any]:
     }
 
 
-def read_config(fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str):
+def read_config(
+    fields: dict[str, Any], tensors: dict[str, np.ndarray], source: str
+) -> HeadConfig | None:
     """The HeadConfig of a folder, None where its architecture has no head.
 
     Classes without names are LABEL_0, LABEL_1, ..., as there; one output without a `problem_type`
