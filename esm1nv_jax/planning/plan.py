@@ -57,6 +57,8 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     Raises UserError where the target's compiler is not installed or the config is wrong, DoesNotFit
     where the compiler itself finds too little memory.
     """
+    import jax
+
     from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.data.source import SAMPLE, open_split
     from esm1nv_jax.planning import roofline
@@ -65,15 +67,20 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.training.memory import check_memory
     from esm1nv_jax.training.metrics import training_flops
     from esm1nv_jax.training.run_config import RunConfig
+    from esm1nv_jax.training.run_data import open_data
 
     chip = chips.chip(chip_name)
     devices = chips.devices(chip, hosts, per_host)
     run = RunConfig.from_config_dict(config)
-    if run.finetune is not None:
-        raise UserError("plan is for pretraining; this config fine-tunes a model")
     settings = run.step_config(devices[0])
+    data = None
+    if run.finetune is None:
+        source = open_split(run.data.path or SAMPLE, "train")
+    else:
+        data = open_data(run)
+        source = data.train
+        settings = run.step_config(devices[0], data.objective, data.tuning)
     model, compute = settings.model, settings.compute
-    source = open_split(run.data.path or SAMPLE, "train")
     global_rows, count = run.global_rows(source.lengths, len(devices)), len(devices)
     mesh = sharding.make_mesh(devices)
     check_memory(settings, stream_config(run, global_rows), mesh, chip.memory)
@@ -91,8 +98,12 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     memory = roofline.memory_of(compiled, program, state)
     if chip.platform == "cpu":
         memory |= process_memory(memory)
+        if data is not None and data.initial is not None:
+            sizes = (leaf.nbytes for leaf in jax.tree.leaves(data.initial))
+            memory["base model, on the host"] = sum(sizes)
     peak = sum(memory.values())
-    useful = training_flops(model, load.tokens, load.squares, load.selected)
+    head = settings.objective.head_flops(model) * load.selected
+    useful = training_flops(model, load.tokens, load.squares, head, settings.tuning)
     return {
         "chip": chip.name,
         "hosts": hosts,
@@ -201,10 +212,16 @@ def measured(workdir: str, config) -> dict[str, float]:
     lines = [line for line in metrics_log.read(workdir) if line["kind"] == "train"]
     if len(lines) < 2:
         raise UserError(f"{workdir} has fewer than two lines of training; let the run go on")
-    model = config_of(workdir).model.to_dict()
+    there = config_of(workdir)
+    model = there.model.to_dict()
     if model != config.model.to_dict():
         fields = sorted(k for k in model if model[k] != config.model.get(k))
         raise UserError(f"--against {workdir} has another model: {', '.join(fields)} differ")
+    trained = [c.finetune.method if c.get("finetune") else "pretraining" for c in (there, config)]
+    if trained[0] != trained[1]:
+        raise UserError(
+            f"--against {workdir} is a run of {trained[0]}, the plan is of {trained[1]}"
+        )
     return {
         name: statistics.median(line[name] for line in lines[1:])  # the first one compiled
         for name in ("seconds_per_step", "tokens_per_second", "mfu")
@@ -328,14 +345,15 @@ def main(argv: list[str]) -> int:
 
     from esm1nv_jax.common import config_file
 
+    # Before a config is read, for that of fine-tuning opens its model.
+    flags = chips.prepare_environment(options.chip)
     if options.config:
         config = config_file.from_option(options.config, overrides)
     else:
         config = config_file.override(config_of(options.against), overrides)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"flags": flags}
     if options.against:
         result["measured"] = measured(options.against, config)
-    result["flags"] = chips.prepare_environment(options.chip)
     target = (options.chip, options.hosts, options.devices_per_host)
     if fields:
         changes = [{VARIANTS[f][0]: value} for f in fields for value in VARIANTS[f][1]]

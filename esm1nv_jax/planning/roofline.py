@@ -163,19 +163,20 @@ def miscounted(program, useful: float, mfu: float) -> str:
 
 
 def memory_of(compiled, program, state) -> dict[str, float]:
-    """Bytes by kind; their sum is the peak."""
+    """Bytes by kind; their sum is the peak. `frozen` are parameters that are not trained."""
     import jax
 
-    parameters, optimizer = (
+    parameters, frozen, optimizer = (
         sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        for tree in (state.params, state.opt_state)
+        for tree in (state.params, state.frozen, state.opt_state)
     )
     stats = compiled.memory_analysis()
-    inputs = stats.argument_size_in_bytes - parameters - optimizer
+    inputs = stats.argument_size_in_bytes - parameters - frozen - optimizer
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     activations = min(program.saved_activations(), stats.temp_size_in_bytes)
     return {
         "parameters": parameters,
+        **({"frozen": frozen} if frozen else {}),
         "optimizer": optimizer,
         "batch": max(inputs, 0) + max(outputs, 0),
         "activations": activations,
@@ -196,7 +197,8 @@ def stream_load(run, source, rows: int, devices: int) -> Load:
 
 
 def load_of(batch, rate: float, flash_blocks) -> Load:
-    """From one device's rows of the input stream (NumPy arrays) and the rate of masking."""
+    """From one device's rows of the input stream (NumPy arrays) and the rate of masking, which
+    does not count where the rows have labels."""
     from esm1nv_jax.model.masking import target_counts
 
     ids_BT = batch["segment_ids"]
@@ -205,6 +207,10 @@ def load_of(batch, rate: float, flash_blocks) -> Load:
     owner = (np.arange(B)[:, None] * (T + 1) + ids_BT)[real]
     lengths = np.unique(owner, return_counts=True)[1]
     maskable = np.maximum(lengths - 2, 0)
+    if "label_examples" in batch:
+        selected = int((batch["label_examples"] >= 0).sum())
+    else:
+        selected = int(target_counts(rate, T)[maskable].sum())
     return Load(
         rows=B,
         row_length=T,
@@ -212,7 +218,7 @@ def load_of(batch, rate: float, flash_blocks) -> Load:
         residues=int(maskable.sum()),
         sequences=len(lengths),
         squares=float((lengths.astype(np.float64) ** 2).sum()),
-        selected=int(target_counts(rate, T)[maskable].sum()),
+        selected=selected,
         tiles_forward=_visited(ids_BT, flash_blocks.queries, flash_blocks.keys),
         tiles_backward=_visited(ids_BT, flash_blocks.backward, flash_blocks.backward),
     )

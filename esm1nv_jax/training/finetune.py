@@ -24,9 +24,8 @@ from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED, UserError
 from esm1nv_jax.data.labeled_data import TASKS
-from esm1nv_jax.model.label_metrics import LOWER_IS_BETTER
 from esm1nv_jax.training import process_group
-from esm1nv_jax.training.objectives.labels import DEFAULT_METRIC
+from esm1nv_jax.training.objectives.labels import best_metric
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.train import train
 from esm1nv_jax.training.workdir import LOCK
@@ -99,7 +98,9 @@ def search(config: ConfigDict, grid: list[dict[str, float]], out: Path) -> int:
             status = train(trial, str(out / FOLDER / name))
             if status in (EXIT_SAVED, EXIT_INTERRUPTED):
                 return status
-        metric, sign = _metric(trial)
+        assert trial.finetune is not None
+        metric, maximize = best_metric(TASKS[trial.finetune.task][1], trial.finetune.metric)
+        sign = 1 if maximize else -1
         values = {name: _best(out / FOLDER / name, metric) for name in names}
         scores = {name: sign * x for name, x in values.items() if x is not None}
         if not scores:
@@ -127,14 +128,6 @@ def _config(config: ConfigDict, setting: dict[str, float], test: bool) -> RunCon
     return RunConfig.from_config_dict(
         config_file.override(config.copy_and_resolve_references(), options)
     )
-
-
-def _metric(config: RunConfig) -> tuple[str, int]:
-    """The metric of validation that chooses, and 1 where a higher one is better, else -1."""
-    assert config.finetune is not None
-    name = config.finetune.metric
-    name = DEFAULT_METRIC[TASKS[config.finetune.task][1]] if name == "auto" else name
-    return name, -1 if name in LOWER_IS_BETTER else 1
 
 
 def _best(run: Path, metric: str) -> float | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.model.lora import FUSED
+from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.tuning import Tuning
 
 # Dense bf16 peak, FLOP/s a device, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -55,18 +57,46 @@ def add_sums(total: dict[str, float], sums: dict[str, float]) -> dict[str, float
 
 
 def training_flops(
-    config: EncoderConfig, tokens: float, sum_squared_lengths: float, predictions: float
+    config: EncoderConfig,
+    tokens: float,
+    sum_squared_lengths: float,
+    head: float,
+    tuning: Tuning | None = None,
 ) -> float:
     """Return the FLOPs that training on these tokens cannot do without.
 
     Products of real tokens and attention within their own sequences, forward and twice that
-    backward; nothing for padding or rematerialisation.
+    backward; nothing for padding, pooling or rematerialisation. `head` are those of the head,
+    forward. Frozen kernels have no weight gradient, and below the first trained layer there is
+    no backward at all.
     """
-    width, layers = config.width, config.layers
-    block = 4 * width**2 + 2 * width * config.ffn
-    forward = 2 * layers * block * tokens + 4 * layers * width * sum_squared_lengths
-    head = 2 * (width**2 + vocabulary(config.vocabulary).size * width) * predictions
-    return 3 * (forward + head)
+    width, ffn, layers = config.width, config.ffn, config.layers
+    matrix = 2 * width * tokens
+    stages = {  # of a block, forward
+        "qkv": 3 * matrix * width,
+        "attention": 4 * width * sum_squared_lengths,
+        "out_proj": matrix * width,
+        "fc1": matrix * ffn,
+        "fc2": matrix * ffn,
+    }
+    block = sum(stages.values())
+    forward = layers * block + head
+    method = tuning.method if tuning else "full"
+    if tuning is None or method == "full":
+        return 3 * forward
+    if method == "head":
+        return forward + head
+    if method == "last":
+        return forward + 2 * (tuning.blocks * block + head)
+    assert tuning.lora is not None
+    stages["attention"] *= 2  # neither operand is a weight: both need their gradients
+    order, projections = list(stages), tuning.lora.projections
+    first = min(order.index("qkv" if name in FUSED else name) for name in projections)
+    not_needed = sum(stages[name] for name in order[: first + 1])  # of the first block
+    backward = layers * sum(stages.values()) - not_needed
+    sizes = [width + (ffn if name in ("fc1", "fc2") else width) for name in projections]
+    factors = 2 * tuning.lora.rank * tokens * layers * sum(sizes)
+    return forward + backward + 3 * factors + 2 * head
 
 
 class ThroughputWindow:
@@ -76,9 +106,11 @@ class ThroughputWindow:
         self,
         model: EncoderConfig,
         devices: Sequence[jax.Device],
-        metrics_of: Callable[[dict[str, float]], dict[str, float]],
+        objective: Objective,
+        tuning: Tuning | None = None,
     ):
-        self.model, self.num_devices, self.metrics_of = model, len(devices), metrics_of
+        self.model, self.objective, self.tuning = model, objective, tuning
+        self.num_devices = len(devices)
         self.peak = PEAK_FLOPS.get(devices[0].device_kind)
         self.restart()
 
@@ -101,15 +133,16 @@ class ThroughputWindow:
         """Return the metrics of the window, and begin another."""
         total, seconds = self.total, time.perf_counter() - self.start - self.paused
         residues = total["tokens"] - 2 * total["sequences"]  # without <s> and </s>
-        metrics = self.metrics_of(total) | {
+        metrics = self.objective.metrics(total) | {
             "tokens_per_second": residues / seconds,
             "seconds_per_step": seconds / self.steps,
             "sequences_per_step": total["sequences"] / self.steps,
             "padding_share": 1 - total["tokens"] / total["num_slots"],
         }
         if self.peak:
-            names = ("tokens", "sum_squared_lengths", "num_targets")
-            flops = training_flops(self.model, *(total[name] for name in names))
+            head = self.objective.head_flops(self.model) * total["num_targets"]
+            work = total["tokens"], total["sum_squared_lengths"], head
+            flops = training_flops(self.model, *work, self.tuning)
             metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)
         self.restart()
         return metrics

@@ -62,7 +62,8 @@ class RunMonitor:
         self._finished_at: int | None = None
         self._objective, primary = objective, group.is_primary
         self._writer = MetricsWriter(run_dir, step, primary)
-        self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective.metrics)
+        tuning = config.finetune.tuning if config.finetune else None
+        self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective, tuning)
         self._clock = HostClock(group, mesh.local_devices[0])
         self._profiler = StepProfiler(
             *(config.profile_steps if primary else (0, 0)), run_dir / "profile"

@@ -279,13 +279,13 @@ def test_advice_is_compiled_before_it_is_given(monkeypatch):
     assert tried == [(2, "none"), (4, "none"), (1, "block")]
 
 
-def write_run(folder, model):
+def write_run(folder, model, **fields):
     lines = [
         {"step": n, "kind": "train", "seconds_per_step": s, "tokens_per_second": 10.0}
         for n, s in ((1, 99.0), (2, 0.5), (3, 0.7))
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "config.json").write_text(json.dumps({"model": model}))
+    (folder / "config.json").write_text(json.dumps({"model": model} | fields))
 
 
 @pytest.mark.integration
@@ -299,6 +299,9 @@ def test_a_run_of_another_model_is_refused(tmp_path):
     config = config_file.load("tests/configs/tiny.py")
     write_run(tmp_path, config.model.to_dict() | {"width": 32, "layers": 7})
     with pytest.raises(UserError, match="another model: layers, width differ"):
+        plan_module.measured(str(tmp_path), config)
+    write_run(tmp_path, config.model.to_dict(), finetune={"method": "lora=8"})
+    with pytest.raises(UserError, match="a run of lora=8, the plan is of pretraining"):
         plan_module.measured(str(tmp_path), config)
 
 

@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import command, config_file
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
-from esm1nv_jax.planning import chips, plan
 from esm1nv_jax.training import compare, finetune, sharding
 
 MODEL = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
@@ -144,17 +143,13 @@ def test_of_paths(refusal, models):
     )
 
 
-def test_of_commands_for_pretraining(models, tmp_path):
+def test_of_commands_for_pretraining(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text('{"finetune": {"task": "x"}}', encoding="utf-8")
     (run / "metrics.jsonl").write_text('{"kind": "validation", "step": 0}\n', encoding="utf-8")
     with pytest.raises(UserError, match="run is a fine-tuned run; compare is for pretraining"):
         compare.read([str(run)])
-    (tmp_path / "t.csv").write_text(rows(CLASSES), encoding="utf-8")
-    arg = f"model={models / 'base'},csv={tmp_path / 't.csv'},task=protein_classification"
-    with pytest.raises(UserError, match="plan is for pretraining"):
-        plan.plan(config_file.load("finetune", arg), chips.THIS_CPU)
 
 
 def test_a_sequence_in_two_splits_is_counted(tmp_path):

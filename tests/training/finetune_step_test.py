@@ -11,6 +11,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder, lora
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.training import sharding, step
+from esm1nv_jax.training.metrics import ThroughputWindow, training_flops
 from esm1nv_jax.training.objectives.labels import LabelPrediction, balanced_weights
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.tuning import Tuning
@@ -239,3 +240,17 @@ def test_what_is_no_method(text):
 def test_more_blocks_than_there_are():
     with pytest.raises(UserError, match="last=3: the model has 2 blocks"):
         step.create_state(config("residue", "last=3"))
+
+
+@pytest.mark.parametrize("method", ["full", "last=1", "lora=4", "head"])
+def test_mfu_counts_what_the_method_computes(method):
+    settings = config("protein", method)
+    window = ThroughputWindow(MODEL, jax.devices()[:2], settings.objective, settings.tuning)
+    window.peak = 1e12
+    sums = {"loss": 9.0, "num_labels": 5.0, "num_correct": 2.0, "num_targets": 5.0}
+    sums |= {"tokens": 90.0, "sequences": 5.0, "num_slots": 128.0, "sum_squared_lengths": 1800.0}
+    window.add(sums)
+    metrics = window.take()
+    flops = metrics["mfu"] * metrics["seconds_per_step"] * 2e12
+    head = 2 * (3 * MODEL.width + MODEL.width) * 5  # three classes, and the scores of the pooling
+    assert flops == pytest.approx(training_flops(MODEL, 90, 1800, head, settings.tuning))

@@ -51,6 +51,9 @@ class Objective(Protocol):
     def num_targets(self, sums: dict) -> Any:
         """Return what `loss` is divided by."""
 
+    def head_flops(self, model: EncoderConfig) -> float:
+        """Return the FLOPs of the products of one prediction, forward."""
+
     def metrics(self, sums: dict[str, float], outputs: dict[str, Any] | None = None) -> dict:
         """Return metrics from sums, and of validation from outputs, over any number of batches."""
 

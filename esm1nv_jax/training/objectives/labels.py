@@ -62,11 +62,11 @@ class LabelPrediction:
 
     @property
     def best_metric(self) -> str:
-        return DEFAULT_METRIC[self.head.kind] if self.metric == "auto" else self.metric
+        return best_metric(self.head.kind, self.metric)[0]
 
     @property
     def maximize(self) -> bool:
-        return self.best_metric not in label_metrics.LOWER_IS_BETTER
+        return best_metric(self.head.kind, self.metric)[1]
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
@@ -145,6 +145,10 @@ class LabelPrediction:
         """Return what `loss` is divided by; a batch may hold no label at all."""
         return jnp.maximum(sums["num_targets"], 1e-6)
 
+    def head_flops(self, model: encoder.EncoderConfig) -> float:
+        params = jax.tree.leaves(heads.abstract(self.head, model.width))
+        return 2.0 * sum(leaf.size for leaf in params if leaf.ndim == 2)
+
     def metrics(
         self, sums: dict[str, float], outputs: dict[str, Any] | None = None
     ) -> dict[str, float]:
@@ -169,6 +173,13 @@ class LabelPrediction:
     def progress_note(self, metrics: dict[str, float]) -> str:
         name = "mse" if self.head.kind == "regression" else "accuracy"
         return f"loss {metrics['loss']:.3f}  {name} {metrics[name]:.3f}"
+
+
+def best_metric(kind: str, metric: str) -> tuple[str, bool]:
+    """Return the metric of validation that chooses the best checkpoint of a config's
+    `finetune.metric`, and whether a higher one is better."""
+    name = DEFAULT_METRIC[kind] if metric == "auto" else metric
+    return name, name not in label_metrics.LOWER_IS_BETTER
 
 
 def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.model import encoder, esm2, masking
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.masking import Masked
@@ -72,6 +73,9 @@ class MaskedLM:
     def num_targets(self, sums: dict):
         """Return what `loss` is divided by: the number of predictions."""
         return sums["num_targets"]
+
+    def head_flops(self, model: encoder.EncoderConfig) -> float:
+        return 2.0 * model.width * (model.width + vocabulary(model.vocabulary).size)
 
     def metrics(
         self, sums: dict[str, float], outputs: dict[str, Any] | None = None
