@@ -15,90 +15,73 @@ from typing import Any
 
 from rich.table import Table
 
-from esm1nv_jax.common import command, config_file, files, metrics_log
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.html import HtmlReport, new_figure
-from esm1nv_jax.training.run_config import changes_learning
-from esm1nv_jax.training.workdir import CONFIG, DATA
+from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
+from esm1nv_jax.training.recorded_run import Run, read
 
-METRIC = "perplexity_mask"  # the one metric in which recipes can be compared
-# Fields that say which residues validation asks for: under different ones, perplexities are answers
-# to different questions.
-QUESTION = ("masking.", "evaluation.", "data.max_residues", "data.fingerprint.validation")
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
-HEADER = ("runs", "seeds", "step", "mean", "spread", "above the first")
 DIFFERENCES = (
     "Above the first: the difference of means at the last step at which all runs of the table "
     "validated, ± its standard error over seeds. Runs of one seed each have none; the difference "
     "of two models with an error paired by protein: esm1nv evaluate --checkpoint RUN --against RUN "
     "--data DIR."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A run as it is on disk: `fields` of its config and data, `validation` lines by step."""
-
-    name: str
-    fields: dict[str, Any]
-    validation: list[dict[str, float]]
-
-    @property
-    def recipe(self) -> tuple:
-        """Every field that changes what is learned or asked, but the seed."""
-        return tuple(
-            (name, value)
-            for name, value in sorted(self.fields.items())
-            if name != "seed" and changes_learning(name)
-        )
-
-    @property
-    def question(self) -> tuple:
-        """Every field that changes which residues validation asks for."""
-        return tuple(
-            (name, value)
-            for name, value in self.recipe
-            if name.startswith(QUESTION) and changes_learning(name)
-        )
-
-    def at(self, step: float) -> float:
-        """Return the validation metric after `step` steps; NaN where there is none."""
-        return next((x[METRIC] for x in self.validation if x["step"] == step), math.nan)
+BEST = (
+    "Each run counts at its best validation; means are ± their standard error over seeds. Above "
+    "the first: the difference of these means, ± its standard error. Test: the means of the "
+    "metrics in test.json, where all runs of the recipe have it."
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RecipeRow:
-    """The runs of one recipe at the last step at which all of them validated.
+    """The runs of one recipe at the last step at which all of them validated; fine-tuned runs at
+    the best validation of each, with `step` None.
 
-    `spread` is the sample standard deviation over seeds, NaN for one. `difference` is how much the
-    mean lies above that of the first row of its table, both at the last step that all its runs
-    share, with its standard error over seeds; NaN where there is none.
+    `spread` is the sample standard deviation over seeds, `se` the standard error of the mean; NaN
+    for one run. `difference` is how much the mean lies above that of the first row of its table, of
+    pretraining both at the last step that all its runs share, with its standard error over seeds;
+    NaN where there is none. `test` has mean and standard error of the metrics of test.json, where
+    all of the runs were tested.
     """
 
     runs: list[str]
     seeds: list[int | None]
-    step: int
+    step: int | None
     mean: float
     spread: float
+    se: float = math.nan
+    test: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     difference: float = math.nan
     difference_se: float = math.nan
 
-    def cells(self) -> list[str]:
-        spread = "-" if math.isnan(self.spread) else f"{self.spread:.3f}"
-        seeds = ", ".join(map(str, self.seeds))
-        above = "-"
-        if not math.isnan(self.difference):
-            error = "" if math.isnan(self.difference_se) else f" ± {self.difference_se:.3f}"
-            above = f"{self.difference:.3f}{error}"
-        return [", ".join(self.runs), seeds, f"{self.step:,}", f"{self.mean:.3f}", spread, above]
+    def cells(self) -> dict[str, str]:
+        """Return what tables show, by column."""
+        cells = {"runs": ", ".join(self.runs), "seeds": ", ".join(map(str, self.seeds))}
+        if self.step is None:
+            cells["mean"] = plus_minus(self.mean, self.se, 3)
+        else:
+            cells |= {"step": f"{self.step:,}", "mean": f"{self.mean:.3f}"}
+            cells["spread"] = plus_minus(self.spread, math.nan, 3)
+        cells["above the first"] = plus_minus(self.difference, self.difference_se, 3)
+        return cells | {f"test {name}": plus_minus(*x, 3) for name, x in self.test.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Return what is written as JSON and CSV."""
+        record = dataclasses.asdict(self)
+        for name, (mean, se) in record.pop("test").items():
+            record |= {f"test_{name}": mean, f"test_{name}_se": se}
+        return record
 
 
 def main(argv: list[str]) -> None:
     parser = command.Parser(
         "compare",
         "Set runs side by side: what differs in their configs, validation perplexity at <mask>\n"
-        "against steps, and mean and spread over seeds.",
+        "against steps, and mean and spread over seeds. Fine-tuned runs by the metric that chose\n"
+        "their best checkpoint, and by their tests.",
         "esm1nv compare runs/card-0 runs/card-1 runs/card-2 --out compare.html",
     )
     add = parser.add_argument
@@ -121,25 +104,29 @@ def main(argv: list[str]) -> None:
     else:
         stdout.print("The configs do not differ.")
     for rows in groups:
-        table = Table(*HEADER, title="Validation perplexity at <mask>, by recipe")
-        for row in rows:
-            table.add_row(*row.cells())
+        header, cells = table_of(rows)
+        table = Table(*header, title=f"Validation {metric_name(runs)}, by recipe")
+        for row in cells:
+            table.add_row(*row)
         stdout.print(table)
-    if any(len(rows) > 1 for rows in groups):
+    if runs[0].is_finetuned:
+        stdout.print(BEST)
+    elif any(len(rows) > 1 for rows in groups):
         stdout.print(DIFFERENCES)
     if len(groups) > 1:
         stdout.print(not_comparable(runs))
-    records = [dataclasses.asdict(row) for group in groups for row in group]
+    records = [row.record() for group in groups for row in group]
     if options.json:
         text = json.dumps(records).replace("NaN", "null")
         files.write(options.json, text)
     if options.csv:
         text_file = io.StringIO()
-        writer = csv.writer(text_file, lineterminator="\n")
-        writer.writerow(field.name for field in dataclasses.fields(RecipeRow))
+        columns = dict.fromkeys(name for record in records for name in record)
+        writer = csv.DictWriter(text_file, columns, lineterminator="\n")
+        writer.writeheader()
         for record in records:
             lists = {name: " ".join(map(str, record[name])) for name in ("runs", "seeds")}
-            writer.writerow((record | lists).values())
+            writer.writerow(record | lists)
         files.write(options.csv, text_file.getvalue())
     if options.out and options.out.endswith(".png"):
         with files.writing(options.out):
@@ -148,33 +135,6 @@ def main(argv: list[str]) -> None:
         files.write(options.out, report(runs, differences, groups).to_html())
     for path in filter(None, (options.out, options.json, options.csv)):
         console.print(f"wrote  {path}")
-
-
-def read(paths: list[str]) -> list[Run]:
-    """Read runs. Raises UserError for a folder that is no run, or has not validated yet."""
-    runs = []
-    for path, name in zip(paths, _short_names(paths), strict=True):
-        folder = Path(path)
-        try:
-            fields = config_file.flat(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-            if (folder / DATA).exists():
-                fingerprints = json.loads((folder / DATA).read_text(encoding="utf-8"))
-                fields |= {f"data.fingerprint.{split}": x for split, x in fingerprints.items()}
-            lines = metrics_log.read(folder)
-        except OSError as error:
-            raise UserError(
-                f"{path} is not a run: {Path(error.filename).name} cannot be read "
-                f"({error.strerror}); give the --workdir of a training run"
-            ) from None
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: {CONFIG} cannot be read ({error})") from None
-        validation = [line for line in lines if line["kind"] == "validation"]
-        if not validation:
-            raise UserError(f"{path} has no validation metrics yet; let it run on, or leave it out")
-        if "finetune.task" in fields:
-            raise UserError(f"{path} is a fine-tuned run; compare is for pretraining: leave it out")
-        runs.append(Run(name, fields, validation))
-    return runs
 
 
 def differing_fields(runs: list[Run]) -> dict[str, list[Any]]:
@@ -201,36 +161,80 @@ def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
                 raise UserError(
                     f"{first} and {same[i].name} are one recipe with one seed, {seed}; name one"
                 )
-        shared = set.intersection(*({x["step"] for x in run.validation} for run in same))
-        step = int(max(shared)) if shared else 0
-        values = [run.at(step) for run in same]
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        row = RecipeRow([run.name for run in same], seeds, step, statistics.fmean(values), spread)
+        step = _last_shared_step(same) or 0
+        values = _values(same, step)
+        row = RecipeRow(
+            [run.name for run in same],
+            seeds,
+            None if same[0].is_finetuned else step,
+            statistics.fmean(values),
+            _spread(values),
+            _error_of_mean(values),
+            _test_metrics(same),
+        )
         groups.setdefault(same[0].question, []).append(row)
     return [_with_differences(rows, runs) for rows in groups.values()]
 
 
 def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]:
     """Return rows of one question, best first, with their differences from the best."""
-    rows = sorted(rows, key=lambda row: row.mean)
+    rows = sorted(rows, key=lambda row: row.mean, reverse=runs[0].metric[1])
     named = {run.name: run for run in runs}
-    steps = ({x["step"] for x in named[name].validation} for row in rows for name in row.runs)
-    shared = set.intersection(*steps)
-    if not shared:
+    of_rows = [[named[name] for name in row.runs] for row in rows]
+    step = _last_shared_step([run for same in of_rows for run in same])
+    if step is None and not runs[0].is_finetuned:
         return rows
-    values = [[named[name].at(max(shared)) for name in row.runs] for row in rows]
-
-    def error_of_mean(x: list[float]) -> float:
-        return statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-
+    values = [_values(same, step or 0) for same in of_rows]
     return rows[:1] + [
         dataclasses.replace(
             row,
             difference=statistics.fmean(x) - statistics.fmean(values[0]),
-            difference_se=math.hypot(error_of_mean(x), error_of_mean(values[0])),
+            difference_se=math.hypot(_error_of_mean(x), _error_of_mean(values[0])),
         )
         for row, x in zip(rows[1:], values[1:], strict=True)
     ]
+
+
+def _last_shared_step(runs: list[Run]) -> int | None:
+    shared = set.intersection(*({x["step"] for x in run.validation} for run in runs))
+    return int(max(shared)) if shared else None
+
+
+def _values(runs: list[Run], step: int) -> list[float]:
+    """Return what each run counts: its best validation, in pretraining that after `step` steps."""
+    return [run.best() if run.is_finetuned else run.at(step) for run in runs]
+
+
+def _spread(x: list[float]) -> float:
+    """Return the sample standard deviation; NaN of one value, or where there is a NaN."""
+    return statistics.stdev(x) if len(x) > 1 and not any(map(math.isnan, x)) else math.nan
+
+
+def _error_of_mean(x: list[float]) -> float:
+    return _spread(x) / math.sqrt(len(x))
+
+
+def _test_metrics(runs: list[Run]) -> dict[str, tuple[float, float]]:
+    """Return mean and standard error over `runs` of every metric of their tests."""
+    metrics = [run.test.get("metrics", {}) for run in runs]
+    values = {
+        name: [math.nan if x[name] is None else x[name] for x in metrics]
+        for name in metrics[0]
+        if name != "loss" and all(name in x for x in metrics)
+    }
+    return {name: (statistics.fmean(x), _error_of_mean(x)) for name, x in values.items()}
+
+
+def metric_name(runs: list[Run]) -> str:
+    """Return what titles and axes call the metric of `runs`."""
+    return runs[0].metric[0] if runs[0].is_finetuned else "perplexity at <mask>"
+
+
+def table_of(rows: list[RecipeRow]) -> tuple[list[str], list[list[str]]]:
+    """Return header and cells of a table over seeds."""
+    cells = [row.cells() for row in rows]
+    header = list(dict.fromkeys(name for row in cells for name in row))
+    return header, [[row.get(name, "-") for name in header] for row in cells]
 
 
 def not_comparable(runs: list[Run]) -> str:
@@ -253,18 +257,20 @@ def plot_curves(runs: list[Run]):
     for same, colour in zip(recipes.values(), itertools.cycle(COLOURS), strict=False):
         style = "o--" if len(same) > 1 else "o-"
         for run in same:
-            points = [(x["step"], x[METRIC]) for x in run.validation]
+            points = [(x["step"], run.at(x["step"])) for x in run.validation]
             axis.plot(*zip(*points, strict=True), style, color=colour, label=run.name, ms=3, lw=0.9)
         if len(same) > 1:
             steps = sorted(set.intersection(*({x["step"] for x in r.validation} for r in same)))
             means = [statistics.fmean(run.at(step) for run in same) for step in steps]
             label = f"mean of {len(same)} seeds, {same[0].name} ..."
             axis.plot(steps, means, "-", color=colour, label=label, lw=2)
-    axis.set(xlabel="step", ylabel="validation perplexity, <mask> only")
+    axis.set(xlabel="step", ylabel=f"validation {metric_name(runs)}")
     axis.set_title(", ".join(run.name for run in runs[:4]) + (", ..." if len(runs) > 4 else ""))
     axis.legend(frameon=False, fontsize=8)
-    trained = [x[METRIC] for run in runs for x in run.validation if x["step"] > 0]
-    if trained:  # the untrained model, at about 30, would flatten all that follows
+    trained = [run.at(x["step"]) for run in runs for x in run.validation if x["step"] > 0]
+    if (
+        trained and not runs[0].is_finetuned
+    ):  # the untrained model, at about 30, would flatten all that follows
         axis.set_ylim(min(trained) - 0.2, max(trained) + 0.2)
     return figure
 
@@ -274,12 +280,13 @@ def report(
 ) -> HtmlReport:
     """Return the page: curves, the tables over seeds, and what differs."""
     page = HtmlReport("Runs side by side")
-    page.plot(plot_curves(runs), "validation perplexity of every run against steps")
+    page.plot(plot_curves(runs), f"validation {metric_name(runs)} of every run against steps")
     page.note("One colour a recipe; dashed lines are its seeds, a thick one their mean.")
     page.heading("Over seeds")
     for rows in groups:
-        page.table(HEADER, [row.cells() for row in rows])
-    page.note(f"Spread is the sample standard deviation over runs of one recipe. {DIFFERENCES}")
+        page.table(*table_of(rows))
+    spread = f"Spread is the sample standard deviation over runs of one recipe. {DIFFERENCES}"
+    page.note(BEST if runs[0].is_finetuned else spread)
     if len(groups) > 1:
         page.paragraph(not_comparable(runs))
     page.heading("What differs")
@@ -289,13 +296,3 @@ def report(
     else:
         page.paragraph("The configs do not differ.")
     return page
-
-
-def _short_names(paths: list[str]) -> list[str]:
-    """Return the last parts of the paths, as many as tell them apart."""
-    parts = [Path(path).absolute().parts for path in paths]
-    for n in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-n:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    return paths

@@ -5,11 +5,10 @@ import pytest
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command
-from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
-from esm1nv_jax.training import compare, finetune, sharding
+from esm1nv_jax.training import finetune, sharding
 
 MODEL = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
 SPLITS = ("train", "train", "train", "train", "valid", "valid", "test", "test")
@@ -141,15 +140,6 @@ def test_of_paths(refusal, models):
     assert "/nowhere does not exist" in refusal(
         rows(CLASSES), "protein_classification", "--checkpoint", "/nowhere"
     )
-
-
-def test_of_commands_for_pretraining(tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.json").write_text('{"finetune": {"task": "x"}}', encoding="utf-8")
-    (run / "metrics.jsonl").write_text('{"kind": "validation", "step": 0}\n', encoding="utf-8")
-    with pytest.raises(UserError, match="run is a fine-tuned run; compare is for pretraining"):
-        compare.read([str(run)])
 
 
 def test_a_sequence_in_two_splits_is_counted(tmp_path):

@@ -15,7 +15,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import average
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
-from esm1nv_jax.training import finetune, sharding
+from esm1nv_jax.training import finetune, recorded_run, sharding
 from tests.training import processes
 
 MODEL = encoder.EncoderConfig(
@@ -126,6 +126,10 @@ def test_a_run_is_tested_once_and_its_folder_is_the_tested_model(run, base, task
         weights.params["lm_head"]["dense"]["kernel"],
         load_weights(base).params["lm_head"]["dense"]["kernel"],
     )
+    # `compare` takes the metric that chose the best checkpoint, at that checkpoint.
+    (recorded,) = recorded_run.read([str(out)])
+    chosen = step_folder.read_metadata(out, step_folder.steps(out, "best")[-1], "best")
+    assert recorded.best() == chosen[recorded.metric[0]]
     # The same command again changes nothing.
     assert run("run", *options, task=task)[0] == 0
     assert (out / "test.json").read_text() == tested
