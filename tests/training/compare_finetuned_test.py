@@ -89,7 +89,7 @@ def test_the_command_writes_tables_and_a_page(runs, tmp_path, capsys):
 
 
 def test_metrics_of_a_test_that_a_seed_lacks_are_left_out(runs):
-    (Path(runs[0]) / "test.json").unlink()
+    (Path(runs[1]) / "test.json").unlink()
     ((lora, full),) = over_seeds(read(runs))
     assert lora.test and not full.test
 
