@@ -170,6 +170,7 @@ def test_an_ablation_changes_one_thing_and_can_be_trained(name):
     step.create_state(RunConfig.from_config_dict(config).step_config(jax.devices()[0]))
 
 
+@pytest.mark.integration
 def test_two_phases_on_fewer_devices_are_one_run(tmp_path, monkeypatch):
     """Scaled down: 4 devices to step 3, then 3 devices to step 5, in one workdir."""
     tiny = "batch=0,width=32,layers=1,max_length=62"

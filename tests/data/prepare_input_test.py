@@ -202,6 +202,7 @@ def test_what_is_normalized_is_counted(tmp_path):
     manifest.verify(tmp_path / "set")
 
 
+@pytest.mark.integration
 def test_a_single_line_of_50_megabytes(tmp_path):
     path = tmp_path / "a"
     giant = b"MKVLAWGGRT" * 5_000_000

@@ -191,6 +191,7 @@ def test_a_leaf_of_another_shape_is_named(runs, tmp_path):
         average([*select(runs), Member(other, 7)])
 
 
+@pytest.mark.integration
 def test_memory_does_not_grow_with_the_number_of_members(tmp_path):
     config = dataclasses.replace(CONFIG, width=256, heads=4, ffn=1024)
     run = save(tmp_path, range(1, 13), config)

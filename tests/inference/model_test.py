@@ -135,6 +135,7 @@ def test_fill_mask_gives_probabilities_of_the_masked_residue(model):
         model.fill_mask("MKV")
 
 
+@pytest.mark.integration
 def test_apply_works_under_jit_and_grad(model):
     ids = np.stack([tokenizer.encode("MKVLA"), tokenizer.encode("MRRLA")])
     out = jax.jit(lambda p, x: model.apply(p, x, layers=(-1,)).hidden[-1])(model.params, ids)
@@ -231,6 +232,7 @@ def test_what_is_no_list_is_refused(model, sequences):
         model.embed(sequences)
 
 
+@pytest.mark.integration
 def test_a_protein_of_thousands_of_residues_is_read_in_windows():
     """A row of 8,000 tokens would need gigabytes of attention scores."""
     config = encoder.EncoderConfig(layers=1, width=32, heads=16, ffn=32, positions=40_000)

@@ -37,6 +37,7 @@ def test_shards_merge_into_the_file_of_one_job(model_path, tmp_path, small_parts
     assert read_npz(tmp_path / "out.npz")["id"].tolist() == [name for name, _ in PROTEINS]
 
 
+@pytest.mark.integration
 def test_killed_and_started_again_the_contents_are_the_same(model_path, tmp_path):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS)
 

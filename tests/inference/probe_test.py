@@ -119,6 +119,7 @@ def test_an_mlp_regresses_in_units_of_the_label():
     assert errors["mlp"] < 0.3 * 50**2 < 0.7 * errors["linear"]
 
 
+@pytest.mark.integration
 def test_the_setting_is_chosen_on_validation(checkpoint, tmp_path, monkeypatch):
     """One of two settings cannot learn at all."""
     monkeypatch.setitem(probe_heads.GRIDS, "mlp", (Setting(0.0, 0.0), Setting(0.0, 1e-2)))
@@ -213,6 +214,7 @@ def run(checkpoint, task, path, tmp_path, *options):
     return json.loads(out.read_text())
 
 
+@pytest.mark.integration
 def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path, one_setting):
     some = proteins(32, 1, 20, 60)
     rows = three(some, lambda s: "".join("H" if a in "LIVMF" else "C" for a in s))
@@ -228,6 +230,7 @@ def test_secondary_structure_from_file_to_figures(checkpoint, tmp_path, one_sett
     assert untrained["accuracy_se_seeds"] >= 0 and found["published"] is None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("task", "label", "figure"),
     [
@@ -323,6 +326,7 @@ def embedded(monkeypatch):
     return lengths
 
 
+@pytest.mark.integration
 def test_an_encoder_embeds_each_protein_once_in_all_runs(
     checkpoint, tmp_path, one_setting, embedded, cache_folder
 ):

@@ -91,7 +91,9 @@ def test_every_layer_from_there(kind, masked, tmp_path):
     assert worst.max() < 1e-5, worst
 
 
-@pytest.mark.parametrize("kind", ["esm2_8M", "esm2_35M"])
+@pytest.mark.parametrize(
+    "kind", ["esm2_8M", pytest.param("esm2_35M", marks=pytest.mark.integration)]
+)
 def test_esm2_at_the_shapes_of_its_smaller_models(kind, tmp_path):
     model = witness.make(kind)
     weights = load_weights(witness.save(model, kind, tmp_path))

@@ -90,7 +90,9 @@ def test_padding_gives_nothing_and_gets_no_gradient(name):
         assert np.all(found[LAYOUT == 0] == 0)
 
 
-@pytest.mark.parametrize("name", BACKENDS[:2])
+@pytest.mark.parametrize(
+    "name", [BACKENDS[0], pytest.param(BACKENDS[1], marks=pytest.mark.integration)]
+)
 def test_neighbours_change_nothing_bitwise(name):
     """The second of three segments, with other neighbours, with neighbours of other lengths."""
     (qkv, g), (others, _) = inputs(1), inputs(2)

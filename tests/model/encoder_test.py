@@ -160,6 +160,7 @@ def test_initial_values_are_bit_for_bit_those_of_the_seed(name, jitted):
     assert digest.hexdigest() in (HASHES[name, jitted], HASHES[name, False])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("remat", ["dots", "block"])
 def test_rematerialisation_changes_nothing(remat):
     params = parameters(SMALL)

@@ -168,6 +168,7 @@ def test_a_plain_kernel_is_differentiated_by_jax(monkeypatch):
     assert "custom_vjp" not in jaxpr()
 
 
+@pytest.mark.integration
 def test_activations_in_bfloat16_are_as_near_as_their_rounding():
     """As on an accelerator: gradients of every parameter, with dropout, with and without remat."""
     config = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=32)

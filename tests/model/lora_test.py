@@ -75,6 +75,7 @@ def test_merging_leaves_what_it_does_not_adapt():
     assert merged["blocks"]["1"]["fc1"] is PARAMS["blocks"]["1"]["fc1"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("remat", ["dots", "block"])
 def test_gradients_do_not_depend_on_what_is_computed_again(remat):
     adapters = trained(ALL)

@@ -161,6 +161,7 @@ def test_gradients_in_bfloat16_where_the_config_says_so():
     assert sizes["bf16"] == pytest.approx(result["memory"]["parameters"] / 2, rel=1e-3)
 
 
+@pytest.mark.integration
 def test_this_machine_needs_no_compiler():
     result = plan("--config=tests/configs/tiny.py", "--chip=this-cpu")
     assert result["attention"] == "xla" and result["fits"]

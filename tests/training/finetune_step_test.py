@@ -101,13 +101,9 @@ def train(config, head: str, devices: int, steps: int, params=None):
     return state, np.array(losses)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    ("head", "method"),
-    [
-        ("residue", "lora=4"),
-        pytest.param("several", "full", marks=pytest.mark.integration),
-        pytest.param("fitness", "last=1", marks=pytest.mark.integration),
-    ],
+    ("head", "method"), [("residue", "lora=4"), ("several", "full"), ("fitness", "last=1")]
 )
 def test_eight_devices_learn_as_one(head, method):
     _, alone = train(config(head, method), head, 1, 6)
@@ -116,6 +112,7 @@ def test_eight_devices_learn_as_one(head, method):
     assert alone[-1] < alone[0]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("head", HEADS)
 def test_packed_equals_alone(head):
     objective = config(head, "lora=4").objective
@@ -141,7 +138,13 @@ def test_packed_equals_alone(head):
     )
 
 
-@pytest.mark.parametrize("method", ["full", "last=1", "lora=4", "head"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(pytest.param(m, marks=pytest.mark.integration) for m in ("full", "last=1", "head")),
+        "lora=4",
+    ],
+)
 def test_only_what_is_trained_moves(method):
     chosen = config("protein", method)
     params = jax.tree.map(np.asarray, chosen.objective.init(MODEL, 0))
