@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import resource
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -127,8 +128,19 @@ def check_threads(context: Any, folder: Path, seconds: float = 30) -> None:
     """Raises UserError where this process could not read a shard, and would wait for ever.
 
     The first reader of a process starts 64 threads (array_record 0.8), and never returns where it
-    gets fewer. `context`: of multiprocessing, with fork. `seconds`: it takes milliseconds.
+    gets fewer. They take 64 stacks and, as they come to allocate, up to 16 arenas of malloc: a trial
+    may get by with less than the next reader, so that a limit on memory is compared with it all.
+    `context`: of multiprocessing, with fork. `seconds`: it takes milliseconds.
     """
+    refusal = UserError(
+        "cannot start the 64 threads that reading a shard takes, of 1.6 GB of virtual memory; "
+        "raise the limits on memory and processes (ulimit -v, ulimit -u)"
+    )
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if limit - pages * resource.getpagesize() < 1.6e9:
+            raise refusal
     path = folder / "trial"
     writer = ShardWriter(path)
     writer.write_all([b"trial"])
@@ -142,10 +154,7 @@ def check_threads(context: Any, folder: Path, seconds: float = 30) -> None:
             return
         process.kill()
         process.join()
-    raise UserError(
-        "cannot start the 64 threads that reading a shard takes, of 1.6 GB of virtual memory; "
-        "raise the limits on memory and processes (ulimit -v, ulimit -u)"
-    )
+    raise refusal
 
 
 def _exit_after_reading(path: Path) -> None:
