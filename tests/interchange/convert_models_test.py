@@ -43,6 +43,7 @@ def run(*argv):
     assert cli.dispatch([str(word) for word in argv]) in (0, None)
 
 
+@pytest.mark.integration
 def test_a_trained_model_opens_there(tmp_path):
     run(
         "train",
@@ -84,6 +85,7 @@ def test_a_trained_model_opens_there(tmp_path):
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
 
 
+@pytest.mark.integration
 def test_esm2_is_trained_on(tmp_path):
     """The trainer goes on with an ESM-2, in its architecture and its vocabulary, and back."""
     witness.save(witness.make("esm2"), "esm2", tmp_path / "esm2")
@@ -112,6 +114,7 @@ def test_esm2_is_trained_on(tmp_path):
     assert differences(model, "esm2", after, sequences, [sequences], 32).max() < 1e-5
 
 
+@pytest.mark.integration
 def test_a_model_without_x_is_trained_on_sequences_with_x(tmp_path):
     """A target that the vocabulary lacks is never asked for: the loss stays finite."""
     import jax

@@ -95,12 +95,13 @@ def of_test_split(weights, csv_path):
     return np.concatenate(predicted), np.array(labels)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("task", "method"),
     [
         ("residue_classification", "lora=4"),
-        pytest.param("protein_regression", "full", marks=pytest.mark.integration),
-        pytest.param("protein_regression", "lora=4", marks=pytest.mark.integration),
+        ("protein_regression", "full"),
+        ("protein_regression", "lora=4"),
     ],
 )
 def test_a_run_is_tested_once_and_its_folder_is_the_tested_model(run, base, task, method):
@@ -135,6 +136,7 @@ def test_a_run_is_tested_once_and_its_folder_is_the_tested_model(run, base, task
     assert (out / "test.json").read_text() == tested
 
 
+@pytest.mark.integration
 def test_going_on_equals_straight(run):
     options = ("--method", "last=1", "--config.evaluation.every=4", *FIXED)
     _, straight = run("straight", *options, "--config.steps=8")
@@ -156,6 +158,7 @@ def test_going_on_equals_straight(run):
     assert values[0] == values[1]
 
 
+@pytest.mark.integration
 def test_training_stops_when_validation_does_not_improve(run):
     options = ("--method", "head", "--config.evaluation.every=2", *FIXED)
     options += ("--config.finetune.patience=2", "--config.optimizer.peak_lr=0", "--config.steps=50")

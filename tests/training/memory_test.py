@@ -9,6 +9,7 @@ from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.step import abstract_batch, abstract_state, jit_steps
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("changes", [{}, {"compute.remat": "block", "batch.microbatches": 2}])
 def test_the_bound_is_below_what_the_compiler_allocates_and_not_far(changes):
     config = config_file.load("tests/configs/tiny.py").unlock()

@@ -124,6 +124,7 @@ def test_a_console_whose_reader_left_does_not_end_a_run(tmp_path, straight):
     assert_same(params(run, 12), params(straight[0], 12))
 
 
+@pytest.mark.integration
 def test_steps_may_be_extended_and_other_fields_not(tmp_path, straight):
     run = tmp_path / "run"
     assert processes.run(f"--workdir={run}", "--config.steps=4").returncode == 0

@@ -72,11 +72,13 @@ def test_eight_devices_learn_as_one(alone):
     assert int(state.step) == 10
 
 
+@pytest.mark.integration
 def test_microbatches_learn_as_one(alone):
     _, losses = train(dataclasses.replace(CONFIG, microbatches=4), 2, 10)
     np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_one_reduction_of_every_gradient_and_nothing_gathered(microbatches):
     text = compiled_text(dataclasses.replace(CONFIG, microbatches=microbatches), 8)
@@ -93,6 +95,7 @@ def test_one_reduction_of_every_gradient_and_nothing_gathered(microbatches):
     assert parameters <= floats <= parameters + 32  # each once, and a few sums beside them
 
 
+@pytest.mark.integration
 def test_gradients_travel_in_the_dtype_asked_for():
     text = compiled_text(dataclasses.replace(CONFIG, reduce_dtype="bfloat16"), 8)
     lowered = re.findall(r"all-reduce(?:-start)?\(.*", text)
@@ -106,6 +109,7 @@ def test_gradients_travel_in_the_dtype_asked_for():
     assert kernels and all("bf16" in o for o in kernels)
 
 
+@pytest.mark.integration
 def test_dropout_changes_with_the_step_and_not_with_the_layout():
     params = encoder.init(CONFIG.model, 0)
     whole = batch(0)
@@ -128,6 +132,7 @@ def poisoned(state, leaf_value):
     return dataclasses.replace(state, params=params)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("allowed", [0, 1])
 def test_a_step_that_is_not_finite_moves_nothing(allowed):
     config = dataclasses.replace(CONFIG, nonfinite_allowed=allowed)
