@@ -128,8 +128,8 @@ def check_threads(context: Any, folder: Path, seconds: float = 30) -> None:
     """Raises UserError where this process could not read a shard, and would wait for ever.
 
     The first reader of a process starts 64 threads (array_record 0.8), and never returns where it
-    gets fewer. They take 64 stacks and, as they come to allocate, up to 16 arenas of malloc: a trial
-    may get by with less than the next reader, so that a limit on memory is compared with it all.
+    gets fewer. They take 64 stacks and, once they allocate, up to 16 arenas of malloc: a trial may
+    get by with less than the next reader, so that a limit on memory is compared with it all.
     `context`: of multiprocessing, with fork. `seconds`: it takes milliseconds.
     """
     refusal = UserError(
@@ -138,7 +138,7 @@ def check_threads(context: Any, folder: Path, seconds: float = 30) -> None:
     )
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         if limit - pages * resource.getpagesize() < 1.6e9:
             raise refusal
     path = folder / "trial"

@@ -57,7 +57,7 @@ def of_residues(sequences, per_residue=True):
     return LabeledFeatures(split, probe.one_hot(split, True))
 
 
-@pytest.mark.parametrize("head", ["linear", "cnn"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("cnn", marks=pytest.mark.integration)])
 def test_a_head_finds_what_stands_in_the_features(head):
     train, valid, test = (of_residues(proteins(40, seed)) for seed in range(3))
     _, predict = probe_heads.fit(head, 2, train, valid, SETTING[head], 0, accuracy)
@@ -297,6 +297,7 @@ def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path):
     assert len(labeled_data.read(path, "regression").train.sequences) == 2
 
 
+@pytest.mark.integration
 def test_a_limit_holds_for_every_split_and_one_seed_has_no_error(
     checkpoint, tmp_path, one_setting, capsys
 ):

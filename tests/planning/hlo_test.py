@@ -140,7 +140,8 @@ def tiny_step(microbatches=1) -> tuple[Program, int]:
     return Program(compiled.as_text()), parameters
 
 
-@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.integration), 2])
+@pytest.mark.integration
+@pytest.mark.parametrize("microbatches", [1, 2])
 def test_the_step_reduces_each_gradient_once_and_gathers_nothing(microbatches):
     step, parameters = tiny_step(microbatches)
     collectives = step.of_kind("collective")

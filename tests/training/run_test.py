@@ -76,7 +76,7 @@ def test_a_run_leaves_what_it_promises(straight):
 @pytest.mark.parametrize(
     ("number", "status"),
     [
-        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.integration),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.integration),
         pytest.param(signal.SIGHUP, 75, marks=pytest.mark.integration),  # a lost terminal
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.integration),
@@ -168,6 +168,7 @@ def test_a_live_run_is_not_disturbed(tmp_path):
     assert f"in use by a live run (process {first.pid}" in second.stderr
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_stops_with_evidence(tmp_path, straight):
     weights = model_folder.read(str(straight[0]))
     block = weights.params["blocks"]["0"]["qkv"]
