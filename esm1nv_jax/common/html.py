@@ -8,7 +8,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from esm1nv_jax import __version__
 
@@ -49,6 +50,13 @@ class HtmlReport:
         self.parts.append(
             f"<table><thead>{line(head, 'th')}</thead>\n<tbody>{body}</tbody></table>"
         )
+
+    def config(self, name: str, fields: Mapping[str, Any]) -> None:
+        """The fields of a config by dotted name, folded up; nothing where there are none."""
+        if fields:
+            self.parts.append(f"<details><summary>Config of {html.escape(name)}</summary>")
+            self.table(["field", "value"], [[key, str(fields[key])] for key in sorted(fields)])
+            self.parts.append("</details>")
 
     def plot(self, figure, description: str) -> None:
         """A matplotlib Figure, as SVG within the page; `description` is for who cannot see it."""

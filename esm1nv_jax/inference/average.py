@@ -25,7 +25,7 @@ from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints import finetuned, model_folder, step_folder
-from esm1nv_jax.common import command, files
+from esm1nv_jax.common import command, config_file, files
 from esm1nv_jax.common.console import bar, console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import BLUE, ORANGE, HtmlReport, new_figure, plus_minus
@@ -93,7 +93,9 @@ def main(argv: list[str]) -> None:
             table.add_row(*_cells(row, rows[-1]), style="bold" if row is rows[-1] else "")
         stdout.print(table)
         stdout.print(verdict(rows))
-        files.write(options.report, report(rows, name).to_html())
+        page = report(rows, name)
+        page.config(rows[-1]["name"], config_file.flat(weights.provenance.get("config", {})))
+        files.write(options.report, page.to_html())
         console.print(f"report   {options.report}")
 
 

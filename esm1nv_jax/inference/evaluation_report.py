@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from esm1nv_jax.common import metrics_log
+from esm1nv_jax.common import config_file, metrics_log
 from esm1nv_jax.common.console import count
 from esm1nv_jax.common.html import BLUE, GREY, ORANGE, HtmlReport, log_scale, new_figure, plus_minus
 from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
@@ -101,6 +101,7 @@ def build_report(results: dict[str, Any], summary: list[tuple[str, str, str]]) -
     if "pseudo_perplexity" in results:
         _plot_pseudo_perplexity(report, results["pseudo_perplexity"])
     _add_provenance(report, results)
+    report.config(results["checkpoint"], config_file.flat(results["provenance"].get("config", {})))
     return report
 
 

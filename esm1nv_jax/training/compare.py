@@ -264,14 +264,19 @@ def plot_curves(runs: list[Run]):
             means = [statistics.fmean(run.at(step) for run in same) for step in steps]
             label = f"mean of {len(same)} seeds, {same[0].name} ..."
             axis.plot(steps, means, "-", color=colour, label=label, lw=2)
+    if runs[0].baselines and all(run.baselines == runs[0].baselines for run in runs):
+        for (name, value), style in zip(
+            sorted(runs[0].baselines.items()), (":", "-."), strict=False
+        ):
+            axis.axhline(value, color="#777777", ls=style, lw=0.9, label=f"baseline: {name}")
     axis.set(xlabel="step", ylabel=f"validation {metric_name(runs)}")
     axis.set_title(", ".join(run.name for run in runs[:4]) + (", ..." if len(runs) > 4 else ""))
     axis.legend(frameon=False, fontsize=8)
     trained = [run.at(x["step"]) for run in runs for x in run.validation if x["step"] > 0]
-    if (
-        trained and not runs[0].is_finetuned
-    ):  # the untrained model, at about 30, would flatten all that follows
-        axis.set_ylim(min(trained) - 0.2, max(trained) + 0.2)
+    if trained and not runs[0].is_finetuned:
+        # The untrained model, at about 30, would flatten all that follows.
+        shown = [*trained, *runs[0].baselines.values()]
+        axis.set_ylim(min(shown) - 0.2, max(shown) + 0.2)
     return figure
 
 
@@ -295,4 +300,5 @@ def report(
         page.table(header, [[name, *map(str, values)] for name, values in differences.items()])
     else:
         page.paragraph("The configs do not differ.")
+    page.config(runs[0].name, runs[0].fields)
     return page

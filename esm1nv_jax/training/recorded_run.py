@@ -12,7 +12,7 @@ from typing import Any
 from esm1nv_jax.common import config_file, metrics_log
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.labeled_data import TASKS
-from esm1nv_jax.training import evaluation
+from esm1nv_jax.training import evaluation, summary
 from esm1nv_jax.training.objectives.labels import best_metric
 from esm1nv_jax.training.run_config import changes_learning
 from esm1nv_jax.training.workdir import CONFIG, DATA
@@ -25,13 +25,15 @@ QUESTION = ("masking.", "evaluation.", "data.max_residues", "data.fingerprint.va
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as it is on disk: `fields` of its config and data, `validation` lines by step, and of
-    fine-tuning the content of `test.json`, if it was tested."""
+    """A run as it is on disk: `fields` of its config and data, `validation` lines by step, the
+    content of `test.json`, if it was fine-tuned and tested, and the perplexities of `baselines` on
+    what it validates on, if it was pretrained to its end."""
 
     name: str
     fields: dict[str, Any]
     validation: list[dict[str, float]]
     test: dict[str, Any] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def is_finetuned(self) -> bool:
@@ -93,11 +95,14 @@ def read(paths: list[str]) -> list[Run]:
                 fingerprints.pop("test", None)  # test.json says what was tested
                 fields |= {f"data.fingerprint.{split}": x for split, x in fingerprints.items()}
             lines = metrics_log.read(folder)
-            test = {}
-            if (folder / evaluation.FILE).exists():
-                test = json.loads((folder / evaluation.FILE).read_text(encoding="utf-8"))
+            test, baselines = (
+                json.loads((folder / file).read_text(encoding="utf-8"))
+                if (folder / file).exists()
+                else {}
+                for file in (evaluation.FILE, summary.BASELINES)
+            )
             validation = [line for line in lines if line["kind"] == "validation"]
-            run = Run(name, fields, validation, test)
+            run = Run(name, fields, validation, test, baselines)
             is_validated = bool(validation) and not (
                 run.is_finetuned and math.isnan(run.best())  # raises KeyError
             )

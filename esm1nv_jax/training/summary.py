@@ -11,7 +11,7 @@ from etils import epath
 from rich.table import Table
 
 from esm1nv_jax.checkpoints.step_folder import FOLDER, steps
-from esm1nv_jax.common import metrics_log
+from esm1nv_jax.common import files, metrics_log
 from esm1nv_jax.common.console import console
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, rows_for
@@ -26,6 +26,7 @@ from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import StepConfig
 
+BASELINES = "baselines.json"  # in the folder of a run: perplexity of each at <mask>
 UNIGRAM_SAMPLE = 20_000  # training sequences from which the unigram baseline is counted
 
 
@@ -122,6 +123,7 @@ def print_results(
         )
         return
     baseline = baseline_perplexities(config, stream, data.train, data.validation)
+    files.write_atomically(run_dir / BASELINES, json.dumps(baseline, indent=1))
     table = Table(title="Perplexity on held-out sequences (lower is better)", title_justify="left")
     table.add_column("")
     table.add_column("all selected", justify="right")

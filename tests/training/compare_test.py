@@ -12,7 +12,7 @@ import pytest
 from esm1nv_jax import cli
 from esm1nv_jax.common import command, config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training.compare import differing_fields, over_seeds, read
+from esm1nv_jax.training.compare import differing_fields, over_seeds, plot_curves, read, report
 
 
 def write(folder, arg, figures, lr=2e-4):
@@ -156,3 +156,22 @@ def test_fields_that_do_not_change_what_is_learned_do_not_split_a_recipe(runs):
     again = write(Path(runs[0]).parent / "3", "seed=3", {0: 30, 100: 17.2})
     ((row,),) = over_seeds(read([runs[0], again]))
     assert row.seeds == [0, 3]
+
+
+def test_baselines_that_all_runs_share_are_lines_of_the_plot(runs):
+    baselines = {"unigram": 17.98, "composition": 17.33}
+    for run in runs[:2]:
+        (Path(run) / "baselines.json").write_text(json.dumps(baselines))
+    (axis,) = plot_curves(read(runs[:2])).axes
+    lines = {line.get_label(): set(line.get_ydata()) for line in axis.lines}
+    assert lines["baseline: unigram"] == {17.98} and lines["baseline: composition"] == {17.33}
+    low, high = axis.get_ylim()
+    assert low < 16 and high > 17.98
+    (axis,) = plot_curves(read(runs[:3])).axes  # the third has none: was it asked the same?
+    assert not any(str(line.get_label()).startswith("baseline") for line in axis.lines)
+
+
+def test_the_page_carries_the_config(runs):
+    read_runs = read(runs[:2])
+    page = report(read_runs, differing_fields(read_runs), over_seeds(read_runs)).to_html()
+    assert "Config of 0" in page and "<td>optimizer.peak_lr</td><td>0.0002</td>" in page
