@@ -14,7 +14,7 @@ from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.packing import StreamConfig, stream_config
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.training import evaluation, memory, process_group, sharding, summary
+from esm1nv_jax.training import distributed, evaluation, memory, process_group, sharding, summary
 from esm1nv_jax.training.host_metrics import open_host_log
 from esm1nv_jax.training.initial_state import checkpoint_items, find_fork, restore_or_initialize
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
@@ -39,7 +39,7 @@ def train(config: RunConfig, workdir: str, strict: bool = False) -> int:
     the folder; nothing that the folder holds is lost.
     """
     timeouts = config.cluster
-    with process_group.join(timeouts.start_timeout, timeouts.stall_timeout) as (group, watchdog):
+    with distributed.join(timeouts.start_timeout, timeouts.stall_timeout) as (group, watchdog):
         return run(config, workdir, strict, group, watchdog)
 
 

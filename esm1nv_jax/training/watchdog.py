@@ -13,15 +13,13 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 import jax
 
-if TYPE_CHECKING:
-    from esm1nv_jax.training.process_group import ProcessGroup
+from esm1nv_jax.training.process_group import ABORT_KEY, ProcessGroup
 
 EXIT_LOST = 1
-ABORT_KEY = "abort"  # under which the first process that fails publishes why
 PERIOD = 1.0  # seconds between two checks
 
 
