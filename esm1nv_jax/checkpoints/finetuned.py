@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
-from esm1nv_jax.checkpoints.model_folder import Weights, flatten, unflatten
+from esm1nv_jax.checkpoints.model_folder import StepPath, Weights, flatten, unflatten
 from esm1nv_jax.checkpoints.step_folder import BEST
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import lora
@@ -32,8 +32,8 @@ def digest(params: dict) -> str:
     return total.hexdigest()
 
 
-def find(path: str) -> tuple[epath.Path, int, str] | None:
-    """Return (run, step, folder in it) where `path` is a fine-tuned run or step; else None.
+def find(path: str) -> StepPath | None:
+    """Return the step that `path` names where it is a fine-tuned run or step; else None.
 
     Of a run it is the step that validates best, if there is one, and not the newest.
     """
@@ -47,7 +47,7 @@ def find(path: str) -> tuple[epath.Path, int, str] | None:
     except (OSError, ValueError):
         return None  # `model_folder.read` says what is wrong
     best = step_folder.steps(run, BEST) if epath.Path(path) == run else []
-    return (run, best[-1], BEST) if best else found
+    return StepPath(run, best[-1], BEST) if best else found
 
 
 def read(run: epath.Path, step: int, folder: str, load_base: Callable[[str], Weights]) -> Weights:

@@ -90,17 +90,12 @@ def read(paths: list[str]) -> list[Run]:
         folder = Path(path)
         try:
             fields = config_file.flat(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-            if (folder / DATA).exists():
-                fingerprints = json.loads((folder / DATA).read_text(encoding="utf-8"))
-                fingerprints.pop("test", None)  # test.json says what was tested
-                fields |= {f"data.fingerprint.{split}": x for split, x in fingerprints.items()}
+            fingerprints = _read_if_there(folder / DATA)
+            fingerprints.pop("test", None)  # test.json says what was tested
+            fields |= {f"data.fingerprint.{split}": x for split, x in fingerprints.items()}
             lines = metrics_log.read(folder)
-            test, baselines = (
-                json.loads((folder / file).read_text(encoding="utf-8"))
-                if (folder / file).exists()
-                else {}
-                for file in (evaluation.FILE, summary.BASELINES)
-            )
+            test = _read_if_there(folder / evaluation.FILE)
+            baselines = _read_if_there(folder / summary.BASELINES)
             validation = [line for line in lines if line["kind"] == "validation"]
             run = Run(name, fields, validation, test, baselines)
             is_validated = bool(validation) and not (
@@ -145,6 +140,10 @@ def check_comparable(runs: list[Run]) -> None:
                 f"{a.name} and {b.name} cannot be compared: {'; '.join(differing)}; name runs of "
                 "one task, metric, validation and test set"
             )
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _short_names(paths: list[str]) -> list[str]:

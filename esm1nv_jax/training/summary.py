@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -123,7 +124,8 @@ def print_results(
         )
         return
     baseline = baseline_perplexities(config, stream, data.train, data.validation)
-    files.write_atomically(run_dir / BASELINES, json.dumps(baseline, indent=1))
+    with contextlib.suppress(OSError):  # a full disk: two lines of a plot, no reason to fail
+        files.write_atomically(run_dir / BASELINES, json.dumps(baseline, indent=1))
     table = Table(title="Perplexity on held-out sequences (lower is better)", title_justify="left")
     table.add_column("")
     table.add_column("all selected", justify="right")

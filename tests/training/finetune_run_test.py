@@ -17,6 +17,7 @@ from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from esm1nv_jax.training import finetune, recorded_run, sharding
 from tests.training import processes
+from tests.training.processes import lines
 
 MODEL = encoder.EncoderConfig(
     layers=2, width=16, heads=2, ffn=32, positions=64, dropout=0.1, attention_dropout=0.1
@@ -61,11 +62,6 @@ def run(monkeypatch, base, tmp_path):
         return command.run(finetune.main, argv), tmp_path / out
 
     return finetune_here
-
-
-def lines(run, kind):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
 
 
 def of_test_split(weights, csv_path):

@@ -3,28 +3,13 @@
 import itertools
 import types
 
-import numpy as np
 import pytest
 
-from esm1nv_jax.checkpoints import model_folder, step_folder
-from esm1nv_jax.common import metrics_log
+from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.training import monitor
 from esm1nv_jax.training.optimizer import OptimizerConfig, schedule
 from tests.cluster.runs import Run
-
-
-def params(run, step):
-    return model_folder.flatten(step_folder.read_params(run, step))
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
-
-
-def lines(run, kind):
-    return [line for line in metrics_log.read(run) if line["kind"] == kind]
+from tests.training.processes import assert_same, lines, params
 
 
 def train(train_here, run, *options):

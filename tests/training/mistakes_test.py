@@ -1,6 +1,7 @@
 """What a person gets wrong is answered with one line and status 2, before anything is written."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 
@@ -8,8 +9,9 @@ import pytest
 from etils import epath
 
 from esm1nv_jax.checkpoints import step_folder
-from esm1nv_jax.common import config_file
+from esm1nv_jax.common import config_file, files
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training import summary
 from esm1nv_jax.training.run_config import MINIMUM, RunConfig
 from esm1nv_jax.training.workdir import write_or_check_config
 from tests.training import processes
@@ -193,3 +195,19 @@ def test_other_training_data_leave_the_folder_as_it_was(tmp_path, monkeypatch):
         write_or_check_config(folder, elsewhere, {"train": "aa", "validation": "v"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write_or_check_config(folder, elsewhere, {"train": "bb", "validation": "v"})
+
+
+@pytest.mark.integration
+def test_a_disk_that_fills_up_at_the_very_end_costs_no_finished_run(
+    tmp_path, train_here, monkeypatch
+):
+    write = files.write_atomically
+
+    def full(path, text):
+        if path.name == summary.BASELINES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_atomically", full)
+    done = train_here(f"--workdir={tmp_path / 'run'}", "--config.steps=4")
+    assert done.returncode == 0 and "composition of each protein" in done.stderr

@@ -1,11 +1,16 @@
 """Real training processes for tests."""
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import numpy as np
+
+from esm1nv_jax.checkpoints import model_folder, step_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "configs" / "tiny.py"
@@ -96,3 +101,18 @@ def wait_until(ready, process: subprocess.Popen, seconds: float = 300) -> None:
             process.kill()
             raise AssertionError(f"not ready after {seconds} s: {process.stdout.read()}")
         time.sleep(0.02)
+
+
+def lines(run, kind=None):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if kind in (None, line["kind"])]
+
+
+def params(run, step):
+    return model_folder.flatten(step_folder.read_params(run, step))
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)

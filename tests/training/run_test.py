@@ -10,21 +10,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from tests.training import processes
-
-
-def lines(run, kind=None):
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if kind in (None, line["kind"])]
-
-
-def params(run, step):
-    return model_folder.flatten(step_folder.read_params(run, step))
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+from tests.training.processes import assert_same, lines, params
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
+
+# The arrays of a batch that say what stands where, all [B, T]; every objective reads them.
+ROW_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
 
 
 class Objective(Protocol):

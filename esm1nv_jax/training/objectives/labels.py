@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from esm1nv_jax.model import encoder, heads, label_metrics, lora
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.model.lora import LoraConfig
+from esm1nv_jax.training.objectives import ROW_DTYPES
 
 # The metric that chooses the best checkpoint, where the config names none.
 DEFAULT_METRIC = {"classification": "accuracy", "multilabel": "macro_f1", "regression": "spearman"}
@@ -45,13 +46,6 @@ class LabelPrediction:
     lora: LoraConfig | None = None
     metric: str = "auto"
 
-    batch_dtypes_of_all: ClassVar[dict[str, Any]] = {
-        "tokens": jnp.int32,
-        "segment_ids": jnp.int32,
-        "positions": jnp.int32,
-        "label_examples": jnp.int32,
-    }
-
     def __post_init__(self):
         allowed = ("auto", *METRICS[self.head.kind])
         if self.metric not in allowed:
@@ -70,8 +64,8 @@ class LabelPrediction:
 
     @property
     def batch_dtypes(self) -> dict[str, Any]:
-        is_value = self.head.kind == "regression"
-        return self.batch_dtypes_of_all | {"labels": jnp.float32 if is_value else jnp.int32}
+        dtype = jnp.float32 if self.head.kind == "regression" else jnp.int32
+        return ROW_DTYPES | {"label_examples": jnp.int32, "labels": dtype}
 
     def batch_shape(self, name: str, rows: int, row_length: int) -> tuple[int, ...]:
         if name not in ("labels", "label_examples") or self.head.level == "residue":

@@ -13,6 +13,7 @@ from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.model import encoder, esm2, masking
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.masking import Masked
+from esm1nv_jax.training.objectives import ROW_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +24,7 @@ class MaskedLM:
 
     best_metric: ClassVar[str] = "loss_mask"
     maximize: ClassVar[bool] = False
-    # The arrays of a batch that it reads, all [B, T].
-    batch_dtypes: ClassVar[dict[str, Any]] = {
-        "tokens": jnp.int32,
-        "segment_ids": jnp.int32,
-        "positions": jnp.int32,
-        "mask_bits": jnp.uint32,
-    }
+    batch_dtypes: ClassVar[dict[str, Any]] = ROW_DTYPES | {"mask_bits": jnp.uint32}
 
     def init(self, model: encoder.EncoderConfig, seed) -> dict:
         """Return fresh parameters of the encoder."""
