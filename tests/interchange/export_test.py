@@ -13,7 +13,7 @@ from esm1nv_jax.interchange import convert
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 
-pytest.importorskip("torch", reason="pip install esm1nv_jax[interchange-test]")
+pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
 
 TINY = encoder.EncoderConfig(
