@@ -30,6 +30,7 @@ from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.common import command
 from esm1nv_jax.common.command import Parser
 from esm1nv_jax.data import labeled_data
+from esm1nv_jax.data.tables import read_csv
 
 # name: file, task, metric
 TASKS = {
@@ -47,7 +48,7 @@ METHODS = ("probe", "head", "last=2", "lora=8", "full", "scratch")
 
 def smaller_table(source: Path, target: Path, sizes: dict[str, int | None]) -> None:
     """Writes at most so many rows of each split, always the same ones, in their order."""
-    columns, rows = labeled_data.read_csv(str(source))
+    columns, rows = read_csv(str(source))
     at = columns.index("split")
     chosen: set[int] = set()
     for split, size in sizes.items():

@@ -5,6 +5,7 @@ However far a file expands, a few tens of megabytes of it are held at a time.
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import io
@@ -25,7 +26,7 @@ from esm1nv_jax.common.errors import UserError
 BLOCK = 1 << 20  # bytes of text read or decompressed at a time
 _COMPRESSED = 1 << 17  # compressed bytes read at a time: at most so much is lost before a damage
 _ZSTD_PIECE = 1 << 10  # zstd has no bound on its output: a piece makes at most 32 MiB of text
-_MAX_TEXT = 1 << 29  # bytes of a text that is read as a whole
+_MAX_LINE = 1 << 25  # characters of a line of text
 _GZIP, _ZSTD, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00"
 _GZIP_FLAG = igzip_lib.DECOMP_GZIP
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a zstd frame without content; pzstd writes them
@@ -127,17 +128,24 @@ class DecompressedFile:
             raise EOFError
 
 
-def read_text(path: str, expected: str) -> str:
-    """The whole text of a small UTF-8 file, plain or compressed; errors ask for `expected`."""
-    blocks, size = [], 0
+def text_lines(path: str, expected: str) -> Iterator[str]:
+    """The lines of a UTF-8 file, plain or compressed, with their ends; errors ask for `expected`.
+
+    Neither the file nor a line that never ends is held in memory.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    left = ""
     try:
         for block in DecompressedFile(Path(path), expected=expected):
-            blocks.append(block)
-            size += len(block)
-            if size > _MAX_TEXT:
-                most = f"more than {_MAX_TEXT >> 20} MiB of text"
-                raise UserError(f"{path} holds {most}; give {expected} in smaller parts")
-        return b"".join(blocks).decode("utf-8-sig")
+            *lines, left = (left + decoder.decode(block)).split("\n")
+            for line in lines:
+                yield line + "\n"
+            if len(left) > _MAX_LINE:
+                most = f"more than {_MAX_LINE >> 20} MiB in one line"
+                raise UserError(f"{path} holds {most}; give {expected} with a line for each row")
+        left += decoder.decode(b"", final=True)
+        if left:
+            yield left
     except DamagedFileError as error:
         raise UserError(f"{path}: {error}; fetch or write it again") from error
     except UnicodeDecodeError as error:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import math
 import zlib
 from typing import Any
@@ -15,8 +13,8 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold, fold_all, permute, purpose
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.compression import read_text
 from esm1nv_jax.data.source import Labels, MemorySource
+from esm1nv_jax.data.tables import read_csv
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 # The level and kind of the labels of each task.
@@ -117,29 +115,6 @@ class _Row:
     label: Any  # str, float, list of floats, or a tuple of classes
     mask: str
     text: str  # the label as it stands in the table
-
-
-def read_csv(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Reads a CSV file in UTF-8, plain or compressed, with a header.
-
-    Returns the names of the columns, and (line number, fields) of each row that is not blank;
-    white space around names and fields is removed. Raises UserError.
-    """
-    reader = csv.reader(io.StringIO(read_text(path, "a CSV file")), skipinitialspace=True)
-    try:
-        columns, *rows = [
-            (reader.line_num, [field.strip() for field in row]) for row in reader if any(row)
-        ] or [(1, [])]
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; is it CSV?") from None
-    if not columns[1]:
-        raise UserError(f"{path} is empty; give a CSV file with names of columns in its first line")
-    for line, fields in rows:
-        if len(fields) != len(columns[1]):
-            raise UserError(
-                f"{path}, line {line}: {len(fields)} fields, the header has {len(columns[1])}"
-            )
-    return columns[1], rows
 
 
 def read(

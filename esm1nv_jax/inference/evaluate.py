@@ -22,7 +22,7 @@ from esm1nv_jax.data.source import SAMPLE, SPLITS, MemorySource, Source, open_sp
 from esm1nv_jax.inference import fixed_masks, perplexity
 from esm1nv_jax.inference.evaluation_report import build_report, compare_with_blosum62
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
-from esm1nv_jax.inference.variant_scores import pseudo_perplexity
+from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
 from esm1nv_jax.model.masking import RECIPES, recipe
 
 UNIGRAM_PROTEINS = 20_000  # of training, from which the unigram baseline is counted

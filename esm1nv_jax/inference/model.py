@@ -26,9 +26,10 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
+from esm1nv_jax.inference.mutants import parse_mutants
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.inference.sequence_input import as_list, residue_ids, residue_letters
-from esm1nv_jax.inference.variant_scores import MODES, parse_mutants, score_mutants
+from esm1nv_jax.inference.variant_scores import MODES, score_mutants
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput

@@ -148,15 +148,7 @@ def split_into_windows(length: int, limit: int) -> list[ResidueWindow]:
     ]
 
 
-def centered_window(first: int, last: int, length: int, limit: int) -> tuple[int, int] | None:
-    """The window (start, stop) of `limit` residues around residues first..last, inside the protein.
-
-    None where they do not fit into one window.
-    """
-    if length <= limit:
-        return 0, length
-    if last - first >= limit:
-        return None
-    start = (first + last + 1) // 2 - limit // 2
-    start = min(max(start, 0), length - limit)
-    return start, start + limit
+def centered_starts(first: np.ndarray, last: np.ndarray, length: int, limit: int) -> np.ndarray:
+    """Where windows of `limit` residues begin that are centred on residues first..last and stay
+    inside the protein; they are too short for residues that are farther apart."""
+    return np.clip((first + last + 1) // 2 - limit // 2, 0, max(0, length - limit))

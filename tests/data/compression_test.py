@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data import compression
-from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile, read_text
+from esm1nv_jax.data import compression, tables
+from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile, text_lines
 
 PACK = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
 
@@ -117,11 +117,15 @@ def test_blocks_are_small_however_far_a_file_expands(tmp_path, kind):
     assert max(sizes) <= 34 << 20
 
 
-def test_a_text_that_is_read_as_a_whole_has_a_bound(tmp_path, monkeypatch):
-    monkeypatch.setattr(compression, "_MAX_TEXT", 1 << 20)
+def test_a_table_that_is_read_as_a_whole_has_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(compression, "_MAX_LINE", 1 << 20)
     path = bomb(tmp_path / "bomb", "gz", 2)
-    with pytest.raises(UserError, match="more than 1 MiB of text; give a CSV file in smaller"):
-        read_text(str(path), "a CSV file")
+    with pytest.raises(UserError, match="more than 1 MiB in one line; give a CSV file with a line"):
+        list(text_lines(str(path), "a CSV file"))
+    monkeypatch.setattr(tables, "MAX_BYTES", 1 << 20)
+    path.write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 20_000))
+    with pytest.raises(UserError, match="more than 1 MiB of memory; give it in smaller parts"):
+        tables.read_csv(str(path))
 
 
 @pytest.mark.parametrize(
@@ -139,5 +143,5 @@ def test_what_is_no_text_is_one_line_that_asks_for_the_right_file(tmp_path, cont
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words) as error:
-        read_text(str(path), "a CSV file")
+        list(text_lines(str(path), "a CSV file"))
     assert "\n" not in str(error.value) and "FASTA" not in str(error.value)

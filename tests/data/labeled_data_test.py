@@ -4,7 +4,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
-from esm1nv_jax.data.labeled_data import read_csv
+from esm1nv_jax.data.tables import read_csv
 
 SPLITS = ("train", "valid", "test")
 

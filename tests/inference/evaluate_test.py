@@ -22,8 +22,8 @@ from esm1nv_jax.inference.evaluate import evaluate_model, read_groups, to_json
 from esm1nv_jax.inference.evaluation_report import ORDER, blosum62, compare_with_blosum62
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.perplexity import GroupedMean
+from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
 from esm1nv_jax.inference.row_shapes import RowShapes
-from esm1nv_jax.inference.variant_scores import pseudo_perplexity
 from esm1nv_jax.model import encoder
 
 CONFIG = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=130)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from collections import Counter
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import mutants as mutants_lib
 from esm1nv_jax.inference import score as score_lib
-from esm1nv_jax.inference import variant_scores
+from esm1nv_jax.inference import variant_scores, variant_table
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
 
@@ -298,14 +300,51 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
 def test_many_mutants_share_one_table_of_log_probabilities(model):
     """What is held for each mutant does not grow with the protein."""
     wild = "".join(s for _, s in make_proteins(3, seed=9))[:60]
-    names = variant_scores.all_singles(wild)
+    names = mutants_lib.all_singles(wild)
     model.score_variants(wild, names, mode="wt-marginals")  # compiles
     tracemalloc.start()
     found = model.score_variants(wild, names * 20, mode="wt-marginals")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 700 * len(found)
+    assert peak < 200 * len(found)
     np.testing.assert_array_equal(found[: len(names)], found[-len(names) :])
+
+
+def test_the_rows_of_a_table_are_not_held_in_memory(tmp_path):
+    names = mutants_lib.all_singles(WILD) * 30
+    rows = "".join(f"{name},{'A' * 1000},{i},x\n" for i, name in enumerate(names))
+    path = tmp_path / "m.csv"
+    path.write_text("mutant,mutated_sequence,DMS_score,note\n" + rows)
+    tracemalloc.start()
+    columns, mutants, n, measured = variant_table.read_mutants(path, WILD, 0, False, None)
+    variant_table.write_scores(
+        tmp_path / "s.csv", columns, variant_table.rows_of(path), np.zeros(n)
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 9_000_000 and peak < 6_000_000
+    assert [m.name for m in mutants[-2:]] == names[-2:] and mutants[5].name == names[5]
+    assert measured.values.tolist() == list(range(n))
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
+        assert sum(1 for _ in file) == n + 1
+
+
+def test_slices_of_a_table_of_mutants_are_tables():
+    names = ["K2R:R5A", "M1A", "V4A:Q6L:G17C", "G17D", "r5a"]
+    table = mutants_lib.parse_mutants(names, WILD)
+    assert [mutant.name for mutant in table] == [*names[:4], "R5A"]
+    for first in range(6):
+        for last in range(6):
+            assert list(table[first:last]) == list(table)[first:last]
+    assert table[2].apply_to(WILD) == "MKTARLERLKSIVRALC"
+
+
+def test_rows_that_are_not_missense_are_counted_by_kind():
+    names = ["_wt", "wt", "WT", "_sy", "K2=", "K2K", "K2R:R5R", "K2*", "K2Ter", "", "R5A"]
+    skipped = Counter()
+    table = mutants_lib.parse_mutants(names, WILD, skipped=skipped, missense=True)
+    assert skipped == {"wild type": 3, "synonymous": 3, "stop": 2, "blank": 1}
+    assert [m.name for m in table] == ["K2R:R5R", "R5A"] and table.rows.tolist() == [6, 10]
 
 
 def test_results_are_written_whatever_the_locale(model_path, tmp_path):

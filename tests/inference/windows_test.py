@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import variant_scores
-from esm1nv_jax.inference.row_shapes import centered_window, split_into_windows
+from esm1nv_jax.inference import pseudo_likelihood, variant_scores
+from esm1nv_jax.inference.mutants import parse_mutants
+from esm1nv_jax.inference.row_shapes import centered_starts, split_into_windows
 
 
 def farthest(length, limit):
@@ -44,11 +45,10 @@ def test_the_stride_is_half_a_window():
 def test_a_centred_window_holds_its_sites_and_stays_inside(length, limit):
     for first in range(length):
         for last in range(first, length):
-            found = centered_window(first, last, length, limit)
             if last - first >= min(limit, length):
-                assert found is None
                 continue
-            start, stop = found
+            start = int(centered_starts(np.array(first), np.array(last), length, limit))
+            stop = min(start + limit, length)
             assert 0 <= start <= first and last < stop <= length
             assert stop - start == min(limit, length)
             if start > 0 and stop < length:  # not pushed by an end: as much on either side
@@ -64,10 +64,11 @@ def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
             read.append(query.tokens)
             yield query, np.zeros((len(query.columns), tokenizer.VOCABULARY))
 
-    monkeypatch.setattr(variant_scores, "run_queries", run_queries)
+    for module in (variant_scores, pseudo_likelihood):
+        monkeypatch.setattr(module, "run_queries", run_queries)
     wild_type = "ACDEF*GHIKL"  # in windows of six residues, the first ends in the stop
-    mutant = variant_scores.parse_mutant("A1C", wild_type)
-    variant_scores.score_mutants(None, wild_type, [mutant], 6, mode)
+    mutants = parse_mutants(["A1C"], wild_type)
+    variant_scores.score_mutants(None, wild_type, mutants, 6, mode)
     assert read and all(len(tokens) == 8 for tokens in read)
     assert tokenizer.UNK in {int(tokens[6]) for tokens in read}  # or <mask>, where it is asked for
 
@@ -75,11 +76,11 @@ def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
 def test_an_inner_stop_at_the_end_of_a_prefix_stays_a_token(model, monkeypatch):
     sequences = [b"ACDEF*GHIKL", b"ACDEFXGHIKL"]
     read = []
-    run_queries = variant_scores.run_queries
+    run_queries = pseudo_likelihood.run_queries
 
     def spied(model, queries, *most):
         return run_queries(model, (read.append(len(q.tokens)) or q for q in queries), *most)
 
-    monkeypatch.setattr(variant_scores, "run_queries", spied)
-    variant_scores.pseudo_perplexity(model.on_devices, sequences, 6)
+    monkeypatch.setattr(pseudo_likelihood, "run_queries", spied)
+    pseudo_likelihood.pseudo_perplexity(model.on_devices, sequences, 6)
     assert set(read) == {8}

@@ -1,0 +1,181 @@
+"""The tables of `esm1nv score`: CSV files of mutants and measurements, and files of scores."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from esm1nv_jax.common import files
+from esm1nv_jax.common.console import console, count
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.inference.mutants import MutantError, MutantTable, parse_mutants
+
+COLUMN, SCORE = "mutant", "score"
+MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
+
+
+def read_mutants(
+    path: Path, wild_type: str, offset: int, skip: bool, target: str | None
+) -> tuple[list[str], MutantTable, int, Measurements | None]:
+    """Reads a CSV file with a column `mutant`, plain or compressed.
+
+    Args:
+      skip: whether rows that cannot be scored are left out and counted by kind, or refused.
+      target: the column to compare scores with, or what `MEASURED` names.
+
+    Returns names of columns, mutants, the number of rows, and what was measured.
+    """
+    columns, table = open_csv(str(path))
+    if COLUMN not in columns:
+        below = "its first line must name one, with A4G or A4G:L10P below it"
+        raise UserError(f"{path} has no column {COLUMN!r}; {below}")
+    if SCORE in columns:
+        raise UserError(f"{path} has a column {SCORE!r} already; rename it")
+    column = Measurements.column_of(columns, target)
+    measured = Measurements(column) if column else None
+    at = columns.index(COLUMN), columns.index(column) if column else 0
+    rows = 0
+
+    def names() -> Iterator[str]:
+        nonlocal rows
+        for _, fields in table:
+            rows += 1
+            if measured:
+                measured.add(fields[at[1]])
+            yield fields[at[0]]
+
+    skipped: Counter[str] = Counter()
+    try:  # row 1 of the file is its header
+        mutants = parse_mutants(names(), wild_type, offset, 2, skipped if skip else None)
+    except MutantError as error:
+        raise UserError(f"{error}; fix it, or leave such rows out with --on-error=skip") from None
+    if not rows:
+        raise UserError(f"{path} names no mutants")
+    print_skipped(skipped)
+    compared = measured is not None and measured.check(required=target is not None)
+    return columns, mutants, rows, measured if compared else None
+
+
+def print_skipped(skipped: Counter[str], name: str = "") -> None:
+    """Prints how many rows have no score, by kind; nothing where there are none."""
+    if skipped:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(skipped.items()))
+        rows = count(skipped.total(), "row")
+        console.print(f"{name}{': ' * bool(name)}{rows} without a score: {kinds}")
+
+
+def rows_of(path: Path) -> Iterator[list[str]]:
+    return (fields for _, fields in open_csv(str(path))[1])
+
+
+class Measurements:
+    """Numbers of a column to rank scores against, NaN where there is none."""
+
+    def __init__(self, column: str):
+        self.column = column
+        self._values = array("d")
+        self._wrong: list[tuple[int, str]] = []  # the first row that is no number
+        self._wrong_rows = 0
+
+    @staticmethod
+    def column_of(columns: list[str], target: str | None) -> str | None:
+        """The column that is compared; None where nothing was measured."""
+        column = target or next((c for c in MEASURED if c in columns), None)
+        if column is not None and column not in columns:
+            raise UserError(f"--target={column} is no column; there are {', '.join(columns)}")
+        return column
+
+    def add(self, text: str) -> None:
+        try:
+            self._values.append(float(text) if text else math.nan)
+        except ValueError:
+            if not self._wrong:
+                self._wrong.append((len(self._values) + 2, text))
+            self._wrong_rows += 1
+            self._values.append(math.nan)
+
+    @property
+    def values(self) -> np.ndarray:
+        """float64 [rows]."""
+        return np.array(self._values)
+
+    def check(self, required: bool) -> bool:
+        """Whether there is something to rank; what there is not is printed, or raised as UserError
+        where it is `required`."""
+        rows = len(self._values)
+        if self._wrong:
+            row, text = self._wrong[0]
+            first = f"row {row}: {self.column} is {text!r}, which is no number"
+            if required:
+                raise UserError(first)
+            console.print(f"{first} ({self._wrong_rows:,} of {rows:,} rows; not compared)")
+        numbers = self.values[np.isfinite(self.values)]
+        if len(numbers) >= 3 and np.ptp(numbers):
+            return True
+        lacks = "holds no three numbers that differ"
+        if required:
+            raise UserError(f"--target={self.column} {lacks}; leave it out")
+        console.print(f"{self.column} {lacks}: no rank correlation")
+        return False
+
+
+class SavedScores:
+    """Scores by mutant in a file beside --out, so that a job that was killed goes on where it was.
+
+    JSON lines: the settings, then {mutant: score, ...} of each block.
+    """
+
+    def __init__(self, out: Path, settings: dict, overwrite: bool):
+        self.path = out.with_name(out.name + ".partial")
+        lines = []
+        if self.path.exists() and not overwrite:
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # cut short by a crash
+                    lines.append(json.loads(line))
+            if lines[:1] != [settings]:
+                raise UserError(
+                    f"{self.path} holds unfinished work with other settings; finish it with those, "
+                    "or begin anew with --overwrite"
+                )
+        self.scores: dict[str, float] = dict(pair for line in lines[1:] for pair in line.items())
+        if self.scores:
+            console.print(f"going on with {self.path}: {count(len(self.scores), 'mutant')} done")
+        self.write("w", settings, self.scores)
+
+    def write(self, mode: str, *lines: dict) -> None:
+        with files.writing(self.path), open(self.path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
+    """Rank correlation, and over how many rows. NaN where all scores are equal."""
+    from scipy.stats import spearmanr
+
+    used = np.isfinite(measured) & np.isfinite(scores)
+    if not used.any() or not np.ptp(scores[used]):
+        return math.nan, int(used.sum())
+    return float(spearmanr(scores[used], measured[used]).statistic), int(used.sum())
+
+
+def write_scores(
+    out: Path, columns: list[str], rows: Iterable[list[str]], scores: np.ndarray
+) -> None:
+    """The table with its scores as last column, empty where there is none; in place of OUT at
+    once."""
+    with files.replacing(out) as new, open(new, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow([*columns, SCORE])
+        for row, score in zip(rows, scores, strict=True):
+            table.writerow([*row, "" if np.isnan(score) else f"{score:.6g}"])
