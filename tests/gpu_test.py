@@ -26,7 +26,7 @@ def on_gpu(code: str, timeout=900) -> str:
         cwd=ROOT,
         env=environment
         | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_FLAGS": " ".join(launch_flags()),
         },  # as a run and its plan have

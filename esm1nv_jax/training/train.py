@@ -74,16 +74,16 @@ def run(
             config, step_config, mesh, checkpoints, data, fork, group
         )
         step = int(state.step)  # steps done
-        watchdog.heartbeat("compiling")
-        train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
-        memory.bound_kept_memory(train_step)
-        # Gloo's collectives wait half a minute for their peers; compile times may differ by more.
-        group.barrier("compiled", watchdog.stall_timeout)
         if group.is_primary:
             summary.print_start(config, step_config, stream, data, mesh, hosts, run_dir, step)
             if fork:
                 summary.print_fork(config.fork_from, data_state is None)
             summary.print_layout_change(saved.get("layout"), layout)
+        watchdog.heartbeat("compiling")
+        train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
+        memory.bound_kept_memory(train_step)
+        # Gloo's collectives wait half a minute for their peers; compile times may differ by more.
+        group.barrier("compiled", watchdog.stall_timeout)
 
         monitor = RunMonitor(
             config, objective, run_dir, group, watchdog, log, mesh, step, saved.get("seconds", 0.0)

@@ -181,7 +181,9 @@ def prepare_patched(tmp_path, patch, limit=""):
     command = [sys.executable, "-c", program, *map(str, words)]
     if limit:
         command = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    # NumPy's BLAS takes memory by the core, and dies without a word where it gets none.
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 SHORT = "first_pass.records.check_threads.__defaults__ = (5,)"

@@ -128,16 +128,14 @@ def test_initial_values_follow_the_recipe():
     assert not any(np.any(block[n]["bias"]) for n in ("qkv", "fc1", "ffn_norm"))
 
 
-# SHA-256 of the parameters of seed 3, recorded when layers drew their own: a change here changes
-# what every seed trains. Under jit the XLA of jax 0.10 multiplies the constants of the normal
-# distribution first; that of jax 0.12 does not.
+# SHA-256 of the parameters of seed 3, in steps of 1/252: a change here changes what every seed
+# trains. Their last bits differ between CPUs and between versions of XLA, in erf_inv; at this step
+# no value lies within 10 units of its last place of where rounding turns.
 HASHES = {
-    ("pre", False): "cd8ca38c2500e10ce9f2ccf1f7449b938ab8d5383c31411c447b07e84f58e80b",
-    ("pre", True): "c8137327853d1419f1c94bc50f8718f8afc75419754cb026fdc32daa782a3a4b",
-    ("post", False): "2fa5d04323a673439294e6fe14e18a1a7815b72fe74fdc37ba346a33c68481f2",
-    ("esm1b", False): "4e1cb9b63f5b2e984fd9e410105e100f98660048e7f43022c8a49ccd5a45f30d",
-    ("esm2", False): "e11d69d05b7e16a9621be50ce54b4a13e48986cd618f71c767a7b4a85b3d393f",
-    ("esm2", True): "a862945e66a2ba1d77051021080a7f6816e5b6c3baa1032429f9446ae073d034",
+    "pre": "54092d4c56076c3b6c043955824e5b569fbc1fe0e08f5ea038b0f81e8122550a",
+    "post": "a364d6927bc62a1b5c0675af9c4ed902d3f4c36a48fd64af9998a604b8e9c52f",
+    "esm1b": "a33c0d640a853446f6c71ed3b33747a4f705ca280a0af8adcf32598661fa15b0",
+    "esm2": "561a22897c844cf32525ee1d7900e90176958a7b582dce47b48aaf7fe46713b0",
 }
 ARCHITECTURES = {
     "pre": {},
@@ -147,8 +145,9 @@ ARCHITECTURES = {
 }
 
 
-@pytest.mark.parametrize(("name", "jitted"), HASHES)
-def test_initial_values_are_bit_for_bit_those_of_the_seed(name, jitted):
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("name", HASHES)
+def test_initial_values_are_those_of_the_seed(name, jitted):
     config = encoder.EncoderConfig(
         layers=2, width=48, heads=4, ffn=96, positions=130, **ARCHITECTURES[name]
     )
@@ -156,8 +155,9 @@ def test_initial_values_are_bit_for_bit_those_of_the_seed(name, jitted):
     digest = hashlib.sha256()
     leaves = model_folder.flatten(init(config, 3))
     for path in sorted(leaves):
-        digest.update(path.encode() + np.asarray(leaves[path]).tobytes())
-    assert digest.hexdigest() in (HASHES[name, jitted], HASHES[name, False])
+        values = np.rint(np.asarray(leaves[path], np.float64) * 252).astype(np.int16)
+        digest.update(path.encode() + values.tobytes())
+    assert digest.hexdigest() == HASHES[name]
 
 
 @pytest.mark.integration
