@@ -25,62 +25,22 @@ from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
-from esm1nv_jax.inference.engine import DeviceModel, OutputSpec, embed_sequences
+from esm1nv_jax.inference.device_model import DeviceModel, place
+from esm1nv_jax.inference.engine import OutputSpec, attention_maps, embed_sequences
 from esm1nv_jax.inference.mutants import parse_mutants
-from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.inference.results import Embeddings, HeadPredictions, Prediction
 from esm1nv_jax.inference.sequence_input import as_list, residue_ids, residue_letters
 from esm1nv_jax.inference.variant_scores import MODES, score_mutants
 from esm1nv_jax.interchange.loader import load_weights
-from esm1nv_jax.model import encoder
+from esm1nv_jax.model import encoder, soft_tokens
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput
 from esm1nv_jax.model.heads import HeadConfig, to_predictions
-from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import recipe
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
-# Tokens in a batch on one device: enough to keep its matrix units full.
-TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
 # Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
 SCORES_BYTES = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Embeddings:
-    """Of n sequences: `per_residue[i]` float32 [residues of sequence i, width], row j is residue j;
-    `mean` float32 [n, width], over residues only; `cls` float32 [n, width], the state of `<s>`."""
-
-    per_residue: list[np.ndarray]
-    mean: np.ndarray
-    cls: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """One `<mask>`: its position (1-based) and residues with their probabilities, best first."""
-
-    position: int
-    residues: list[tuple[str, float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadPredictions:
-    """What the head of a fine-tuned model predicts for n sequences.
-
-    values: float32; `values[i]` is [residues of sequence i, K] of a head on residues, [K] of one on
-      proteins. Probabilities in the order of `head.classes`, which add up to 1 in "classification"
-      and are independent in "multilabel"; in "regression" K = 1, and it is the value itself.
-    """
-
-    head: HeadConfig
-    values: list[np.ndarray]
-
-    @property
-    def labels(self) -> list[list[str]]:
-        """Of each sequence the likeliest class of every residue, or of the protein."""
-        if self.head.kind != "classification":
-            raise UserError(f"a head for {self.head.kind} has no likeliest class; take .values")
-        best = [np.atleast_2d(value).argmax(axis=1) for value in self.values]
-        return [[self.head.classes[k] for k in classes] for classes in best]
+ATTENTION_BYTES = 4 << 30  # of all layers, on the way to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,22 +96,9 @@ class Model:
 
     def to_devices(self, devices: Sequence[jax.Device]) -> DeviceModel:
         """The model on these devices, over which the rows of a batch are spread."""
-        mesh = jax.make_mesh(
-            (len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices
-        )
-        cpu = devices[0].platform == "cpu"
-        emulate_bfloat16 = not multiplies_bf16(devices[0].platform)
-        compute = dataclasses.replace(self.compute, emulate_bfloat16=emulate_bfloat16)
-        params = _kernels_in_bf16(self.params) if self.precision == "bf16" else self.params
-        if self.head_params is not None:  # which stays fp32
-            params = params | {"head": self.head_params}
-        sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        tokens = TOKENS_CPU if cpu else TOKENS_ACCELERATOR
-        shapes = RowShapes.up_to(self.longest + SPECIALS, tokens, len(devices))
-        return DeviceModel(
-            self.config, compute, jax.device_put(params, replicated), sharded, shapes
-        )
+        heads = {} if self.head_params is None else {"head": self.head_params}
+        longest = self.longest + SPECIALS
+        return place(self.config, self.compute, self.params, heads, longest, devices)
 
     def embed(
         self, sequences: Iterable[str | bytes], layer: int = -1, deterministic: bool = False
@@ -191,6 +138,32 @@ class Model:
             return []
         results = embed_sequences(self.on_devices, ids, OutputSpec(("logits",), ()), self.longest)
         return _split_by_sequence(results["logits"], ids)
+
+    def attention(self, sequence: str | bytes) -> np.ndarray:
+        """Attention weights: float32 [layers, heads, residues + 2, residues + 2].
+
+        Row i holds the weights of query i, which add up to 1; `<s>` comes first and `</s>` last.
+
+        Raises UserError for a sequence that is too long to be read at once.
+        """
+        ids = self.read_whole(sequence)
+        size = 4 * self.config.layers * self.config.heads * (len(ids) + SPECIALS) ** 2
+        if size > ATTENTION_BYTES:
+            raise UserError(
+                f"the attention weights of {len(ids):,} residues take {size / 2**30:.1f} GiB, the "
+                f"limit is {ATTENTION_BYTES >> 30} GiB; cut the sequence into domains"
+            )
+        return attention_maps(self.on_devices, ids)
+
+    def read_whole(self, sequence: str | bytes, name: str = "the sequence") -> np.ndarray:
+        """Token ids of the residues. Raises UserError where they are more than `longest`."""
+        ids = residue_ids(sequence, name)
+        if len(ids) > self.longest:
+            raise UserError(
+                f"{name} has {len(ids):,} residues, and the model reads {self.longest:,} at once; "
+                "cut it into domains"
+            )
+        return ids
 
     def predict(
         self, sequences: Iterable[str | bytes], deterministic: bool = False
@@ -301,23 +274,34 @@ class Model:
         )
 
     def apply(
-        self, params: dict, tokens_BT, segment_ids_BT=None, positions_BT=None, layers=()
+        self,
+        params: dict,
+        tokens_BT,
+        segment_ids_BT=None,
+        positions_BT=None,
+        layers=(),
+        return_attention: bool = False,
     ) -> EncoderOutput:
         """The pure function itself, for use under `jax.jit`, `jax.grad` and the like.
 
         Args:
           params: as `model.params`.
-          tokens_BT: int32 ids with `<s>` and `</s>`; see `esm1nv_jax.data.tokenizer.encode`.
+          tokens_BT: int32 ids with `<s>` and `</s>`; see `esm1nv_jax.data.tokenizer.encode`. Or
+            fp32 [B, T, V], a probability for each of `tokenizer.TOKENS`, of which gradients can be
+            taken; see `esm1nv_jax.model.soft_tokens.from_residues`.
           segment_ids_BT: which sequence of its row a token belongs to, 0 for padding; one sequence
             a row where None.
           positions_BT: from 0 in each segment; counted along the row where None.
           layers: hidden states to return.
+          return_attention: also return the attention weights of every block.
         """
-        tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+        tokens_BT = jnp.asarray(tokens_BT)
+        soft_tokens.check(tokens_BT)
+        tokens_BT = tokens_BT.astype(jnp.int32 if tokens_BT.ndim == 2 else jnp.float32)
         if segment_ids_BT is None:
-            segment_ids_BT = (tokens_BT != tokenizer.PAD).astype(jnp.int32)
+            segment_ids_BT = soft_tokens.is_real(tokens_BT).astype(jnp.int32)
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
         return encoder.forward(
             self.config,
             params,
@@ -326,6 +310,21 @@ class Model:
             positions_BT,
             compute=self.compute,
             hidden_layers=tuple(layers),
+            return_attention=return_attention,
+        )
+
+    def pseudo_log_likelihood(self, params: dict, probabilities_TV) -> jax.Array:
+        """The pseudo-log-likelihood, in nats, of a sequence of probabilities over tokens.
+
+        Differentiable and pure, as `apply`. fp32 [T, V] with `<s>` and `</s>` at the ends; see
+        `esm1nv_jax.model.soft_tokens`.
+        """
+        self.require_lm_head()
+        soft_tokens.check(probabilities_TV[None])
+        return soft_tokens.pseudo_log_likelihood(
+            lambda tokens_BTV: self.apply(params, tokens_BTV).logits,
+            probabilities_TV,
+            self.config.vocabulary,
         )
 
 
@@ -380,12 +379,3 @@ def _digest(params: dict) -> str:
 
 def _split_by_sequence(flat: np.ndarray, ids: Sequence[np.ndarray]) -> list[np.ndarray]:
     return np.split(flat, np.cumsum([len(i) for i in ids])[:-1])
-
-
-def _kernels_in_bf16(params: dict) -> dict:
-    """Kernels in bf16 once, instead of at every batch; everything else stays as it is."""
-
-    def cast(path, leaf):
-        return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)

@@ -26,13 +26,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from esm1nv_jax.data.tokenizer import vocabulary
+from esm1nv_jax.data.tokenizer import MASK, vocabulary
 from esm1nv_jax.model import dropout as drop
-from esm1nv_jax.model import esm2
+from esm1nv_jax.model import esm2, soft_tokens
 from esm1nv_jax.model.attention import attention
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import remat
+from esm1nv_jax.model.kernels.attention_xla import attention_weights
 from esm1nv_jax.model.kernels.matmul import matmul
 from esm1nv_jax.model.layers import LayerNorm, Linear, add_residual, gelu
 from esm1nv_jax.model.lora import LoraBlock, LoraConfig
@@ -46,10 +47,12 @@ PADDING_LOGIT = -1e30  # of rows of the vocabulary that hold no token
 class EncoderOutput:
     """`logits`: fp32 [B, T, V] (or [B, M, V]); rows of V beyond the vocabulary are never predicted.
     `hidden`: the layers asked for, each fp32 [B, T, D]: 0 is the embeddings, k the output of block
-    k, -1 the last after the final LayerNorm, which is what the LM head reads."""
+    k, -1 the last after the final LayerNorm, which is what the LM head reads.
+    `attention`: where asked for, the weights of each block, fp32 [B, N, T, S]."""
 
     logits: jax.Array
     hidden: dict[int, jax.Array]
+    attention: tuple[jax.Array, ...] = ()
 
 
 class Block(nnx.Module):
@@ -73,17 +76,28 @@ class Block(nnx.Module):
             return y_BTN
         return lora.add(name, y_BTN, x_BTK, key, self.layer, self.compute.operand_dtype)
 
-    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
+    def queries_keys_values(self, x_BTD, rope, key: DropoutKey | None, lora):
+        """Queries, keys and values of each head, [B, T, C, N, H]."""
         (B, T, D), N = x_BTD.shape, self.config.heads
-        dtype, rate = self.compute.operand_dtype, self.config.attention_dropout
         qkv_BTCNH = self.linear("qkv", x_BTD, key, lora).reshape(B, T, 3, N, D // N)
         qkv_BTCNH = checkpoint_name(qkv_BTCNH, remat.QKV)
-        if rope is not None:
-            qkv_BTCNH = esm2.apply_rope(qkv_BTCNH, rope)
+        return qkv_BTCNH if rope is None else esm2.apply_rope(qkv_BTCNH, rope)
+
+    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
+        (B, T, D), dtype = x_BTD.shape, self.compute.operand_dtype
+        rate = self.config.attention_dropout
+        qkv_BTCNH = self.queries_keys_values(x_BTD, rope, key, lora)
         keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         backend = self.compute.attention
         out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend)
         return self.linear("out_proj", out_BTNH.reshape(B, T, D), key, lora)
+
+    def attention_weights(self, x_BTD, segment_ids_BT, rope, lora):
+        """fp32 [B, N, T, S], of the block's input and without dropout, whatever the backend."""
+        if self.config.norm == "pre":
+            x_BTD = self.attention_norm(x_BTD)
+        qkv_BTCNH = self.queries_keys_values(x_BTD, rope, None, lora)
+        return attention_weights(qkv_BTCNH, segment_ids_BT, self.compute.operand_dtype)
 
     def ffn(self, x_BTD, key: DropoutKey | None, lora):
         x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
@@ -138,31 +152,51 @@ class Encoder(nnx.Module):
 
     def embed(self, tokens_BT, segment_ids_BT, positions_BT, key: DropoutKey | None):
         config = self.config
-        x_BTD = self.token_embedding(esm2.map_missing_to_unk(config.vocabulary, tokens_BT))
+        if tokens_BT.ndim == 2:
+            x_BTD = self.token_embedding(esm2.map_missing_to_unk(config.vocabulary, tokens_BT))
+            mask_BT = tokens_BT == MASK
+        else:
+            table_VD = self.token_embedding.embedding[...]
+            x_BTD, mask_BT = soft_tokens.embed(
+                config.vocabulary, table_VD, tokens_BT, config.token_dropout
+            )
         if config.token_dropout:
-            x_BTD = esm2.token_dropout(x_BTD, tokens_BT, segment_ids_BT)
+            x_BTD = esm2.token_dropout(x_BTD, mask_BT, segment_ids_BT)
         if config.position_kind == "learned":
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         if config.embedding_norm or config.norm == "post":
             x_BTD = self.embedding_norm(x_BTD)
         return add_residual(0.0, x_BTD, config.dropout, key, 0, drop.EMBEDDING)
 
-    def __call__(self, tokens_BT, segment_ids_BT, positions_BT, key, predictions_BM, layers, lora):
+    def __call__(
+        self,
+        tokens_BT,
+        segment_ids_BT,
+        positions_BT,
+        key,
+        predictions_BM,
+        layers,
+        lora,
+        return_attention,
+    ):
         """As `forward`."""
         rope = None
         if self.config.position_kind == "rotary":
             rope = esm2.rope_cos_sin(positions_BT, self.rotary_frequency[...])
         x_BTD = self.embed(tokens_BT, segment_ids_BT, positions_BT, key)
-        hidden = {0: x_BTD}
+        hidden, weights = {0: x_BTD}, []
         for i, block in enumerate(self.blocks):
             block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
+            if return_attention:
+                weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
             x_BTD = hidden[i + 1] = run_block(block, x_BTD, segment_ids_BT, rope, key, block_lora)
         final_norm = self.final_norm if self.config.norm == "pre" else lambda x_BTD: x_BTD
         x_BMD = hidden[-1] = final_norm(x_BTD)
         if predictions_BM is not None:  # the LayerNorm, too, at these positions only
             x_BMD = final_norm(remat.gather_positions(x_BTD, predictions_BM))
         logits = self.lm_head(x_BMD, self.token_embedding.embedding[...])
-        return EncoderOutput(logits, {layer: hidden[layer] for layer in layers})
+        hidden = {layer: hidden[layer] for layer in layers}
+        return EncoderOutput(logits, hidden, tuple(weights))
 
 
 def run_block(
@@ -197,13 +231,15 @@ def forward(
     prediction_positions_BM=None,
     hidden_layers: tuple[int, ...] = (),
     lora: tuple[LoraConfig, dict] | None = None,
+    return_attention: bool = False,
 ) -> EncoderOutput:
     """Runs the encoder over packed rows; pure, for use inside `jax.jit`.
 
     Args:
       config: the architecture that `params` belongs to.
       params: a plain nested dict, as `init` returns it.
-      tokens_BT: int32 token ids.
+      tokens_BT: int32 token ids; or fp32 [B, T, V'], a probability for each of
+        `tokenizer.TOKENS`. One-hot vectors give what the ids give.
       segment_ids_BT: int32; 0 is padding, and no token attends to another segment.
       positions_BT: int32, counted from 0 in each segment, below `config.positions`.
       compute: dtypes, rematerialisation and attention backend.
@@ -211,6 +247,7 @@ def forward(
       prediction_positions_BM: int32; if given, logits only at these columns of each row.
       hidden_layers: which hidden states to return, 0..layers or -1.
       lora: a config of LoRA and its parameters, not merged into `params`.
+      return_attention: also return the attention weights, with T x T numbers a head.
     """
     graph, _ = _split(config, compute)
     state = nnx.State(jax.tree.map(nnx.Param, nnx.restore_int_paths(params)))
@@ -222,6 +259,7 @@ def forward(
         prediction_positions_BM,
         hidden_layers,
         lora,
+        return_attention,
     )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax.data.tokenizer import MASK, UNK, vocabulary
+from esm1nv_jax.data.tokenizer import UNK, vocabulary
 
 ROPE_THETA = 10_000.0
 TRAINED_MASK_SHARE = 0.15 * 0.8  # of `<mask>` in the training of every ESM with token dropout
@@ -41,21 +41,25 @@ def apply_rope(qkv_BTCNH, cos_sin):
     return jnp.concatenate([rotated.astype(qkv_BTCNH.dtype), qkv_BTCNH[:, :, 2:]], axis=2)
 
 
-def token_dropout(x_BTD, tokens_BT, segment_ids_BT):
+def token_dropout(x_BTD, mask_BT, segment_ids_BT):
     """Embeddings [B, T, D]: zero at `<mask>`, and the others of a sequence scaled so that their sum
-    is as large as if the share of `<mask>` were that of training."""
-    is_mask_BT = tokens_BT == MASK
+    is as large as if the share of `<mask>` were that of training.
+
+    `mask_BT` says where `<mask>` is: bool; or its probability, and `x_BTD` is without its part.
+    """
 
     def count(values_T, segment_ids_T):
         segments = jax.ops.segment_sum(values_T, segment_ids_T, num_segments=len(values_T) + 1)
         return segments[segment_ids_T]
 
-    share_BT = jax.vmap(count)(is_mask_BT.astype(jnp.float32), segment_ids_BT) / jax.vmap(count)(
-        jnp.ones(tokens_BT.shape, jnp.float32), segment_ids_BT
+    share_BT = jax.vmap(count)(mask_BT.astype(jnp.float32), segment_ids_BT) / jax.vmap(count)(
+        jnp.ones(mask_BT.shape, jnp.float32), segment_ids_BT
     )
     # A segment of nothing but `<mask>` has no embedding to scale.
     scale_BT = (1 - TRAINED_MASK_SHARE) / jnp.where(share_BT < 1, 1 - share_BT, 1)
-    return jnp.where(is_mask_BT[..., None], 0, x_BTD * scale_BT[..., None])
+    if mask_BT.dtype == bool:
+        return jnp.where(mask_BT[..., None], 0, x_BTD * scale_BT[..., None])
+    return x_BTD * scale_BT[..., None]
 
 
 def map_missing_to_unk(text: str, tokens_BT):

@@ -53,15 +53,27 @@ def _attention(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate):
     q_BNTH = q_BNTH * q_BNTH.shape[-1] ** -0.5
     operands = [force_row_major(cast_operand(x, dtype)) for x in (q_BNTH, k_BNSH, v_BNSH)]
     q_BNTH, k_BNSH, v_BNSH = operands
-    scores_BNTS = _einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, dtype)
-    is_same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
-    scores_BNTS = jnp.where(is_same_BTS[:, None], scores_BNTS, _MASKED_SCORE)
+    scores_BNTS = _scores(q_BNTH, k_BNSH, segment_ids_BT, dtype)
     weights_BNTS = jnp.exp(scores_BNTS - jnp.max(scores_BNTS, axis=-1, keepdims=True))
     total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
     dropped_BNTS = weights_BNTS * _dropout_scale(weights_BNTS.shape, rate, row_keys_B)
     out_BNTH = _einsum("BNTS,BNSH->BNTH", dropped_BNTS, v_BNSH, dtype) / total_BNT1
     like_qkv = jnp.zeros((0,), qkv_CBNTH.dtype)
     return out_BNTH, (operands, like_qkv, row_keys_B, weights_BNTS, total_BNT1, out_BNTH)
+
+
+def attention_weights(qkv_BTCNH, segment_ids_BT, dtype):
+    """softmax(q k / sqrt(H)) within each segment: fp32 [B, N, T, S], 0 in padding."""
+    q_BNTH, k_BNSH = (jnp.swapaxes(qkv_BTCNH[:, :, c], 1, 2) for c in range(2))
+    scores_BNTS = _scores(q_BNTH * q_BNTH.shape[-1] ** -0.5, k_BNSH, segment_ids_BT, dtype)
+    return jnp.where((segment_ids_BT > 0)[:, None, :, None], jax.nn.softmax(scores_BNTS), 0)
+
+
+def _scores(q_BNTH, k_BNSH, segment_ids_BT, dtype):
+    """Scores of queries that are already divided by sqrt(H), masked between segments."""
+    scores_BNTS = _einsum("BNTH,BNSH->BNTS", q_BNTH, k_BNSH, dtype)
+    is_same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    return jnp.where(is_same_BTS[:, None], scores_BNTS, _MASKED_SCORE)
 
 
 def _sum_over_queries(a_BNTS, b_BNTH, dtype):

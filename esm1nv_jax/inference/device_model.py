@@ -1,0 +1,61 @@
+"""A model on the devices of this host: its parameters, and how batches of rows are spread."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
+from esm1nv_jax.model.kernels.matmul import multiplies_bf16
+
+# Tokens in a batch on one device: enough to keep its matrix units full.
+TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceModel:
+    """A model on devices: replicated parameters, those of a head under "head", and how rows are
+    spread over the devices."""
+
+    config: EncoderConfig
+    compute: ComputeConfig
+    params: dict
+    row_sharding: jax.sharding.Sharding
+    shapes: RowShapes
+
+
+def place(
+    config: EncoderConfig,
+    compute: ComputeConfig,
+    params: dict,
+    heads: dict,
+    longest: int,
+    devices: Sequence[jax.Device],
+) -> DeviceModel:
+    """The model on `devices`, with shapes for rows of up to `longest` tokens.
+
+    `heads` are parameters that stay fp32 whatever `compute` says.
+    """
+    mesh = jax.make_mesh((len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices)
+    platform = devices[0].platform
+    compute = dataclasses.replace(compute, emulate_bfloat16=not multiplies_bf16(platform))
+    if compute.dtype == "bfloat16":
+        params = _kernels_in_bf16(params)
+    sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tokens = TOKENS_CPU if platform == "cpu" else TOKENS_ACCELERATOR
+    shapes = RowShapes.up_to(longest, tokens, len(devices))
+    return DeviceModel(config, compute, jax.device_put(params | heads, replicated), sharded, shapes)
+
+
+def _kernels_in_bf16(params: dict) -> dict:
+    """Kernels in bf16 once, instead of at every batch; everything else stays as it is."""
+
+    def cast(path, leaf):
+        return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
