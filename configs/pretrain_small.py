@@ -104,9 +104,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     }
     # masking.recipe: card, 80/10/10 % <mask>, random, unchanged; or shipped, 50/50/0; sets no rate
     # masking.rate: share of the residues that is predicted
+    # masking.final_rate: the rate at the end of optimizer.horizon, linearly; 0: it stays
     config.masking = (
         {"recipe": "shipped", "rate": 0.10} if args["shipped"] else {"recipe": "card", "rate": 0.15}
     )
+    config.masking["final_rate"] = 0.0
     config.model = {
         "layers": args["layers"],  # transformer blocks
         "width": args["width"],  # of the embeddings and the residual stream
@@ -114,7 +116,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "ffn": 4 * args["width"],  # hidden width of the feed-forward network
         "positions": max_residues + 2,  # longest input in tokens, <s> and </s> included
         "norm": "pre",  # LayerNorm before each sublayer (pre) or after it (post)
-        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",  # gelu_tanh or gelu_erf
+        # gelu_tanh, gelu_erf or swiglu, whose gates make fc1 twice as wide
+        "ffn_activation": "gelu_erf" if args["hf"] else "gelu_tanh",
         "head_activation": "gelu_erf",  # of the LM head: gelu_tanh or gelu_erf
         "dropout": 0.1,  # rate, of embeddings and residual branches
         "attention_dropout": 0.1,  # rate, of attention probabilities
@@ -123,6 +126,11 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "embedding_norm": False,  # LayerNorm on the embeddings, as ESM-1b
         "token_dropout": False,  # no embedding at <mask>, the others scaled, as ESM-1b and ESM-2
         "vocabulary": ESM1NV,  # tokens in the order of their ids, separated by spaces
+        "norm_kind": "layernorm",  # layernorm, layernorm_no_bias or rmsnorm
+        "bias": True,  # of the linear layers of the blocks, and of the final norm
+        "qk_norm": False,  # queries and keys normalized, each over the whole width
+        "tied_head": True,  # whether the LM head's output matrix is the token embedding
+        "branch_scale": 1.0,  # factor of each residual branch; of ESMC sqrt(36 / layers)
     }
     config.compute = {
         "dtype": "bfloat16",  # operands of matrix products: bfloat16 or float32
@@ -132,6 +140,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "deterministic": False,  # on GPUs: the same bits from the same start, slower
     }
     config.optimizer = {
+        "kind": "adamw",  # adamw, or muon: for hidden matrices, with AdamW for the rest
         "peak_lr": 2e-4,  # learning rate after the warm-up
         "min_lr": 2e-5,  # learning rate at the end
         "warmup": 500.0,  # steps of linear increase from 0; below 1: a share of config.steps
@@ -144,6 +153,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "epsilon": 1e-8,  # in the denominator of Adam
         "weight_decay": 0.01,  # decoupled; not of biases and LayerNorm
         "clip_norm": 1.0,  # largest norm of the gradient
+        "muon_beta": 0.95,  # decay of Muon's moment
     }
     config.evaluation = {
         "every": 1500,  # steps between validations

@@ -154,6 +154,13 @@ ABLATIONS = {
     "constant_at_peak": {"optimizer.constant_at"},
     "padded": {"data.packed"},
     "random_crop": {"data.crop"},
+    "rotary": {"model.position_kind"},
+    "swiglu": {"model.ffn_activation", "model.ffn"},
+    "muon": {"optimizer.kind"},
+    "shipped_masking": {"masking.recipe", "masking.rate"},
+    "masking_schedule": {"masking.rate", "masking.final_rate"},
+    "rmsnorm": {"model.norm_kind", "model.bias"},
+    "qk_norm": {"model.qk_norm"},
 }
 
 
@@ -163,8 +170,8 @@ def test_every_ablation_is_known_here():
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_one_thing_and_can_be_trained(name):
-    parent = config_file.flat(config_file.load(RECIPE, "shipped,width=64"))
-    config = config_file.load(ROOT / f"configs/ablations/{name}.py", "shipped,width=64")
+    parent = config_file.flat(config_file.load(RECIPE, "max_length=510,width=64"))
+    config = config_file.load(ROOT / f"configs/ablations/{name}.py", "max_length=510,width=64")
     found = config_file.flat(config)
     assert {k for k in found if found[k] != parent[k]} == ABLATIONS[name]
     step.create_state(RunConfig.from_config_dict(config).step_config(jax.devices()[0]))

@@ -27,6 +27,8 @@ CONFIG, PROVENANCE = "config.json", "provenance.json"
 PADDING = "vocabulary_padding.safetensors"
 # The masked-LM head of a fine-tuned model, of which `transformers` has no class with both heads.
 LM_HEAD = "lm_head.safetensors"
+# Fields of EncoderConfig that neither EsmForMaskedLM nor BertForMaskedLM has.
+MODERN = ("norm_kind", "bias", "qk_norm", "tied_head", "branch_scale")
 BERT_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -162,6 +164,8 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
 
 def inexact_reason(config: EncoderConfig) -> str | None:
     """What of this architecture neither EsmForMaskedLM nor BertForMaskedLM has, or None."""
+    if reason := _modern_reason(config):
+        return reason
     if config.norm == "post" and (config.position_kind == "rotary" or config.token_dropout):
         return (
             "model.norm='post' with rotary positions or token dropout is no architecture of "
@@ -187,8 +191,22 @@ def inexact_reason(config: EncoderConfig) -> str | None:
     return None
 
 
+def _modern_reason(config: EncoderConfig) -> str | None:
+    """Which field has a value that no architecture written here can even approximate, or None."""
+    found = {name: getattr(config, name) for name in MODERN}
+    differing = [name for name in MODERN if found[name] != getattr(EncoderConfig, name)]
+    if config.ffn_activation == "swiglu":
+        found, differing = found | {"ffn_activation": "swiglu"}, [*differing, "ffn_activation"]
+    if not differing:
+        return None
+    values = ", ".join(f"model.{name}={found[name]!r}" for name in differing)
+    return f"{values} cannot be converted: neither EsmForMaskedLM nor BertForMaskedLM has it"
+
+
 def approximate_config(config: EncoderConfig) -> EncoderConfig:
     """The architecture that `--approximate` converts to: the erf form of GELU throughout."""
+    if reason := _modern_reason(config):
+        raise UserError(reason)
     config = dataclasses.replace(config, ffn_activation="gelu_erf", head_activation="gelu_erf")
     if reason := inexact_reason(config):
         raise UserError(reason)

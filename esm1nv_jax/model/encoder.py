@@ -3,7 +3,8 @@
 A Transformer encoder on packed rows. Tokens and learned positions are embedded; each block adds
 self-attention and a feed-forward network to a residual stream that stays fp32; the LM head shares
 its output matrix with the token embedding. LayerNorm stands before each branch (`norm='pre'`, and
-once more at the end) or after each sum (`'post'`, and once more on the embeddings).
+once more at the end) or after each sum (`'post'`, and once more on the embeddings). Other fields of
+the config make of it an ESM-1b, an ESM-2 or an ESMC.
 
 The names of arrays end in their axes:
   B rows                T tokens of a row         S keys, where T are queries
@@ -35,7 +36,7 @@ from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import remat
 from esm1nv_jax.model.kernels.attention_xla import attention_weights
 from esm1nv_jax.model.kernels.matmul import matmul
-from esm1nv_jax.model.layers import LayerNorm, Linear, add_residual, gelu
+from esm1nv_jax.model.layers import LayerNorm, Linear, activate, add_residual
 from esm1nv_jax.model.lora import LoraBlock, LoraConfig
 
 INIT_STD = 0.02
@@ -59,15 +60,18 @@ class Block(nnx.Module):
     """Self-attention and a feed-forward network, each added to the residual stream."""
 
     def __init__(self, config: EncoderConfig, compute: ComputeConfig, layer: int, rngs: nnx.Rngs):
-        D, F = config.width, config.ffn
+        D, F, bias = config.width, config.ffn, config.bias
         # Before a product a norm returns its operand, after a sum the residual.
         norm_dtype = compute.activation_dtype if config.norm == "pre" else "float32"
         self.attention_norm = LayerNorm(config, norm_dtype, rngs)
-        self.qkv = Linear(D, 3 * D, compute, rngs)
-        self.out_proj = Linear(D, D, compute, rngs)
+        self.qkv = Linear(D, 3 * D, compute, rngs, bias)
+        if config.qk_norm:
+            self.q_norm = LayerNorm(config, compute.activation_dtype, rngs, bias=False)
+            self.k_norm = LayerNorm(config, compute.activation_dtype, rngs, bias=False)
+        self.out_proj = Linear(D, D, compute, rngs, bias)
         self.ffn_norm = LayerNorm(config, norm_dtype, rngs)
-        self.fc1 = Linear(D, F, compute, rngs)
-        self.fc2 = Linear(F, D, compute, rngs)
+        self.fc1 = Linear(D, config.fc1_width, compute, rngs, bias)
+        self.fc2 = Linear(F, D, compute, rngs, bias)
         self.config, self.compute, self.layer = config, compute, layer
 
     def linear(self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None):
@@ -79,8 +83,12 @@ class Block(nnx.Module):
     def queries_keys_values(self, x_BTD, rope, key: DropoutKey | None, lora):
         """Queries, keys and values of each head, [B, T, C, N, H]."""
         (B, T, D), N = x_BTD.shape, self.config.heads
-        qkv_BTCNH = self.linear("qkv", x_BTD, key, lora).reshape(B, T, 3, N, D // N)
-        qkv_BTCNH = checkpoint_name(qkv_BTCNH, remat.QKV)
+        qkv_BTCD = self.linear("qkv", x_BTD, key, lora).reshape(B, T, 3, D)
+        qkv_BTCD = checkpoint_name(qkv_BTCD, remat.QKV)
+        if self.config.qk_norm:
+            q_BTD, k_BTD, v_BTD = (qkv_BTCD[:, :, c] for c in range(3))
+            qkv_BTCD = jnp.stack([self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD], axis=2)
+        qkv_BTCNH = qkv_BTCD.reshape(B, T, 3, N, D // N)
         return qkv_BTCNH if rope is None else esm2.apply_rope(qkv_BTCNH, rope)
 
     def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
@@ -101,10 +109,12 @@ class Block(nnx.Module):
 
     def ffn(self, x_BTD, key: DropoutKey | None, lora):
         x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
-        return self.linear("fc2", gelu(self.config.ffn_activation, x_BTF), key, lora)
+        return self.linear("fc2", activate(self.config.ffn_activation, x_BTF), key, lora)
 
     def __call__(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora=None):
         def add(x_BTD, branch_BTD, site):
+            if self.config.branch_scale != 1:
+                branch_BTD = branch_BTD.astype(jnp.float32) * self.config.branch_scale
             return add_residual(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
 
         if self.config.norm == "pre":
@@ -117,16 +127,21 @@ class Block(nnx.Module):
 
 
 class LMHead(nnx.Module):
-    """A linear layer, GELU and LayerNorm, then logits by the matrix of the token embedding."""
+    """A linear layer, GELU and LayerNorm, then logits by the matrix of the token embedding, or by
+    one of its own."""
 
     def __init__(self, config: EncoderConfig, compute: ComputeConfig, rngs: nnx.Rngs):
         self.dense = Linear(config.width, config.width, compute, rngs)
         self.layer_norm = LayerNorm(config, compute.activation_dtype, rngs)
+        if not config.tied_head:
+            self.decoder = nnx.Embed(vocabulary(config.vocabulary).size, config.width, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(vocabulary(config.vocabulary).size))
         self.config, self.compute = config, compute
 
     def __call__(self, x_BMD, embedding_VD):
-        x_BMD = self.layer_norm(gelu(self.config.head_activation, self.dense(x_BMD)))
+        if not self.config.tied_head:
+            embedding_VD = self.decoder.embedding[...]
+        x_BMD = self.layer_norm(activate(self.config.head_activation, self.dense(x_BMD)))
         logits_BMV = matmul(x_BMD, embedding_VD, self.compute.operand_dtype, True)
         is_token_V = vocabulary(self.config.vocabulary).predicted()
         return jnp.where(is_token_V, logits_BMV + self.bias[...], PADDING_LOGIT)
@@ -146,7 +161,7 @@ class Encoder(nnx.Module):
             self.embedding_norm = LayerNorm(config, "float32", rngs)
         self.blocks = nnx.List([Block(config, compute, i, rngs) for i in range(config.layers)])
         if config.norm == "pre":
-            self.final_norm = LayerNorm(config, "float32", rngs)
+            self.final_norm = LayerNorm(config, "float32", rngs, config.bias)
         self.lm_head = LMHead(config, compute, rngs)
         self.config = config
 
@@ -283,6 +298,8 @@ def init(config: EncoderConfig, seed) -> dict:
         layers += [(block["qkv"], INIT_STD), (block["out_proj"], branch_std)]
         layers += [(block["fc1"], INIT_STD), (block["fc2"], branch_std)]
     layers.append((params["lm_head"]["dense"], INIT_STD))
+    if not config.tied_head:
+        layers.append((params["lm_head"]["decoder"], INIT_STD))
     for n, (layer, std) in enumerate(layers):
         name = "kernel" if "kernel" in layer else "embedding"
         key = jax.random.fold_in(jax.random.key(seed), n)

@@ -18,7 +18,12 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
 }
+# Of the FFN also SwiGLU (Shazeer 2020): fc1 makes a gate beside each value.
+FFN_ACTIVATIONS = ACTIVATIONS | {
+    "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
+}
 NORMS = ("pre", "post")
+NORM_KINDS = ("layernorm", "layernorm_no_bias", "rmsnorm")
 POSITION_KINDS = ("learned", "rotary")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 REMATS = ("none", *KEPT)
@@ -44,10 +49,21 @@ class EncoderConfig:
     embedding_norm: bool = False  # a LayerNorm on the embeddings too, as ESM-1b; post has it always
     token_dropout: bool = False  # as ESM-1b and ESM-2: no embedding at <mask>, the others scaled
     vocabulary: str = ESM1NV  # the model's tokens in the order of its own ids; ids here are ours
+    # What encoders since 2023 do otherwise (configs/modern.py, ESMC).
+    norm_kind: str = "layernorm"
+    bias: bool = True  # of the linear layers of the blocks and of the final norm, as ESMC has none
+    qk_norm: bool = False  # queries and keys normalized over the whole width, before the rotation
+    tied_head: bool = True  # whether the LM head's output matrix is the token embedding
+    branch_scale: float = 1.0  # factor of each residual branch
 
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def fc1_width(self) -> int:
+        """Columns of the first layer of the FFN: gates and values, or values alone."""
+        return 2 * self.ffn if self.ffn_activation == "swiglu" else self.ffn
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "ffn"):
@@ -67,15 +83,17 @@ class EncoderConfig:
             "model",
             self,
             norm=NORMS,
+            norm_kind=NORM_KINDS,
             position_kind=POSITION_KINDS,
-            ffn_activation=ACTIVATIONS,
+            ffn_activation=FFN_ACTIVATIONS,
             head_activation=ACTIVATIONS,
         )
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
-        if self.norm_epsilon <= 0:
-            raise UserError(f"model.norm_epsilon={self.norm_epsilon} must be above 0")
+        for name in ("norm_epsilon", "branch_scale"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be above 0")
         if self.position_kind == "rotary" and self.head_size % 2:
             raise UserError(
                 f"model.position_kind='rotary' rotates pairs: the head size {self.head_size} "

@@ -92,7 +92,7 @@ def init(model: EncoderConfig, config: LoraConfig, seed: int) -> dict:
     """
     if config.rank > model.width:
         raise UserError(f"LoRA rank {config.rank} exceeds the width of the model, {model.width}")
-    sizes = {"fc1": (model.width, model.ffn), "fc2": (model.ffn, model.width)}
+    sizes = {"fc1": (model.width, model.fc1_width), "fc2": (model.ffn, model.width)}
 
     def projection(layer: int, name: str) -> dict:
         inputs, outputs = sizes.get(name, (model.width, model.width))

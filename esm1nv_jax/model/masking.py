@@ -34,10 +34,15 @@ class MaskingConfig:
     random: float
     letters: int  # replacements are the first so many residues of the vocabulary
     may_repeat: bool  # whether a replacement may equal the original
+    final_rate: float = 0.0  # in training the rate goes there linearly; 0: it stays
 
     def __post_init__(self):
         if not 0 < self.rate <= 1:
             raise UserError(f"masking rate {self.rate} is not in (0, 1]; the card's is 0.15")
+        if not 0 <= self.final_rate <= 1:
+            raise UserError(
+                f"masking final_rate {self.final_rate} is not in [0, 1]; 0: the rate stays"
+            )
         if self.mask < 0 or self.random < 0 or self.mask + self.random > 1 + 1e-9:
             raise UserError(
                 f"masking fractions mask={self.mask}, random={self.random} must be at least 0 and "
@@ -53,11 +58,12 @@ RECIPES = {
 }
 
 
-def recipe(name: str, rate: float | None = None) -> MaskingConfig:
+def recipe(name: str, rate: float | None = None, final_rate: float = 0.0) -> MaskingConfig:
     """A named recipe, at another rate if one is given."""
     if name not in RECIPES:
         raise UserError(f"masking recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
-    return RECIPES[name] if rate is None else dataclasses.replace(RECIPES[name], rate=rate)
+    rate = RECIPES[name].rate if rate is None else rate
+    return dataclasses.replace(RECIPES[name], rate=rate, final_rate=final_rate)
 
 
 @functools.partial(
@@ -93,8 +99,16 @@ def max_targets(rate: float, row_length: int) -> int:
     return int(row_length * np.max(target_counts(rate, n[-1])[1:] / (n + 2)))
 
 
-def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT) -> Masked:
-    """Corrupts packed rows; `mask_bits_BT` is the uint32 hash that the stream gives each token."""
+def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT, progress=None) -> Masked:
+    """Corrupts packed rows.
+
+    Args:
+      config: the recipe.
+      tokens_BT: int32 token ids.
+      segment_ids_BT: int32; 0 is padding.
+      mask_bits_BT: the uint32 hash that the stream gives each token.
+      progress: how far a rate that changes has come, a scalar in 0..1; by default to its end.
+    """
     B, T = tokens_BT.shape
     is_maskable_BT = tokens_BT >= tokenizer.FIRST_RESIDUE
     # Sort each row by (segment, hash), with what may not be masked last; equal hashes by position.
@@ -105,9 +119,15 @@ def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT) -> Mask
     start_BT = jax.lax.cummax(jnp.where(is_first_BT, rank_BT, 0), axis=1)
     is_last_BT = group_BT != jnp.pad(group_BT, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
     end_BT = jax.lax.cummin(jnp.where(is_last_BT, rank_BT + 1, T), axis=1, reverse=True)
-    quota_BT = jnp.asarray(target_counts(config.rate, T))[end_BT - start_BT]
+    counts = jnp.asarray(target_counts(config.final_rate or config.rate, T))
+    highest = config.final_rate or config.rate
+    if config.final_rate and progress is not None:
+        rate = config.rate + (config.final_rate - config.rate) * progress
+        counts = jnp.maximum(jnp.round(rate * jnp.arange(T + 1)), 1).astype(jnp.int32)
+        highest = max(config.rate, config.final_rate)
+    quota_BT = counts[end_BT - start_BT]
     is_chosen_BT = (rank_BT - start_BT < quota_BT) & (group_BT <= T)
-    M = max_targets(config.rate, T)
+    M = max_targets(highest, T)
     position_BM = jnp.sort(jnp.where(is_chosen_BT, position_BT, T), axis=1)[:, :M]
     is_target_BM = position_BM < T
     position_BM = jnp.minimum(position_BM, T - 1)

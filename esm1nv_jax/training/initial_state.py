@@ -16,7 +16,7 @@ from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.training import sharding
 from esm1nv_jax.training.process_group import ProcessGroup
-from esm1nv_jax.training.run_config import RunConfig, changes_learning
+from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_with_defaults
 from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import (
     StepConfig,
@@ -43,8 +43,11 @@ def find_fork(config: RunConfig, workdir: str) -> StepPath | None:
         )
     model_folder.check_step(*found)
     run, step, folder = found
-    there = step_folder.read_metadata(run, step, folder)["config"]["model"]
-    here = config.to_dict()["model"]
+    recorded = step_folder.read_metadata(run, step, folder)["config"]
+    there, here = (
+        {n.removeprefix("model."): x for n, x in fields.items() if n.startswith("model.")}
+        for fields in (flat_with_defaults(recorded), config.flat())
+    )
     if there != here:
         differing = ", ".join(name for name in here if here[name] != there.get(name))
         raise UserError(f"fork_from={config.fork_from} has another model: {differing} differ")

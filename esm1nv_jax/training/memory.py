@@ -16,14 +16,16 @@ GIB = 2**30
 
 def least_memory(config: StepConfig, rows: int, row_length: int) -> tuple[float, float]:
     """Return bytes of (parameters, activations) that a step on `rows` rows a device cannot do
-    without: parameters, gradients and both moments of Adam in fp32; the batch, and the input of
-    each block in bf16, which even `remat='block'` keeps. Of frozen parameters, only themselves."""
+    without: parameters, gradients and both moments of Adam, or the one of Muon, in fp32; the batch,
+    and the input of each block in bf16, which even `remat='block'` keeps. Of frozen parameters,
+    only themselves."""
     model = config.model
-    block = 4 * model.width**2 + 2 * model.width * model.ffn
+    block = 4 * model.width**2 + model.width * (model.fc1_width + model.ffn)
     embeddings = model.positions * model.width if model.position_kind == "learned" else 0
-    parameters = 16.0 * (model.layers * block + embeddings)
+    of_block = 12.0 if config.optimizer.kind == "muon" else 16.0  # bytes a parameter
+    parameters = of_block * model.layers * block + 16.0 * embeddings
     if config.tuning is not None and config.tuning.method != "full":
-        trained = 16.0 * config.tuning.blocks * block
+        trained = of_block * config.tuning.blocks * block
         frozen = 2.0 if config.tuning.frozen_dtype == "bfloat16" else 4.0
         parameters = trained + frozen * (model.layers - config.tuning.blocks) * block
     kept = 2.0 * model.layers * model.width * rows / config.microbatches

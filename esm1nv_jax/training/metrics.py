@@ -76,7 +76,7 @@ def training_flops(
         "qkv": 3 * matrix * width,
         "attention": 4 * width * sum_squared_lengths,
         "out_proj": matrix * width,
-        "fc1": matrix * ffn,
+        "fc1": matrix * config.fc1_width,
         "fc2": matrix * ffn,
     }
     block = sum(stages.values())
@@ -94,7 +94,8 @@ def training_flops(
     first = min(order.index("qkv" if name in FUSED else name) for name in projections)
     not_needed = sum(stages[name] for name in order[: first + 1])  # of the first block
     backward = layers * sum(stages.values()) - not_needed
-    sizes = [width + (ffn if name in ("fc1", "fc2") else width) for name in projections]
+    wide = {"fc1": config.fc1_width, "fc2": ffn}
+    sizes = [width + wide.get(name, width) for name in projections]
     factors = 2 * tuning.lora.rank * tokens * layers * sum(sizes)
     return forward + backward + 3 * factors + 2 * head
 

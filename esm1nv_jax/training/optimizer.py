@@ -1,4 +1,4 @@
-"""AdamW as ESM-1nv used it, and its schedule of named phases."""
+"""AdamW as ESM-1nv used it, or Muon, and a schedule of named phases."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import optax
 from esm1nv_jax.common.errors import UserError
 
 CONSTANT_AT = ("min_lr", "peak")
+KINDS = ("adamw", "muon")
+# RMS of an entry of Muon's step in units of the learning rate: about that of AdamW's, so that both
+# take the same learning rate and weight decay (Liu et al. 2025, "Muon is scalable").
+MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +34,14 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    kind: str = "adamw"
+    muon_beta: float = 0.95  # decay of Muon's moment
 
     def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UserError(
+                f"optimizer.kind={self.kind!r} is unknown; there are {', '.join(KINDS)}"
+            )
         if self.constant_at not in CONSTANT_AT:
             raise UserError(
                 f"optimizer.constant_at={self.constant_at!r} is unknown; there are "
@@ -52,7 +62,7 @@ class OptimizerConfig:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must be above 0")
         if self.weight_decay < 0:
             raise UserError(f"optimizer.weight_decay={self.weight_decay} must be at least 0")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "muon_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
 
@@ -122,10 +132,58 @@ def decays(params) -> dict:
 
 
 def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then Adam with decoupled weight decay, then the schedule."""
+    """Clip by global norm, then Adam or Muon with decoupled weight decay, then the schedule."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),
+        adam if config.kind == "adamw" else _muon(config, adam),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule(config)),
     )
+
+
+def _muon(config: OptimizerConfig, adam) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for hidden matrices: the kernels of blocks and of the LM head's
+    dense layer. `adam` for the rest: embeddings, the output matrix, biases, scales, and what
+    fine-tuning adds."""
+
+    def labels(params):
+        def label(path, _):
+            names = [entry.key for entry in path]
+            hidden = names[0] == "blocks" or names[:2] == ["lm_head", "dense"]
+            return "muon" if hidden and names[-1] == "kernel" else "adam"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def split(params):
+        """Queries, keys and values, gates and values: matrices of their own, [in, part, out]."""
+
+        def reshape(path, leaf):
+            names = [entry.key for entry in path]
+            if names[0] != "blocks" or names[-2:] not in (["qkv", "kernel"], ["fc1", "kernel"]):
+                return leaf
+            block = params["blocks"][names[1]]
+            out = len(leaf if names[-2] == "qkv" else block["fc2"]["kernel"])
+            return leaf.reshape(len(leaf), -1, out)
+
+        return jax.tree_util.tree_map_with_path(reshape, params)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.muon_beta,
+            weight_dimension_numbers=lambda params: jax.tree.map(
+                lambda _: optax.contrib.MuonDimensionNumbers(0, -1), params
+            ),
+        ),
+        # An orthogonal matrix [n, m] has the RMS max(n, m)**-0.5.
+        optax.stateless_with_tree_map(
+            lambda update, _: MUON_RMS * max(update.shape[0], update.shape[-1]) ** 0.5 * update
+        ),
+    )
+    inner = optax.partition({"muon": muon, "adam": adam}, labels)
+
+    def update(grads, state, params=None):
+        updates, state = inner.update(split(grads), state)
+        return jax.tree.map(lambda x, like: x.reshape(like.shape), updates, grads), state
+
+    return optax.GradientTransformation(lambda params: inner.init(split(params)), update)

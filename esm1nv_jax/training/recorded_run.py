@@ -9,12 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from esm1nv_jax.common import config_file, metrics_log
+from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.labeled_data import TASKS
 from esm1nv_jax.training import evaluation, summary
 from esm1nv_jax.training.objectives.labels import best_metric
-from esm1nv_jax.training.run_config import changes_learning
+from esm1nv_jax.training.run_config import changes_learning, flat_with_defaults
 from esm1nv_jax.training.workdir import CONFIG, DATA
 
 METRIC = "perplexity_mask"  # the one metric in which recipes of pretraining can be compared
@@ -89,7 +89,7 @@ def read(paths: list[str]) -> list[Run]:
     for path, name in zip(paths, _short_names(paths), strict=True):
         folder = Path(path)
         try:
-            fields = config_file.flat(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+            fields = flat_with_defaults(json.loads((folder / CONFIG).read_text("utf-8")))
             fingerprints = _read_if_there(folder / DATA)
             fingerprints.pop("test", None)  # test.json says what was tested
             fields |= {f"data.fingerprint.{split}": x for split, x in fingerprints.items()}

@@ -26,7 +26,7 @@ from esm1nv_jax.data.packing import rows_for, stream_config
 from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
-from esm1nv_jax.model.masking import recipe
+from esm1nv_jax.model.masking import MaskingConfig, recipe
 from esm1nv_jax.training.objectives import Objective
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig, resolve_shares
@@ -94,10 +94,15 @@ class BatchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MaskingChoice:
-    """A named masking recipe, and the share of residues that are predicted."""
+    """A named masking recipe, and the share of residues that are predicted; a `final_rate` that is
+    not 0 is reached, linearly, at the end of the optimizer's horizon."""
 
     recipe: str
     rate: float
+    final_rate: float = 0.0
+
+    def config(self) -> MaskingConfig:
+        return recipe(self.recipe, self.rate, self.final_rate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +210,7 @@ class RunConfig:
                 f"set data.max_residues to at most {self.model.positions - 2}"
             )
         _ = self.profile_steps  # raises UserError
-        recipe(self.masking.recipe, self.masking.rate)  # raises UserError
+        self.masking.config()  # raises UserError
         ComputeConfig(dtype=self.compute.dtype, remat=self.compute.remat)  # raises UserError
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,7 +268,7 @@ class RunConfig:
             seed=self.seed,
             model=self.model,
             compute=compute,
-            objective=objective or MaskedLM(recipe(self.masking.recipe, self.masking.rate)),
+            objective=objective or MaskedLM(self.masking.config(), self.optimizer.horizon),
             optimizer=self.optimizer,
             microbatches=self.batch.microbatches,
             reduce_dtype=self.compute.reduce_dtype,
@@ -287,6 +292,23 @@ class RunConfig:
                 f"{self.batch.microbatches} microbatches; take {rows + -rows % multiple}"
             )
         return rows
+
+
+def flat_with_defaults(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a recorded config under their dotted names, those that an older version
+    did not have with the values that it meant."""
+    fields = config_file.flat(nested)
+    defaults = {
+        f"{group}.{field.name}": field.default
+        for group, kind in (
+            ("masking", MaskingChoice),
+            ("model", EncoderConfig),
+            ("optimizer", OptimizerConfig),
+        )
+        for field in dataclasses.fields(kind)
+        if group in nested and field.default is not dataclasses.MISSING
+    }
+    return defaults | fields
 
 
 def changes_learning(field: str) -> bool:

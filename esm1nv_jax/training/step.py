@@ -106,6 +106,7 @@ def device_gradients(config: StepConfig, params, frozen, batch, step):
 
     def loss_of(params, batch, global_rows):
         key = DropoutKey.at(config.seed, step, global_rows)
+        batch = batch | {"step": step}
         sums = batch_sums(config, merge_trees(params, frozen), batch, key)
         return sums["loss"], sums
 

@@ -67,6 +67,8 @@ def describe_objective(config: RunConfig, data: RunData) -> str:
     """Return what is learned, and of fine-tuning by how many trained parameters."""
     if config.finetune is None or data.task is None:
         text = f"masking    {config.masking.recipe}, {config.masking.rate:.0%} of residues"
+        if config.masking.final_rate:
+            return text + f", {config.masking.final_rate:.0%} at the end"
         own_rate = masking.RECIPES[config.masking.recipe].rate
         other = f" (the original's rate: {own_rate:.0%})"
         return text if config.masking.rate == own_rate else text + other
@@ -169,7 +171,7 @@ def baseline_perplexities(
     letters = letters[letters >= tokenizer.FIRST_RESIDUE] - tokenizer.FIRST_RESIDUE
     counts = np.bincount(letters, minlength=baselines.LETTERS)
     totals = baselines.Baselines(baselines.unigram(counts))
-    recipe = masking.recipe(config.masking.recipe, config.masking.rate)
+    recipe = config.masking.config()
     jitted_mask = jax.jit(masking.mask, static_argnums=0)
     for batch in evaluation_batches(validation_source, evaluation_stream(stream)):
         arrays = (batch[name] for name in ("tokens", "segment_ids", "mask_bits"))

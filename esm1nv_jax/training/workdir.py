@@ -14,10 +14,10 @@ from typing import Any
 from etils import epath
 
 from esm1nv_jax.checkpoints import step_folder
-from esm1nv_jax.common import config_file, files
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.process_group import ProcessGroup
-from esm1nv_jax.training.run_config import RunConfig, changes_learning
+from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_with_defaults
 
 CONFIG, DATA, LOCK, NONCE = "config.json", "data.json", "run.lock", ".nonce"
 OTHER_DATA = (
@@ -121,7 +121,7 @@ def write_or_check_config(
     path = run_dir / CONFIG
     if path.exists():
         try:
-            previous = config_file.flat(json.loads(path.read_text()))
+            previous = flat_with_defaults(json.loads(path.read_text()))
         except (ValueError, AttributeError):
             raise UserError(
                 f"{path} is not readable as JSON; remove it if {run_dir} is a run and the command "

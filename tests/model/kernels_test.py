@@ -29,7 +29,7 @@ def test_layer_norm_and_its_gradient():
     x, scale, bias = random.normal(2, 3, (2, 5, 8)), random.normal(size=8), random.normal(size=8)
     g = random.normal(size=x.shape)
     out, pull = jax.vjp(
-        lambda *a: layer_norm(*a, 1e-5, jnp.float32),
+        lambda *a: layer_norm(*a, 1e-5, jnp.float32, True),
         *(jnp.asarray(a, jnp.float32) for a in (x, scale, bias)),
     )
     np.testing.assert_allclose(out, numpy_layer_norm(x, scale, bias), atol=1e-5)
@@ -161,7 +161,7 @@ def test_plain_kernels_are_told_by_name(monkeypatch):
 def test_a_plain_kernel_is_differentiated_by_jax(monkeypatch):
     def jaxpr():
         x, w = jnp.ones((2, 3)), jnp.ones(3)
-        return str(jax.make_jaxpr(lambda x, w: layer_norm(x, w, w, 1e-5, jnp.float32))(x, w))
+        return str(jax.make_jaxpr(lambda x, w: layer_norm(x, w, w, 1e-5, jnp.float32, True))(x, w))
 
     assert "custom_vjp" in jaxpr()
     monkeypatch.setenv(kernels.VARIABLE, "layer_norm")

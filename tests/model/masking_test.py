@@ -7,6 +7,8 @@ import pytest
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.model import masking
+from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from tests.model.rows import pack, random_tokens
 
 mask = jax.jit(masking.mask, static_argnums=0)
@@ -127,3 +129,36 @@ def test_unknown_recipe_and_rates_are_refused():
         masking.recipe("bert")
     with pytest.raises(UserError, match="masking rate"):
         masking.recipe("card", 0.0)
+
+
+def test_a_rate_that_changes_passes_through_the_recipes_of_its_rates():
+    batch = pack([[random_tokens(s, 100) for s in range(4)]], 512)
+    arrays = [batch[n] for n in ("tokens", "segment_ids", "mask_bits")]
+    falling = masking.recipe("card", 0.30, 0.15)
+    chosen = []
+    for progress, rate in ((0.0, 0.30), (0.4, 0.24), (1.0, 0.15), (None, 0.15)):
+        found = jax.device_get(mask(falling, *arrays, progress))
+        alone = jax.device_get(mask(masking.recipe("card", rate), *arrays))
+        np.testing.assert_array_equal(found.inputs_BT, alone.inputs_BT)
+        chosen.append(set(selected_columns(found, 0).tolist()))
+        assert chosen[-1] == set(selected_columns(alone, 0).tolist())
+    assert [len(columns) for columns in chosen] == [120, 96, 60, 60]
+    assert chosen[2] < chosen[1] < chosen[0]
+    rising = masking.recipe("card", 0.15, 0.30)
+    assert jax.device_get(mask(rising, *arrays, 0.0)).is_target_BM.sum() == 60
+
+
+def test_a_rate_that_changes_is_that_of_the_step():
+    batch = pack([[random_tokens(s, 100) for s in range(4)]], 512)
+    model = EncoderConfig()
+    objective = MaskedLM(masking.recipe("card", 0.30, 0.15), horizon=10)
+    counts = [
+        int(objective.targets(model, batch | step).is_target_BM.sum())
+        for step in ({"step": 0}, {"step": 4}, {"step": 10}, {"step": 99}, {})
+    ]
+    assert counts == [120, 96, 60, 60, 60]
+
+
+def test_a_last_rate_above_1_is_refused():
+    with pytest.raises(UserError, match=r"final_rate 1\.5"):
+        masking.recipe("card", 0.15, 1.5)

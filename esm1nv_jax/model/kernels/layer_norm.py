@@ -1,4 +1,4 @@
-"""LayerNorm with a backward pass that moves few bytes.
+"""LayerNorm and RMSNorm with a backward pass that moves few bytes.
 
 On an accelerator it is bound by memory. Plain autodiff writes every intermediate of the forward for
 the backward to read; here the backward reads x and two numbers a token, and computes the rest
@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from esm1nv_jax.model.kernels import with_gradient
 
 
-def _backward(epsilon, dtype, residuals, g):
+def _backward(epsilon, dtype, centered, residuals, g):
     x, mean, inverse_std, scale = residuals
     normalized = (x.astype(jnp.float32) - mean) * inverse_std
     scaled_g = g.astype(jnp.float32) * scale
     projection = jnp.mean(scaled_g * normalized, axis=-1, keepdims=True)
-    centered_g = scaled_g - jnp.mean(scaled_g, axis=-1, keepdims=True)
-    dx = inverse_std * (centered_g - normalized * projection)
+    if centered:
+        scaled_g = scaled_g - jnp.mean(scaled_g, axis=-1, keepdims=True)
+    dx = inverse_std * (scaled_g - normalized * projection)
     batch_axes = tuple(range(x.ndim - 1))
     # Apart from dx, or XLA writes g * normalized to memory between the sums over rows and columns.
     x, g, mean, inverse_std = jax.lax.optimization_barrier((x, g, mean, inverse_std))
@@ -31,12 +32,13 @@ def _backward(epsilon, dtype, residuals, g):
     return dx.astype(x.dtype), dscale, dbias
 
 
-@with_gradient("layer_norm", _backward, nondiff_argnums=(3, 4))
-def layer_norm(x, scale, bias, epsilon: float, dtype):
-    """LayerNorm over the last axis of x, computed in fp32 and returned in `dtype`."""
+@with_gradient("layer_norm", _backward, nondiff_argnums=(3, 4, 5))
+def layer_norm(x, scale, bias, epsilon: float, dtype, centered: bool):
+    """LayerNorm over the last axis of x, computed in fp32 and returned in `dtype`; where it is not
+    `centered`, RMSNorm (Zhang & Sennrich 2019), which subtracts no mean."""
     x32 = x.astype(jnp.float32)
-    mean = jnp.mean(x32, axis=-1, keepdims=True)
-    centered = x32 - mean
-    inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + epsilon)
-    y = (centered * inverse_std * scale + bias).astype(dtype)
+    mean = jnp.mean(x32, axis=-1, keepdims=True) if centered else jnp.zeros((), jnp.float32)
+    x32 = x32 - mean
+    inverse_std = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    y = (x32 * inverse_std * scale + bias).astype(dtype)
     return y, (x, mean, inverse_std, scale)

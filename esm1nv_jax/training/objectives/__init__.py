@@ -48,6 +48,7 @@ class Objective(Protocol):
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Return sums over some rows, and the outputs that validation needs beside them.
 
+        In training the batch also has the number of the `step`, a scalar.
         The sums are fp32 scalars that add up over rows, devices and hosts; `loss` is what is
         minimised, over `num_targets`. The outputs are arrays by row, of which training makes none.
         """

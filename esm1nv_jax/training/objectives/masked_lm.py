@@ -18,9 +18,14 @@ from esm1nv_jax.training.objectives import ROW_DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLM:
-    """Cross-entropy of the masked residues; an `Objective`."""
+    """Cross-entropy of the masked residues; an `Objective`.
+
+    masking: the recipe.
+    horizon: steps in which a rate of masking that changes gets to its end; validation is there.
+    """
 
     masking: masking.MaskingConfig
+    horizon: int = 1
 
     best_metric: ClassVar[str] = "loss_mask"
     maximize: ClassVar[bool] = False
@@ -36,7 +41,11 @@ class MaskedLM:
     def targets(self, model: encoder.EncoderConfig, batch: dict) -> Masked:
         """Return the corrupted input and the residues to predict."""
         tokens_BT = esm2.map_missing_to_unk(model.vocabulary, batch["tokens"])
-        return masking.mask(self.masking, tokens_BT, batch["segment_ids"], batch["mask_bits"])
+        progress = None
+        if self.masking.final_rate and "step" in batch:
+            progress = jnp.minimum(batch["step"] / self.horizon, 1.0)
+        bits = batch["mask_bits"]
+        return masking.mask(self.masking, tokens_BT, batch["segment_ids"], bits, progress)
 
     def loss_sums(
         self,

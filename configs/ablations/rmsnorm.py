@@ -1,0 +1,15 @@
+"""Are means and biases needed: RMSNorm and no biases against LayerNorm with all of them?
+
+    python -m esm1nv_jax.main --config=configs/ablations/rmsnorm.py --config.data.path=DIR
+
+The LM head keeps the biases of its linear layer and of the output.
+Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
+"""
+
+from esm1nv_jax.common.config_file import parent
+
+
+def get_config(arg: str = ""):
+    config = parent(__file__, "../pretrain_small.py", arg)
+    config.model.update(norm_kind="rmsnorm", bias=False)
+    return config.lock()

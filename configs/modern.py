@@ -1,0 +1,28 @@
+"""The encoder that one would pretrain today at the size of ESM-1nv: 44M parameters.
+
+    python -m esm1nv_jax.main --config=configs/modern.py --config.data.path=DIR
+
+Each line below is one change of the parent, configs/pretrain_small.py, and most are the question of
+an ablation in configs/ablations. `esm1nv convert --to hf` has no architecture for it.
+Hardware and time about the parent's; not measured. Expected metric: not known yet. Arguments: the
+parent's.
+"""
+
+from esm1nv_jax.common.config_file import parent
+
+
+def get_config(arg: str = ""):
+    config = parent(__file__, "pretrain_small.py", arg)
+    config.model.position_kind = "rotary"
+    config.model.ffn_activation = "swiglu"
+    config.model.ffn = 2 * config.model.ffn // 3  # three matrices with the parameters of two
+    config.model.norm_kind = "rmsnorm"
+    config.model.bias = False
+    config.model.qk_norm = True
+    config.model.dropout = 0.0
+    config.model.attention_dropout = 0.0
+    config.masking.rate = 0.30
+    config.masking.final_rate = 0.15
+    config.data.crop = "random"
+    config.optimizer.kind = "muon"
+    return config.lock()
