@@ -37,17 +37,13 @@ def fold(key, value):
 
 
 @np.errstate(over="ignore")
-def hash_at_least(key, scaled, threshold):
-    """`fold(key, value) >= threshold`, of scaled = value * GOLDEN, by fewer operations a value.
-
-    What depends on the key alone is apart, for `^` and `>>` distribute. Of the last `x ^ (x >> 16)`
-    only the lower half is new, and it decides only where the upper halves of x and of the
-    threshold are equal: there `threshold >> 16` is `x >> 16`.
-    """
+def fold_scaled(key, scaled):
+    """`fold(key, value)` of scaled = value * GOLDEN, by fewer operations a value where many share a
+    key: what depends on the key alone is apart, for `^` and `>>` distribute."""
     first, second = key ^ (key >> _16), mix(key + GOLDEN)
     x = (scaled ^ (scaled >> _16) ^ first) * _FIRST
     x = (x ^ (x >> _15) ^ (second ^ (second >> _15))) * _SECOND
-    return (x ^ (threshold >> _16)) >= threshold
+    return x ^ (x >> _16)
 
 
 def fold_all(seed: int, *values: int) -> np.uint32:

@@ -88,8 +88,8 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
       qkv_BTCNH: queries, keys and values, C = 3.
       segment_ids_BT: int32, 0 in padding.
       dtype: of the operands of both products; scores and softmax are fp32.
-      rate: dropout of the attention probabilities, with `row_keys_B` (uint32, one a row): element
-        (head T + query) T + key of the row, in every backend.
+      rate: dropout of the attention probabilities, with `row_keys_B` (uint32, one a row), by
+        `dropout.attention_mask` in every backend.
       backend: as `select_backend` returns it; `auto` means xla, which supports everything.
 
     Returns:

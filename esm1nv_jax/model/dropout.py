@@ -1,6 +1,7 @@
 """Dropout whose bits are a function of what they are for, never stored and never a stream.
 
-An element is kept when hash(seed, step, layer, site, global row, element) >= rate * 2**32. The same
+An element is kept when hash(seed, step, layer, site, global row, element) >= rate * 2**32. Of
+attention probabilities, which are many, four share a hash and each compares a byte of it. The same
 formula in NumPy, in XLA and in kernels gives the same bits, so neither the number of devices, nor
 microbatches, nor rematerialisation, nor the attention backend can change what is dropped; the
 backward pass draws the bits again instead of reading a mask from memory.
@@ -40,14 +41,39 @@ class DropoutKey:
         )
 
 
-def threshold(rate: float) -> np.uint32:
-    """Elements whose hash lies below this are dropped."""
-    return np.uint32(round(rate * 2**32))
-
-
 def dropout_mask(row_keys, element, rate: float):
     """bool: which elements are kept. `element` is uint32, its index in the row, row-major."""
-    return hashing.hash_at_least(row_keys, element * hashing.GOLDEN, threshold(rate))
+    hashes = hashing.fold_scaled(row_keys, element * hashing.GOLDEN)
+    return hashes >= np.uint32(round(rate * 2**32))
+
+
+def attention_rate(rate: float) -> float:
+    """The rate at which attention probabilities are dropped: the nearest of 1/256 to 255/256."""
+    return min(max(round(rate * 256), 1), 255) / 256 if rate else 0.0
+
+
+def attention_mask(row_keys, head, query, key, length: int, rate: float, first=(0, 0)):
+    """bool: which attention probabilities of rows of `length` tokens are kept.
+
+    Four of them, whose query and key differ only in bit 3, share the hash of the first of the four,
+    element (head * length + query) * length + key. Each compares one byte: the key's bit selects
+    the higher of two bytes, the query's the higher two. One thread of a GPU holds all four in the
+    tile that a matrix unit makes, and so computes their hash once.
+
+    Args:
+      row_keys, head, query, key: uint32, broadcasting.
+      length: of a row, which the element is counted by.
+      rate: as configured; `attention_rate` is what is used.
+      first: what `query` and `key` are counted from, multiples of 16. What depends on the tile
+        alone stays apart, so that compilers find the equal hashes.
+    """
+    T, bit = np.uint32(length), np.uint32(8)
+    start = (head * T + first[0]) * T + first[1]
+    element = (query & ~bit) * T + (key & ~bit)
+    hashes = hashing.fold_scaled(row_keys, (start + element) * hashing.GOLDEN)
+    shift = ((query & bit) << np.uint32(1)) | (key & bit)
+    limit = np.uint32(round(attention_rate(rate) * 256))
+    return (hashes & (np.uint32(255) << shift)) >= (limit << shift)
 
 
 def dropout(x_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):

@@ -42,7 +42,7 @@ class EncoderConfig:
     ffn_activation: str = "gelu_tanh"
     head_activation: str = "gelu_erf"
     dropout: float = 0.1  # of embeddings and residual branches
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.1  # the nearest multiple of 1/256 is used
     norm_epsilon: float = 1e-5
     # What models from elsewhere need (docs/interchange.md).
     position_kind: str = "learned"

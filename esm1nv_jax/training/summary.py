@@ -20,6 +20,7 @@ from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.interchange.huggingface import inexact_reason
 from esm1nv_jax.model import baselines, masking
+from esm1nv_jax.model.dropout import attention_rate
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training import evaluation
 from esm1nv_jax.training.monitor import NonfiniteStep
@@ -57,10 +58,19 @@ def print_start(
         f"{stream.rows * stream.row_length:,} tokens a step\n"
         f"{describe_objective(config, data)}; "
         f"matmuls in {config.compute.dtype}, attention by {step_config.compute.attention}\n"
+        + describe_attention_rate(model.attention_dropout)
         + (f"export     {inexact}\n" if (inexact := inexact_reason(model)) else "")
         + f"workdir    {run_dir}"
         + (f"\nresuming   from step {step:,} of {config.steps:,}" if step else "")
     )
+
+
+def describe_attention_rate(rate: float) -> str:
+    """Return a line that names the rate of attention dropout, where another is used than asked."""
+    used = attention_rate(rate)
+    if used == rate:
+        return ""
+    return f"dropout    attention_dropout={rate:g} is {round(used * 256)}/256 = {used:.4f}\n"
 
 
 def describe_objective(config: RunConfig, data: RunData) -> str:

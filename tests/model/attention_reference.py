@@ -22,6 +22,16 @@ def hash32(key, value):
     return x ^ (x >> np.uint64(16))
 
 
+def kept(row_key, head, query, key, length, rate):
+    """Which probabilities dropout keeps: a byte each of the hash of one of four, bit 3 cleared."""
+    query, key = np.broadcast_arrays(query, key)
+    first = (head * length + query // 16 * 16 + query % 8) * length + key // 16 * 16 + key % 8
+    hashes = hash32(row_key, first & 0xFFFFFFFF).astype("<u4")
+    four = hashes[..., None].view(np.uint8)
+    which = query // 8 % 2 * 2 + key // 8 % 2
+    return np.take_along_axis(four, which[..., None], -1)[..., 0] >= round(rate * 256)
+
+
 def attention(qkv_BTCNH, segment_ids_BT, g_BTNH, rate=0.0, row_keys_B=None):
     """(output [B, T, N, H], gradient of sum(output * g) [B, T, 3, N, H])."""
     B, T, _, N, H = qkv_BTCNH.shape
@@ -40,9 +50,8 @@ def attention(qkv_BTCNH, segment_ids_BT, g_BTNH, rate=0.0, row_keys_B=None):
                 p /= p.sum(axis=1, keepdims=True)
                 factor = 1.0
                 if rate:
-                    element = (n * T + at[:, None]) * T + at[None, :]
-                    kept = hash32(row_keys_B[b], element & 0xFFFFFFFF) >= round(rate * 2**32)
-                    factor = kept / (1 - rate)
+                    keep = kept(row_keys_B[b], n, at[:, None], at[None, :], T, rate)
+                    factor = keep / (1 - round(rate * 256) / 256)
                 out[b, at, n] = (p * factor) @ v
                 grad[b, at, 2, n] = (p * factor).T @ g
                 dp = (g @ v.T) * factor

@@ -82,6 +82,20 @@ def test_values_and_gradients_equal_the_reference(name, rate):
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
+def test_what_is_dropped_is_that_of_the_reference_bit_by_bit(name):
+    """Of equal probabilities, with unit vectors for values and for the gradient."""
+    length, size = 60, 64
+    qkv = np.zeros((1, length, 3, N, size), np.float32)
+    qkv[0, :, 2] = np.eye(length, size)[:, None]
+    out, grad = run(name, qkv, segments([length], length=length), qkv[:, :, 2], 0.3)
+    at = np.arange(length)
+    for n in range(N):
+        kept = reference.kept(ROW_KEYS[0], n, at[:, None], at[None], length, 0.3)
+        np.testing.assert_array_equal(out[0, :, n, :length] != 0, kept)
+        np.testing.assert_array_equal(grad[0, :, 2, n, :length].T != 0, kept)
+
+
+@pytest.mark.parametrize("name", BACKENDS[:2])
 def test_padding_gives_nothing_and_gets_no_gradient(name):
     qkv, g = inputs()
     qkv[LAYOUT == 0] = 1e4  # whatever stands there

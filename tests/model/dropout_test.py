@@ -1,5 +1,7 @@
 """Dropout bits: one formula, the same bits everywhere, close to random."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,15 +49,10 @@ def test_xla_draws_the_bits_of_the_formula():
                 assert found[b, t, d] == (np.float32(1 / 0.75) if bits >= 2**30 else 0)
 
 
-@pytest.mark.parametrize("threshold", [0, 1, 2**16, round(0.1 * 2**32), 0x9999FFFF, 2**32 - 1])
-def test_the_shorter_comparison_is_that_of_the_hash(threshold):
-    """Most of all where the upper halves of the hash and of the threshold are equal."""
-    draw = np.random.default_rng(threshold)
-    keys, values = draw.integers(2**32, size=(2, 2**20), dtype=np.uint32)
-    hashes = hashing.fold(keys, values)
-    for limit in (np.uint32(threshold), *hashes[:9], *(hashes[:9] ^ np.uint32(1))):
-        found = hashing.hash_at_least(keys, values * hashing.GOLDEN, limit)
-        np.testing.assert_array_equal(found, hashes >= limit)
+def test_the_shorter_hash_is_the_hash():
+    keys, values = np.random.default_rng(0).integers(2**32, size=(2, 2**20), dtype=np.uint32)
+    found = hashing.fold_scaled(keys, values * hashing.GOLDEN)
+    np.testing.assert_array_equal(found, hashing.fold(keys, values))
 
 
 def bits(step=0, layer=0, site=0, rows=64, elements=4096):
@@ -79,6 +76,59 @@ def test_rates_and_correlations_are_those_of_chance():
     spectrum = np.fft.rfft(centred[:2], axis=1)
     across = np.fft.irfft(spectrum[0] * np.conj(spectrum[1])) / drawn.shape[1]
     assert np.abs(across).max() < 6 * 0.09 / np.sqrt(drawn.shape[1])
+
+
+def attention_bits(rate=0.1, step=0, layer=0, site=dropout.ATTENTION, T=128, tile=0):
+    """bool [8 rows, 4 heads, T, T] of a row that is longer than the tile drawn here."""
+    row_keys = dropout.DropoutKey.at(0, step, np.arange(8, dtype=np.uint32)).rows(layer, site)
+    n, q, k = np.ogrid[:4, :T, :T]
+    masks = [
+        dropout.attention_mask(key, *(x.astype(np.uint32) for x in (n, q + tile, k)), 1000, rate)
+        for key in np.asarray(row_keys)
+    ]
+    return np.stack(masks)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.001, 0.9999])
+def test_attention_probabilities_are_dropped_at_the_nearest_rate_of_256(rate):
+    used = dropout.attention_rate(rate)
+    assert used * 256 == min(max(round(rate * 256), 1), 255)
+    drawn = attention_bits(rate)
+    sigma = np.sqrt(used * (1 - used))
+    assert abs(drawn.mean() - (1 - used)) < 4 * sigma / np.sqrt(drawn.size)
+    for axis in range(4):  # rows, heads, queries, keys
+        others = tuple(a for a in range(4) if a != axis)
+        count = drawn.size / drawn.shape[axis]
+        assert np.abs(drawn.mean(others) - (1 - used)).max() < 4.5 * sigma / np.sqrt(count)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_attention_dropout_is_independent_of_whatever_is_near(rate):
+    """Most of all of the other three that share a hash: each pair, three and all four."""
+    drawn = attention_bits(rate)
+    used = dropout.attention_rate(rate)
+    centred = (drawn - (1 - used)) / np.sqrt(used * (1 - used))  # mean 0, variance 1
+    four = centred.reshape(8, 4, 8, 2, 8, 8, 2, 8).transpose(3, 6, 0, 1, 2, 4, 5, 7).reshape(4, -1)
+    for size in (2, 3, 4):
+        for chosen in itertools.combinations(four, size):
+            assert abs(np.prod(chosen, axis=0).mean()) < 4.5 / np.sqrt(four.shape[1])
+    near = [np.roll(centred, by, axis) for axis, by in ((0, 1), (0, 2), (1, 1))]
+    near += [np.roll(centred, by, axis) for axis in (2, 3) for by in (1, 2, 4, 7, 9, 16)]
+    near += [np.roll(centred, (8, by), (2, 3)) for by in (1, 16, -8)]
+    near.append(np.triu(centred.swapaxes(2, 3), 1))
+    for changes in ({"step": 1}, {"layer": 1}, {"site": dropout.FFN_OUTPUT}, {"tile": 128}):
+        near.append((attention_bits(rate, **changes) - (1 - used)) / np.sqrt(used * (1 - used)))
+    for other in near:
+        assert abs((centred * other).mean()) < 4.5 / np.sqrt(centred.size)
+
+
+def test_a_tile_draws_the_bits_of_its_place():
+    n, q, k = (x.astype(np.uint32) for x in np.ogrid[:2, :80, :96])
+    key = np.uint32(99)
+    whole = dropout.attention_mask(key, n, q, k, 96, 0.3)
+    first = (np.uint32(32), np.uint32(16))
+    tile = dropout.attention_mask(key, n, q[:, :48], k[..., :80], 96, 0.3, first)
+    np.testing.assert_array_equal(tile, whole[:, 32:80, 16:])
 
 
 def test_no_key_or_no_rate_is_the_identity():

@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
+from esm1nv_jax.training import summary
 from tests.training import processes
 from tests.training.processes import assert_same, lines, params
+
+
+def test_the_start_names_a_rate_of_attention_dropout_that_is_rounded():
+    assert "attention_dropout=0.1 is 26/256 = 0.1016" in summary.describe_attention_rate(0.1)
+    assert summary.describe_attention_rate(0.0) == summary.describe_attention_rate(0.25) == ""
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax.model.dropout import dropout_mask
+from esm1nv_jax.model.dropout import attention_mask, attention_rate
 from esm1nv_jax.model.kernels import with_gradient
 from esm1nv_jax.model.kernels.matmul import (
     cast_operand,
@@ -98,6 +98,5 @@ def _dropout_scale(shape, rate, row_keys_B):
         return np.float32(1)
     _, N, T, _ = shape
     n, t, s = (jax.lax.broadcasted_iota(jnp.uint32, (N, T, T), axis) for axis in range(3))
-    element_NTS = (n * np.uint32(T) + t) * np.uint32(T) + s
-    mask_BNTS = dropout_mask(row_keys_B[:, None, None, None], element_NTS, rate)
-    return mask_BNTS * np.float32(1 / (1 - rate))
+    mask_BNTS = attention_mask(row_keys_B[:, None, None, None], n, t, s, T, rate)
+    return mask_BNTS * np.float32(1 / (1 - attention_rate(rate)))

@@ -18,12 +18,11 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from esm1nv_jax.model.dropout import dropout_mask
+from esm1nv_jax.model.dropout import attention_mask, attention_rate
 from esm1nv_jax.model.kernels.matmul import precision
 from esm1nv_jax.model.kernels.remat import FUSED_ATTENTION
 
@@ -63,7 +62,7 @@ def flash_attention(
     Args:
       qkv_BTCNH: bfloat16, float16 or float32; H a power of two from 16.
       segment_ids_BT: int32, 0 in padding.
-      rate, row_keys_B: dropout of the probabilities, element (n T + query) T + key of each row.
+      rate, row_keys_B: dropout of the probabilities, by `dropout.attention_mask`.
       blocks: tile sizes.
       interpret: run the kernels as plain JAX, on any platform: for tests.
     """
@@ -74,7 +73,7 @@ def flash_attention(
         segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
     if row_keys_B is None:
         rate, row_keys_B = 0.0, jnp.zeros(B, jnp.uint32)
-    static = _Static(T, rate, blocks, interpret)
+    static = _Static(T, attention_rate(rate), blocks, interpret)
     return _flash(static, qkv_BTCNH, segment_ids_BT, row_keys_B)[:, :T]
 
 
@@ -183,19 +182,32 @@ def _row_specs(T: int) -> list[pl.BlockSpec]:
 
 def _dropout_mask(static: _Static, row_key, head, first_query, first_key, shape, axis: int):
     """bool [shape]: which probabilities of a tile are kept; queries lie along `axis`."""
-    T = np.uint32(static.length)
-    n = head.astype(jnp.uint32)
-    q = first_query.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    k = first_key.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, shape, 1 - axis)
-    return dropout_mask(row_key, (n * T + q) * T + k, static.rate)
+    q, k = (jax.lax.broadcasted_iota(jnp.uint32, shape, a) for a in (axis, 1 - axis))
+    head, *first = (x.astype(jnp.uint32) for x in (head, first_query, first_key))
+    return attention_mask(row_key, head, q, k, static.length, static.rate, first)
 
 
 def _dot(a, b):
     return jax.lax.dot(a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
-def _query_ids(segment_ids):
-    """Segment ids of queries: padding attends to nothing, for no key has the id -1."""
+def _multiply_add(static: _Static, a, b, c):
+    """a * b + c of a tile `a`, by one instruction: the compiler does not merge two, for it keeps
+    the rounding of each."""
+    if static.interpret:
+        return a * b + c
+    (y,) = triton.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[jnp.broadcast_to(x, a.shape) for x in (a, b, c)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)],
+    )
+    return y
+
+
+def _own_ids(segment_ids):
+    """Of queries, or of keys: padding attends to nothing, for the other side has no id -1."""
     return jnp.where(segment_ids == 0, -1, segment_ids)
 
 
@@ -207,17 +219,17 @@ def _forward_kernel(
     Q, K, H = blocks.queries, blocks.keys, q_ref.shape[-1]
     start, head, row_key = pl.program_id(0) * Q, pl.program_id(1), key_ref[...]
     q = q_ref[...]
-    q_ids = _query_ids(segment_ids_ref[pl.ds(start, Q)])
+    q_ids = _own_ids(segment_ids_ref[pl.ds(start, Q)])
     scale = math.log2(math.e) / H**0.5  # powers of two are what the chip computes
 
     def visit(j, carry):
         acc, top, total = carry
         at = pl.ds(j * K, K)
         is_same = q_ids[:, None] == segment_ids_ref[at][None, :]
-        scores = jnp.where(is_same, _dot(q, k_ref[at, :].T) * scale, _MASKED_SCORE)
+        scores = jnp.where(is_same, _dot(q, k_ref[at, :].T), _MASKED_SCORE)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-        shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(scores - new_top[:, None])
+        shrink = jnp.exp2((top - new_top) * scale)
+        p = jnp.exp2(_multiply_add(static, scores, scale, -scale * new_top[:, None]))
         total = total * shrink + jnp.sum(p, axis=1)
         if static.rate:
             p = jnp.where(_dropout_mask(static, row_key, head, start, j * K, (Q, K), 0), p, 0.0)
@@ -232,7 +244,7 @@ def _forward_kernel(
     acc, top, total = jax.lax.fori_loop(low_ref[...], high_ref[...], visit, none)
     total = jnp.where(total > 0, total, 1.0)  # padding
     out_ref[...] = (acc / (total * (1 - static.rate))[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = top + jnp.log2(total)
+    lse_ref[...] = top * scale + jnp.log2(total)
 
 
 def _backward_kernel(
@@ -258,48 +270,49 @@ def _backward_kernel(
     size, H = static.blocks.backward, q_ref.shape[-1]
     start, head = pl.program_id(0) * size, pl.program_id(1)
     own = pl.ds(start, size)
-    ids = segment_ids_ref[own]
-    q_ids = _query_ids(ids)
+    ids = _own_ids(segment_ids_ref[own])
     q, k, v = q_ref[own, :], k_ref[own, :], v_ref[own, :]
     low, high, row_key = low_ref[...], high_ref[...], key_ref[...]
     scale, keep_scale = H**-0.5, 1 / (1 - static.rate)
     zero = jnp.zeros((size, H), jnp.float32)
 
-    def probabilities(scores, is_same, lse):
-        return jnp.where(is_same, jnp.exp2(scores * (scale * math.log2(math.e)) - lse), 0.0)
+    def probabilities(scores, is_same, minus_lse):
+        powers = _multiply_add(static, scores, scale * math.log2(math.e), minus_lse)
+        return jnp.where(is_same, jnp.exp2(powers), 0.0)
 
     def as_keys(j, carry):
         dk, dv = carry
         at = pl.ds(j * size, size)
         other_q, g = q_ref[at, :], g_ref[at, :]
-        is_same = ids[:, None] == _query_ids(segment_ids_ref[at])[None, :]
-        p = probabilities(_dot(k, other_q.T), is_same, lse_ref[at][None, :])
+        is_same = ids[:, None] == segment_ids_ref[at][None, :]
+        p = probabilities(_dot(k, other_q.T), is_same, -lse_ref[at][None, :])
         dp = _dot(v, g.T)
         if static.rate:
             mask = _dropout_mask(static, row_key, head, j * size, start, (size, size), 1)
-            dropped, dp = jnp.where(mask, p, 0.0), jnp.where(mask, dp, 0.0)
+            dropped = jnp.where(mask, p, 0.0)
+            # One selection serves both products.
+            ds = _multiply_add(static, dropped, dp, p * -delta_ref[at][None, :])
         else:
-            dropped = p
+            dropped, ds = p, p * (dp - delta_ref[at][None, :])
         dv += _dot(dropped.astype(g.dtype), g)
-        ds = p * (dp - delta_ref[at][None, :])
         return dk + _dot(ds.astype(q.dtype), other_q), dv
 
     dk, dv = jax.lax.fori_loop(low, high, as_keys, (zero, zero))
     out_ref[:, 1, :] = (dk * (scale * keep_scale)).astype(out_ref.dtype)
     out_ref[:, 2, :] = (dv * keep_scale).astype(out_ref.dtype)
 
-    g, lse, delta = g_ref[own, :], lse_ref[own], delta_ref[own]
+    g, minus_lse, delta = g_ref[own, :], -lse_ref[own][:, None], delta_ref[own][:, None]
 
     def as_queries(j, dq):
         at = pl.ds(j * size, size)
         other_k = k_ref[at, :]
-        is_same = q_ids[:, None] == segment_ids_ref[at][None, :]
-        p = probabilities(_dot(q, other_k.T), is_same, lse[:, None])
+        is_same = ids[:, None] == segment_ids_ref[at][None, :]
+        p = probabilities(_dot(q, other_k.T), is_same, minus_lse)
         dp = _dot(g, v_ref[at, :].T)
         if static.rate:
             mask = _dropout_mask(static, row_key, head, start, j * size, (size, size), 0)
             dp = jnp.where(mask, dp, 0.0)
-        ds = p * (dp - delta[:, None])
+        ds = p * (dp - delta)
         return dq + _dot(ds.astype(k.dtype), other_k)
 
     dq = jax.lax.fori_loop(low, high, as_queries, zero)
