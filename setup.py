@@ -65,6 +65,8 @@ setup(
         "grain>=0.2.18",
         "array_record>=0.8.6",
         "absl-py>=2.3",
+        "PyYAML>=6",
+        "protobuf>=5",
         "etils[epath]>=1.12",
         "numpy>=2.0",
         "rich>=14",

@@ -16,6 +16,7 @@ from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LFS_POINTER = b"version https://git-lfs"
 _FULL_TEXT = ("No space left", "quota", "File too large")
 
 
@@ -70,14 +71,22 @@ def write(path: str, text: str) -> None:
         Path(path).write_text(text, encoding="utf-8")
 
 
-def read_weights(path: epath.Path) -> bytes:
-    """The bytes of a file of weights, which many repositories keep by Git LFS."""
-    content = path.read_bytes()
-    if content.startswith(b"version https://git-lfs"):
+def open_weights(path: epath.Path) -> IO[bytes]:
+    """Opens a file of weights; raises UserError where it is a pointer of Git LFS."""
+    file = path.open("rb")
+    if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        file.close()
         raise UserError(
             f"{path} is a Git LFS pointer, not the file itself; fetch that with: git lfs pull"
         )
-    return content
+    file.seek(0)
+    return file
+
+
+def read_weights(path: epath.Path) -> bytes:
+    """The bytes of a file of weights; raises as `open_weights`."""
+    with open_weights(path) as file:
+        return file.read()
 
 
 def open_append(path: epath.Path) -> IO[bytes]:

@@ -1,5 +1,4 @@
-"""`esm1nv convert`: a model to a folder of `transformers` with the same numbers, and back; LoRA to
-`peft`."""
+"""`esm1nv convert`: models to `transformers` and `peft`, and from the formats of other tools."""
 
 from __future__ import annotations
 
@@ -17,6 +16,7 @@ from esm1nv_jax.common.errors import UserError
 if TYPE_CHECKING:
     from esm1nv_jax.checkpoints.model_folder import Weights
 
+SOURCES = {"hf": "a folder of save_pretrained", "nemo": "a .nemo file of NeMo 1.x"}
 MEASURED_PROTEINS = 32  # of the bundled sample's test split, over which a difference is measured
 
 
@@ -84,15 +84,21 @@ def _convertible(weights: Weights, approximate: bool) -> tuple[Weights, str]:
     return approximated, measure_difference(weights, approximated)
 
 
-def from_hf(path: str, out: str, vocabulary: str | None = None) -> Weights:
-    """Makes the model folder `out` of a folder of `transformers`, and returns its weights."""
+def import_model(path: str, out: str, source: str = "hf", vocabulary: str | None = None) -> Weights:
+    """Makes the model folder `out` of a model in another format, and returns its weights.
+
+    Args:
+      path: a folder of `transformers`, or a file.
+      source: one of `SOURCES`.
+      vocabulary: a file of tokens, where a folder of `transformers` has none.
+    """
     from esm1nv_jax.checkpoints import model_folder
-    from esm1nv_jax.interchange import huggingface
+    from esm1nv_jax.interchange import huggingface, nemo
 
     _check_empty(out)
     if not epath.Path(path).exists():
-        raise UserError(f"folder {path} does not exist; give a folder of save_pretrained")
-    weights = huggingface.read(path, vocabulary)
+        raise UserError(f"{path} does not exist; give {SOURCES[source]}")
+    weights = huggingface.read(path, vocabulary) if source == "hf" else nemo.read(path)
     with _disk_errors(out):
         model_folder.write(out, weights)
     return weights
@@ -189,30 +195,32 @@ def _disk_errors(out: str):
 def main(argv: list[str]) -> int:
     parser = command.Parser(
         "convert",
-        "Convert a model to a folder of Hugging Face transformers, or such a folder to a model; "
-        "or\nthe LoRA of a fine-tuned run to an adapter of peft.",
+        "Convert a model to a folder of Hugging Face transformers, or the LoRA of a fine-tuned run "
+        "to\nan adapter of peft; or make a model folder of "
+        f"{', '.join(SOURCES.values())}.",
         "esm1nv convert --to hf --checkpoint runs/first --out exported\n"
-        "  esm1nv convert --from hf facebook_esm2 --out models/esm2",
+        "  esm1nv convert --from hf facebook_esm2 --out models/esm2\n"
+        "  esm1nv convert --from nemo esm1nv.nemo --out models/esm1nv",
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=["hf", "peft"], help="write a folder for it")
-    direction.add_argument("--from", dest="source", choices=["hf"], help="read one")
-    parser.add_argument("folder", nargs="?", metavar="DIR", help="what to convert")
+    direction.add_argument("--from", dest="source", choices=list(SOURCES), help="read its format")
+    parser.add_argument("path", nargs="?", metavar="PATH", help="what to convert")
     parser.add_argument("--checkpoint", metavar="PATH", help="the same: a run, a step or a model")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument(
         "--approximate", action="store_true", help="with --to: allow erf GELU for tanh GELU"
     )
     parser.add_argument(
-        "--vocabulary", metavar="FILE", help="with --from: a vocab.txt or tokenizer.json"
+        "--vocabulary", metavar="FILE", help="with --from hf: a vocab.txt or tokenizer.json"
     )
     options = parser.parse_args(argv)
-    paths = [path for path in (options.folder, options.checkpoint) if path]
+    paths = [path for path in (options.path, options.checkpoint) if path]
     if len(paths) != 1:
-        parser.error("name one folder to convert, by --checkpoint DIR or as DIR")
+        parser.error("name one model to convert, by --checkpoint PATH or as PATH")
     if options.approximate and not options.to:
         parser.error("--approximate goes with --to")
-    if options.vocabulary and not options.source:
+    if options.vocabulary and options.source != "hf":
         parser.error("--vocabulary goes with --from hf")
     if options.to:
         write = {"hf": to_hf, "peft": to_peft}[options.to]
@@ -220,7 +228,7 @@ def main(argv: list[str]) -> int:
         console.print(difference or "exact: the same numbers, rounding apart")
         console.print(f"{options.out}/README.md shows how to open it")
         return 0
-    weights = from_hf(paths[0], options.out, options.vocabulary)
+    weights = import_model(paths[0], options.out, options.source, options.vocabulary)
     if left_out := weights.provenance["tensors_left_out"]:
         console.print(f"left out: {', '.join(left_out)}")
     console.print(f"model folder {options.out}; every verb takes --checkpoint {options.out}")

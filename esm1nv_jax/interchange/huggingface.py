@@ -18,6 +18,7 @@ from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD, Weights, flatten, un
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
 from esm1nv_jax.interchange import head_tensors, model_card, tensor_names, tensors, tokenizer_files
+from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.tensor_names import BERT, ESM, Family
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
@@ -29,6 +30,7 @@ PADDING = "vocabulary_padding.safetensors"
 LM_HEAD = "lm_head.safetensors"
 # Fields of EncoderConfig that neither EsmForMaskedLM nor BertForMaskedLM has.
 MODERN = ("norm_kind", "bias", "qk_norm", "tied_head", "branch_scale")
+FAMILIES = {"esm": ESM, "bert": BERT}  # by model_type
 BERT_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -57,19 +59,19 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         raise UserError(f"{folder} has no {CONFIG}; give a folder of save_pretrained") from None
     except (ValueError, AttributeError) as error:
         raise UserError(f"{folder / CONFIG} is not a JSON object ({error})") from None
-    if not isinstance(model_type, str) or model_type not in tensor_names.FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{folder / CONFIG}: model_type is {model_type!r}; "
-            f"{', '.join(tensor_names.FAMILIES)} can be converted (EsmForMaskedLM, "
+            f"{', '.join(FAMILIES)} can be converted (EsmForMaskedLM, "
             "BertForMaskedLM, or For{Token,Sequence}Classification)"
         )
-    family, hf_config = tensor_names.FAMILIES[model_type], _HFConfig(fields, str(folder / CONFIG))
+    family, hf_config = FAMILIES[model_type], ConfigFields(fields, str(folder / CONFIG))
     hf_tensors = tensors.read_tensors(folder)
     config = _encoder_config(family, hf_config, folder, vocabulary_file)
-    has_frequency = any(name.endswith(tensor_names.INV_FREQ) for name in hf_tensors)
+    has_frequency = any(name.endswith(ESM.frequency) for name in hf_tensors)
     if config.position_kind == "rotary" and not has_frequency:
         theta = hf_config.get("rope_theta", float, esm2.ROPE_THETA)
-        hf_tensors[tensor_names.INV_FREQ] = esm2.rope_frequencies(config.head_size, theta)
+        hf_tensors[ESM.frequency] = esm2.rope_frequencies(config.head_size, theta)
     head = head_tensors.read_config(fields, hf_tensors, str(folder))
     head_params = {}
     if head:
@@ -79,13 +81,9 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         hf_tensors |= tensor_names.fresh_lm_head(family, config)
     elif head:
         hf_tensors |= tensors.read_safetensors(folder / LM_HEAD)
-    params, left_out = tensor_names.from_hf_tensors(family, config, hf_tensors, str(folder))
+    params, left_out = tensor_names.from_tensors(family, config, hf_tensors, str(folder))
     params |= {f"head/{name}": value for name, value in head_params.items()}
-    if nonfinite := [name for name, leaf in params.items() if not np.isfinite(leaf).all()]:
-        raise UserError(
-            f"{folder}: what becomes {nonfinite[0]} holds NaN or infinity ({len(nonfinite)} such "
-            f"of {len(params)}), and the model predicts nothing; get other weights"
-        )
+    tensor_names.check_finite(params, str(folder))
     provenance: dict[str, Any] = {
         "converted_from": str(folder),
         "architecture": head_tensors.architecture(family, head),
@@ -120,10 +118,10 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
         raise UserError(reason)
     config, params = weights.model, flatten(weights.params)
     family = ESM if config.norm == "pre" else BERT
-    hf_tensors = tensor_names.to_hf_tensors(family, config, params)
+    hf_tensors = tensor_names.to_tensors(family, config, params)
     lm_head = {}
     if head:
-        of_encoder = f"{family.prefix}."
+        of_encoder = family.layers.partition(".")[0] + "."
         lm_head = {k: v for k, v in hf_tensors.items() if not k.startswith(of_encoder)}
         hf_tensors = {k: v for k, v in hf_tensors.items() if k.startswith(of_encoder)}
         hf_tensors |= head_tensors.to_hf_tensors(family, head, flatten(weights.params["head"]))
@@ -133,10 +131,10 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
         hf_tensors["esm.contact_head.regression.weight"] = np.zeros(size, np.float32)
         hf_tensors["esm.contact_head.regression.bias"] = np.zeros(1, np.float32)
     else:
-        hf_tensors[tensor_names.TOKEN_TYPES] = np.zeros((2, config.width), np.float32)
+        hf_tensors[BERT.token_types] = np.zeros((2, config.width), np.float32)
     if config.position_kind == "rotary":
         for i in range(config.layers):  # where transformers 4 looks for it, and 5 too
-            name = f"esm.encoder.layer.{i}.attention.self.{tensor_names.INV_FREQ}"
+            name = f"esm.encoder.layer.{i}.attention.self.{ESM.frequency}"
             hf_tensors[name] = params["rotary_frequency"]
     hf_tensors, lm_head = (
         {k: np.ascontiguousarray(v, np.float32) for k, v in some.items()}
@@ -217,7 +215,7 @@ def _to_hf_config(family: Family, config: EncoderConfig) -> dict[str, Any]:
     known = vocabulary(config.vocabulary)
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
-        "model_type": family.model_type,
+        "model_type": "esm" if family is ESM else "bert",
         "vocab_size": len(known.tokens),
         "pad_token_id": known.own_id(PAD),
         "mask_token_id": known.own_id(MASK),
@@ -252,38 +250,8 @@ def _to_hf_config(family: Family, config: EncoderConfig) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _HFConfig:
-    """Fields of a config.json, each checked as it is read."""
-
-    values: dict[str, Any]
-    path: str
-
-    def get(self, name: str, kind: type, default: Any = None) -> Any:
-        """The field as `kind`; absent or null where `default` is None is an error."""
-        value = self.values.get(name)
-        value = default if value is None else value
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            found = "missing" if value is None else f"{value!r}"
-            raise UserError(f"{self.path}: {name} is {found}; it must be of type {kind.__name__}")
-        return value
-
-    def choice(self, name: str, allowed: tuple, default: Any, why: str) -> Any:
-        """The field, which must be one of `allowed`."""
-        value = self.values.get(name, default)
-        value = default if value is None else value
-        if value not in allowed:
-            raise UserError(
-                f"{self.path}: {name}={value!r} is not supported here ({why}); there are "
-                f"{', '.join(map(repr, allowed))}"
-            )
-        return value
-
-
 def _encoder_config(
-    family: Family, fields: _HFConfig, folder: epath.Path, vocabulary_file: str | None
+    family: Family, fields: ConfigFields, folder: epath.Path, vocabulary_file: str | None
 ) -> EncoderConfig:
     kinds = ("absolute", "rotary") if family is ESM else ("absolute",)
     kind = fields.choice("position_embedding_type", kinds, "absolute", "no relative positions here")
@@ -295,7 +263,7 @@ def _encoder_config(
     pad = fields.get("pad_token_id", int, 0 if family is BERT else None)
     if pad != known.own_id(PAD):
         raise UserError(
-            f"{fields.path}: pad_token_id is {pad}, the vocabulary's padding token has id "
+            f"{fields.source}: pad_token_id is {pad}, the vocabulary's padding token has id "
             f"{known.own_id(PAD)}; they must agree, for positions are counted by it"
         )
     shared: dict[str, Any] = {
@@ -316,7 +284,7 @@ def _encoder_config(
     mask = fields.values.get("mask_token_id")
     if mask is not None and mask != known.own_id(MASK):
         raise UserError(
-            f"{fields.path}: mask_token_id is {mask}, the vocabulary's mask token has id "
+            f"{fields.source}: mask_token_id is {mask}, the vocabulary's mask token has id "
             f"{known.own_id(MASK)}; they must agree"
         )
     return EncoderConfig(

@@ -6,7 +6,10 @@ from etils import epath
 
 from esm1nv_jax.checkpoints import finetuned, model_folder
 from esm1nv_jax.checkpoints.model_folder import Weights
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import huggingface
+
+FILES = {".nemo": "nemo"}  # what `esm1nv convert --from` calls their formats
 
 
 def load_weights(path: str) -> Weights:
@@ -18,6 +21,11 @@ def load_weights(path: str) -> Weights:
     Raises UserError where there is none, with what was looked for.
     """
     folder = epath.Path(path)
+    if (source := FILES.get(folder.suffix)) and folder.is_file():
+        raise UserError(
+            f"{path} is a file of another tool; make a model folder of it first: "
+            f"esm1nv convert --from {source} {path} --out MODEL"
+        )
     if (folder / model_folder.DESCRIPTION).exists():
         return model_folder.read(path)
     if huggingface.is_hf_folder(folder):

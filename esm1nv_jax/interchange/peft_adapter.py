@@ -13,7 +13,7 @@ from esm1nv_jax.checkpoints.model_folder import Weights, flatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import head_tensors, huggingface
 from esm1nv_jax.interchange.tensor_names import BERT, ESM
-from esm1nv_jax.model.lora import FUSED, LoraConfig
+from esm1nv_jax.model.lora import LoraConfig
 
 CONFIG, ADAPTER, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
 TASKS = {"residue": "TOKEN_CLS", "protein": "SEQ_CLS"}
@@ -41,9 +41,7 @@ def write(
     huggingface.write(str(folder / BASE), with_head, difference)
 
     family = ESM if tuned.model.norm == "pre" else BERT
-    names = {name: f"{family.block_modules['qkv']}.{name}" for name in FUSED}
-    names |= {name: family.block_modules[name] for name in ("out_proj", "fc1", "fc2")}
-    layers = f"{family.prefix}.encoder.layer"
+    names, layers = family.block_modules, family.layers
     weights = head_tensors.to_hf_tensors(family, head, flatten(tuned.params["head"]))
     for layer, projections in adapters.items():
         for name, pair in projections.items():

@@ -1,4 +1,4 @@
-"""Which tensor of `transformers` is which parameter here: one table for both directions.
+"""Which tensor of another tool is which parameter here: one table a tool, for both directions.
 
 Linear layers are [outputs, inputs] there and [inputs, outputs] here; query, key and value are three
 there and one product here; vocabulary rows stand in the order of the model's own ids there.
@@ -17,85 +17,86 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import PAD, vocabulary
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.model.lora import FUSED
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """The tensor names of one architecture. `modules` and `block_modules`: ours to theirs."""
 
-    model_type: str
     architecture: str
-    prefix: str
+    config_name: str  # where its config stands, for messages
     modules: dict[str, str]
+    layers: str  # the list of blocks
     block_modules: dict[str, str]
     token_embedding: str
     position_embedding: str
     lm_head_bias: str
     decoder: str  # names of the output matrix and its bias, which must be the tied ones
     ignored: str  # a regular expression of tensors that a masked LM here has no use for
+    token_types: str = ""
+    frequency: str = ""  # ends the name of the rotary frequencies, whichever module holds them
+    positions_after_padding: bool = False  # position 0 is the row after that of the padding id
 
 
-_BLOCK_MODULES = {
-    "qkv": "attention.self",
+_HF_BLOCK = {name: f"attention.self.{name}" for name in FUSED} | {
     "out_proj": "attention.output.dense",
     "fc1": "intermediate.dense",
     "fc2": "output.dense",
 }
 ESM = Family(
-    model_type="esm",
     architecture="EsmForMaskedLM",
-    prefix="esm",
+    config_name="config.json",
     modules={
         "embedding_norm": "esm.embeddings.layer_norm",
         "final_norm": "esm.encoder.emb_layer_norm_after",
         "lm_head/dense": "lm_head.dense",
         "lm_head/layer_norm": "lm_head.layer_norm",
     },
-    block_modules=_BLOCK_MODULES
-    | {"attention_norm": "attention.LayerNorm", "ffn_norm": "LayerNorm"},
+    layers="esm.encoder.layer",
+    block_modules=_HF_BLOCK | {"attention_norm": "attention.LayerNorm", "ffn_norm": "LayerNorm"},
     token_embedding="esm.embeddings.word_embeddings.weight",
     position_embedding="esm.embeddings.position_embeddings.weight",
     lm_head_bias="lm_head.bias",
     decoder="lm_head.decoder",
     ignored=r"esm\.(contact_head|pooler)\..*|.*\.position_ids",
+    frequency="rotary_embeddings.inv_freq",
+    positions_after_padding=True,
 )
 BERT = Family(
-    model_type="bert",
     architecture="BertForMaskedLM",
-    prefix="bert",
+    config_name="config.json",
     modules={
         "embedding_norm": "bert.embeddings.LayerNorm",
         "lm_head/dense": "cls.predictions.transform.dense",
         "lm_head/layer_norm": "cls.predictions.transform.LayerNorm",
     },
-    block_modules=_BLOCK_MODULES
+    layers="bert.encoder.layer",
+    block_modules=_HF_BLOCK
     | {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"},
     token_embedding="bert.embeddings.word_embeddings.weight",
     position_embedding="bert.embeddings.position_embeddings.weight",
     lm_head_bias="cls.predictions.bias",
     decoder="cls.predictions.decoder",
     ignored=r"bert\.pooler\..*|.*\.position_ids|cls\.(?!predictions\.).*",
+    token_types="bert.embeddings.token_type_embeddings.weight",
 )
-FAMILIES = {family.model_type: family for family in (ESM, BERT)}
-TOKEN_TYPES = "bert.embeddings.token_type_embeddings.weight"
-INV_FREQ = "rotary_embeddings.inv_freq"  # ends the name, whichever module holds it
-_QKV = ("query", "key", "value")
 
 
 def module_names(family: Family, config: EncoderConfig) -> Iterator[tuple[str, str]]:
-    """(ours, theirs) of every LayerNorm and linear layer, qkv as one."""
+    """(ours, theirs) of every LayerNorm and linear layer; query, key and value are three."""
     for ours, theirs in family.modules.items():
         if ours != "embedding_norm" or config.embedding_norm or config.norm == "post":
             yield ours, theirs
     for i in range(config.layers):
         for ours, theirs in family.block_modules.items():
-            yield f"blocks/{i}/{ours}", f"{family.prefix}.encoder.layer.{i}.{theirs}"
+            yield f"blocks/{i}/{ours}", f"{family.layers}.{i}.{theirs}"
 
 
-def to_hf_tensors(
+def to_tensors(
     family: Family, config: EncoderConfig, params: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Tensors of `transformers` from parameters such as `blocks/0/qkv/kernel`, or their gradients.
+    """Tensors of a family from parameters such as `blocks/0/qkv/kernel`, or their gradients.
 
     Linear, and one to one but for rows of the vocabulary and of positions that nothing reads.
     """
@@ -109,22 +110,23 @@ def to_hf_tensors(
         table = np.asarray(params["position_embedding/embedding"])
         tensors[family.position_embedding] = np.pad(table, ((unread, 0), (0, 0)))
     for ours, theirs in module_names(family, config):
-        if ours.endswith("qkv"):
-            kernels = np.split(params[f"{ours}/kernel"], 3, axis=1)
-            biases = np.split(params[f"{ours}/bias"], 3)
-            for part, kernel, bias in zip(_QKV, kernels, biases, strict=True):
-                tensors |= {f"{theirs}.{part}.weight": kernel.T, f"{theirs}.{part}.bias": bias}
+        path, _, name = ours.rpartition("/")
+        if name in FUSED:
+            kernel, bias = (
+                np.split(params[f"{path}/qkv/{kind}"], 3, axis=-1)[FUSED.index(name)]
+                for kind in ("kernel", "bias")
+            )
         else:
-            is_norm = f"{ours}/scale" in params
-            weight = params[f"{ours}/scale"] if is_norm else params[f"{ours}/kernel"].T
-            tensors |= {f"{theirs}.weight": weight, f"{theirs}.bias": params[f"{ours}/bias"]}
+            kernel = params[f"{ours}/scale" if f"{ours}/scale" in params else f"{ours}/kernel"]
+            bias = params[f"{ours}/bias"]
+        tensors |= {f"{theirs}.weight": kernel.T, f"{theirs}.bias": bias}
     return tensors
 
 
-def from_hf_tensors(
+def from_tensors(
     family: Family, config: EncoderConfig, tensors: dict[str, np.ndarray], source: str
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """(parameters by name, names of ignored tensors that are not zero): inverts `to_hf_tensors`.
+    """(parameters by name, names of ignored tensors that are not zero): inverts `to_tensors`.
 
     Raises UserError that names the first tensor which is missing, unknown or of a wrong shape.
     """
@@ -132,18 +134,18 @@ def from_hf_tensors(
     frequency = _merge_derived(family, config, tensors, source)
     ignored = sorted(name for name in tensors if re.fullmatch(family.ignored, name))
     expected = _expected(family, config)
-    model = f"{family.architecture} with {config.layers} layers"
+    model, config_name = f"{family.architecture} with {config.layers} layers", family.config_name
     for name in sorted((expected.keys() | tensors.keys()) - set(ignored)):
         if name not in tensors:
             raise UserError(f"{source}: tensor {name} is missing; a {model} has it")
         if name not in expected:
             raise UserError(
-                f"{source}: tensor {name} is unknown in a {model}; config.json or weights belong "
+                f"{source}: tensor {name} is unknown in a {model}; {config_name} or weights belong "
                 "to another model"
             )
         if tensors[name].shape != expected[name].shape:
             raise UserError(
-                f"{source}: tensor {name} has shape {tensors[name].shape}, config.json means "
+                f"{source}: tensor {name} has shape {tensors[name].shape}, {config_name} means "
                 f"{expected[name].shape}"
             )
         if tensors[name].dtype != np.float32:
@@ -151,16 +153,27 @@ def from_hf_tensors(
                 f"{source}: tensor {name} is of dtype {tensors[name].dtype}; a parameter must be "
                 "of floats (is the model quantized?)"
             )
+    params = frequency | _params(family, config, tensors)
     left_out = [n for n in ignored if not n.endswith("position_ids") and tensors[n].any()]
-    return frequency | _params(family, config, tensors), left_out
+    return params, left_out
+
+
+def check_finite(params: dict[str, np.ndarray], source: str) -> None:
+    """Raises UserError that names the first parameter with NaN or infinity."""
+    if nonfinite := [name for name, leaf in params.items() if not np.isfinite(leaf).all()]:
+        raise UserError(
+            f"{source}: what becomes {nonfinite[0]} holds NaN or infinity ({len(nonfinite)} such "
+            f"of {len(params)}), and the model predicts nothing; get other weights"
+        )
 
 
 def fresh_lm_head(family: Family, config: EncoderConfig) -> dict[str, np.ndarray]:
     """Tensors of a masked-LM head that predicts all tokens alike, and can be trained."""
+    encoder_name = family.layers.partition(".")[0] + "."
     return {
         name: np.full(like.shape, name.lower().endswith("norm.weight"), np.float32)
         for name, like in _expected(family, config).items()
-        if not name.startswith(f"{family.prefix}.")
+        if not name.startswith(encoder_name)
     }
 
 
@@ -170,12 +183,12 @@ def _expected(family: Family, config: EncoderConfig) -> dict[str, np.ndarray]:
         name: np.broadcast_to(np.float32(0), leaf.shape)
         for name, leaf in flatten(encoder.abstract(config)).items()
     }
-    return to_hf_tensors(family, config, shapes)
+    return to_tensors(family, config, shapes)
 
 
 def first_position(family: Family, config: EncoderConfig) -> int:
-    """The row of position 0: ESM counts from behind the padding id, BERT from 0."""
-    if family is BERT or config.position_kind == "rotary":
+    """The row of position 0."""
+    if not family.positions_after_padding or config.position_kind == "rotary":
         return 0
     return 1 + vocabulary(config.vocabulary).own_id(PAD)
 
@@ -192,17 +205,13 @@ def _params(family, config, tensors) -> dict[str, np.ndarray]:
         table = tensors[family.position_embedding]
         params["position_embedding/embedding"] = table[first_position(family, config) :]
     for ours, theirs in module_names(family, config):
-        if ours.endswith("qkv"):
-            weights, biases = (
-                [tensors[f"{theirs}.{part}.{kind}"] for part in _QKV] for kind in ("weight", "bias")
-            )
-            params[f"{ours}/kernel"] = np.concatenate([weight.T for weight in weights], axis=1)
-            params[f"{ours}/bias"] = np.concatenate(biases)
-        else:
-            weight = tensors[f"{theirs}.weight"]
-            is_norm = weight.ndim == 1
-            params[f"{ours}/scale" if is_norm else f"{ours}/kernel"] = weight.T
-            params[f"{ours}/bias"] = tensors[f"{theirs}.bias"]
+        weight = tensors[f"{theirs}.weight"]
+        params[f"{ours}/scale" if weight.ndim == 1 else f"{ours}/kernel"] = weight.T
+        params[f"{ours}/bias"] = tensors[f"{theirs}.bias"]
+    for i in range(config.layers):
+        for kind in ("kernel", "bias"):
+            parts = [params.pop(f"blocks/{i}/{name}/{kind}") for name in FUSED]
+            params[f"blocks/{i}/qkv/{kind}"] = np.concatenate(parts, axis=-1)
     return {name: np.ascontiguousarray(value, np.float32) for name, value in params.items()}
 
 
@@ -225,13 +234,13 @@ def _merge_derived(family, config, tensors, source) -> dict[str, np.ndarray]:
                 f"{source}: {tied} differs from {to}; here the output matrix is the embedding "
                 "(tied), so this model cannot be read"
             )
-    if family is BERT:
-        types = tensors.pop(TOKEN_TYPES, None)
+    if family.token_types:
+        types = tensors.pop(family.token_types, None)
         positions = tensors.get(family.position_embedding)
         if types is None or types.ndim != 2 or types.shape[1] != config.width:
             shape = "missing" if types is None else f"of shape {types.shape}"
             raise UserError(
-                f"{source}: tensor {TOKEN_TYPES} is {shape}; a BertForMaskedLM has "
+                f"{source}: tensor {family.token_types} is {shape}; a {family.architecture} has "
                 f"(token types, {config.width})"
             )
         if positions is not None and positions.shape[-1] == config.width:
@@ -241,7 +250,7 @@ def _merge_derived(family, config, tensors, source) -> dict[str, np.ndarray]:
         return {}
     tensors.pop(family.position_embedding, None)  # in the files of ESM-2, never read
     # One for the model, one in each layer, or (transformers 5) one for layer `*`: all equal.
-    names = [name for name in tensors if name.endswith(INV_FREQ)]
+    names = [name for name in tensors if name.endswith(family.frequency)]
     frequencies = [tensors.pop(name) for name in names]
     size = config.head_size // 2
     for name, frequency in zip(names, frequencies, strict=True):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import json
-import pickle
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +11,8 @@ from safetensors import SafetensorError, deserialize
 
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.interchange import torch_file
 
-SAFE_TORCH = (2, 6)  # before it, `weights_only=True` could be circumvented
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 # `safetensors.numpy` does not read bfloat16, so the names of dtypes are looked up here.
 DTYPES = {
@@ -36,18 +33,18 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
     Raises UserError where there is none, or where a file is damaged or not only tensors.
     """
     for name, read in ((SAFETENSORS, read_safetensors), (PICKLE, _read_pickle)):
-        files = _shards(folder, name)
-        if not files:
+        shards = _shards(folder, name)
+        if not shards:
             continue
-        for file in files:
+        for file in shards:
             if not (folder / file).exists():
                 raise UserError(
                     f"{folder / file} is missing, {name}.index.json names it; fetch it again"
                 )
         tensors: dict[str, np.ndarray] = {}
-        for file in files:
+        for file in shards:
             tensors |= read(folder / file)
-        return {key: _to_float32(value) for key, value in tensors.items()}
+        return {key: to_float32(value) for key, value in tensors.items()}
     raise UserError(
         f"{folder} has a config.json but no weights: neither {SAFETENSORS} nor {PICKLE}"
     )
@@ -87,44 +84,14 @@ def read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
 
 
 def _read_pickle(path: epath.Path) -> dict[str, np.ndarray]:
-    if importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"{path} is a pickle, which only PyTorch reads safely: pip install torch, or save the "
-            f"model as {SAFETENSORS}"
-        )
-    import torch  # optional, and slow to import
-
-    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
-        raise UserError(
-            f"{path} is a pickle, and torch {torch.__version__} can be made to run one "
-            "(CVE-2025-32434): pip install 'torch>=2.6'"
-        )
     try:
-        # Without `weights_only` a pickle can run any program; there is no option to allow it.
-        weights = io.BytesIO(files.read_weights(path))
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path} holds more than tensors and is refused ({reason}); ask its author for "
-            f"{SAFETENSORS}"
-        ) from None
-    except UserError:
-        raise
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "empty"
-        raise UserError(f"{path} cannot be read ({reason}); fetch it again") from None
-    tensors = content.items() if isinstance(content, dict) else ()
-    if not tensors or not all(isinstance(value, torch.Tensor) for _, value in tensors):
-        raise UserError(
-            f"{path} is not a table of tensors by name; ask its author for {SAFETENSORS}"
-        )
-    return {
-        str(key): (value.float() if value.is_floating_point() else value).numpy()
-        for key, value in tensors
-    }
+        with files.open_weights(path) as file:
+            return torch_file.read_table(file, str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
-def _to_float32(value: np.ndarray) -> np.ndarray:
+def to_float32(value: np.ndarray) -> np.ndarray:
+    """Floats of any size as fp32, anything else as it is."""
     other_floats = (np.float16, ml_dtypes.bfloat16, np.float64)
     return value.astype(np.float32) if value.dtype in other_floats else value

@@ -127,24 +127,6 @@ def test_a_pickle_with_a_program_in_it_is_refused(copy, tmp_path, capsys):
     assert (tmp_path / "ran").exists()
 
 
-def test_a_pickle_without_torch(copy, monkeypatch):
-    path = copy("esm")
-    (path / "model.safetensors").rename(path / "pytorch_model.bin")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torch"):
-        load_weights(str(path))
-
-
-def test_a_pickle_with_an_old_torch(copy, monkeypatch):
-    """Up to 2.5.1 `weights_only=True` could be got round (CVE-2025-32434)."""
-    path = copy("esm")
-    (path / "model.safetensors").unlink()
-    torch.save({"lm_head.bias": torch.ones(30)}, path / "pytorch_model.bin")
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    with pytest.raises(UserError, match=r"torch>=2\.6"):
-        load_weights(str(path))
-
-
 def _pop(name):
     return lambda tensors: tensors.pop(name)
 
@@ -230,7 +212,9 @@ def test_wrong_folders_are_named(copy, tmp_path):
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt.*--voc"):
         load_weights(str(path))
     (tmp_path / "elsewhere.txt").write_text(text)
-    assert convert.from_hf(str(path), str(tmp_path / "m"), str(tmp_path / "elsewhere.txt"))
+    assert convert.import_model(
+        str(path), str(tmp_path / "m"), "hf", str(tmp_path / "elsewhere.txt")
+    )
     (path / "model.safetensors").write_bytes(b"\x08" + 200 * b"\0")
     with pytest.raises(UserError, match="cannot be read"):
         load_weights(str(path))
@@ -241,12 +225,12 @@ def test_wrong_folders_are_named(copy, tmp_path):
     with pytest.raises(UserError, match="no model"):
         load_weights(str(path))
     with pytest.raises(UserError, match="not a JSON object"):
-        convert.from_hf(str(path), str(tmp_path / "out"))
+        convert.import_model(str(path), str(tmp_path / "out"))
     (path / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json"):
-        convert.from_hf(str(path), str(tmp_path / "out"))
+        convert.import_model(str(path), str(tmp_path / "out"))
     with pytest.raises(UserError, match="does not exist"):
-        convert.from_hf(str(tmp_path / "nothing"), str(tmp_path / "out"))
+        convert.import_model(str(tmp_path / "nothing"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

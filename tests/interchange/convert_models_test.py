@@ -200,6 +200,7 @@ def test_users_mistakes_are_one_line_and_status_2(tmp_path):
     )
     calls = [
         (["--from", "hf", tmp_path / "empty"], "no config.json"),
+        (["--from", "nemo", tmp_path / "tanh" / "model.json"], "cannot be read as a .nemo file"),
         (["--to", "hf", "--checkpoint", tmp_path / "tanh"], "gelu_tanh"),
     ]
     for argv, message in calls:
@@ -212,11 +213,12 @@ def test_users_mistakes_are_one_line_and_status_2(tmp_path):
         assert message in done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
     for argv, message in [
-        (["--to", "hf", "--out", "x"], "name one folder"),
-        (["--to", "hf", "a", "--checkpoint", "b", "--out", "x"], "name one folder"),
+        (["--to", "hf", "--out", "x"], "name one model"),
+        (["--to", "hf", "a", "--checkpoint", "b", "--out", "x"], "name one model"),
         (["--to", "onnx", "a", "--out", "x"], "onnx"),
         (["--from", "hf", "a", "--out", "x", "--approximate"], "--approximate goes with --to"),
         (["--to", "hf", "a", "--out", "x", "--vocabulary", "f"], "--vocabulary goes with --from"),
+        (["--from", "nemo", "a", "--out", "x", "--vocabulary", "f"], "--vocabulary goes with"),
     ]:
         with pytest.raises(UserError, match=message):
             cli.dispatch(["convert", *argv])
@@ -237,7 +239,7 @@ def test_torch_is_not_imported_by_reading_and_writing(tmp_path):
     script = (
         "import sys\n"
         "from esm1nv_jax.interchange import convert\n"
-        f"convert.from_hf({str(tmp_path / 'there')!r}, {str(tmp_path / 'here')!r})\n"
+        f"convert.import_model({str(tmp_path / 'there')!r}, {str(tmp_path / 'here')!r})\n"
         f"convert.to_hf({str(tmp_path / 'here')!r}, {str(tmp_path / 'again')!r})\n"
         "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules), 'imported'\n"
     )

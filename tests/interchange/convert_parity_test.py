@@ -16,68 +16,15 @@ from tests.model.rows import pack
 torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
 
-from tests.interchange import witness  # noqa: E402, needs both
+from tests.interchange import packed, witness  # noqa: E402, needs both
+from tests.interchange.packed import OUR_ID, columns, our_ids, proteins, run_packed  # noqa: E402
 
 SMALL = ["esm", "esm1b", "esm2", "bert", "bert_tanh"]
-LETTERS = "LASGVERTDIPKNFQYHMCW"
-OUR_ID = {token: i for i, token in enumerate(witness.OURS)} | {"_": 4}
-
-
-def proteins(seed, *lengths, masked=0.0):
-    """Random sequences; a share of their residues are masked (`_`)."""
-    rng = np.random.default_rng(seed)
-    return [
-        "".join("_" if rng.random() < masked else c for c in rng.choice(list(LETTERS), n))
-        for n in lengths
-    ]
-
-
-def our_ids(sequence):
-    return np.array([1, *(OUR_ID.get(c, 0) for c in sequence), 2], np.int32)
-
-
-def run_packed(weights, rows, row_length):
-    """{sequence: (hidden states as transformers has them, logits)}, computed in packed rows."""
-    config = weights.model
-    layers = (*range(config.layers), -1 if config.norm == "pre" else config.layers)
-    batch = pack([[our_ids(s) for s in row] for row in rows], row_length)
-    out = jax.jit(
-        lambda params, *arrays: encoder.forward(config, params, *arrays, hidden_layers=layers)
-    )(weights.params, batch["tokens"], batch["segment_ids"], batch["positions"])
-    found = {}
-    for r, row in enumerate(rows):
-        start = 0
-        for sequence in row:
-            part = slice(start, start + len(sequence) + 2)
-            hidden = [np.asarray(out.hidden[layer][r, part]) for layer in layers]
-            found[sequence] = hidden, np.asarray(out.logits[r, part])
-            start = part.stop
-    return found
-
-
-def columns(kind):
-    """Where each token of the vocabulary there stands among our logits, worked out by name."""
-    names = {"<cls>": "<s>", "[CLS]": "<s>", "<eos>": "</s>", "[SEP]": "</s>"}
-    names |= {"[PAD]": "<pad>", "[UNK]": "<unk>", "[MASK]": "<mask>"}
-    rows, behind = [], 30
-    for token in witness.tokens_of(kind):
-        rows.append(OUR_ID.get(names.get(token, token), behind))
-        behind += rows[-1] == behind
-    return rows
 
 
 def differences(model, kind, weights, sequences, rows, row_length):
-    """The largest difference of each hidden state, and of the logits, over all sequences."""
-    there = witness.run(model, kind, sequences)
-    here = run_packed(weights, rows, row_length)
-    worst = np.zeros(weights.model.layers + 2)
-    for sequence, (hidden, logits) in zip(sequences, there, strict=True):
-        our_hidden, our_logits = here[sequence]
-        assert len(hidden) == len(our_hidden) == weights.model.layers + 1
-        apart = [np.abs(a - b).max() for a, b in zip(our_hidden, hidden, strict=True)]
-        apart.append(np.abs(our_logits[:, columns(kind)] - logits).max())
-        worst = np.maximum(worst, apart)
-    return worst
+    there = dict(zip(sequences, witness.run(model, kind, sequences), strict=True))
+    return packed.differences(there, weights, rows, row_length, witness.tokens_of(kind))
 
 
 @pytest.mark.parametrize("kind", SMALL)
@@ -114,7 +61,7 @@ def test_letters_that_a_vocabulary_lacks_are_read_as_unknown(tmp_path):
     logits = run_packed(weights, [sequences], 32)["UOX"][1]
     chance = np.asarray(jax.nn.softmax(logits, axis=-1))
     assert chance[:, [OUR_ID[c] for c in "XBZUO"]].max() == 0
-    np.testing.assert_allclose(chance[:, columns(kind)].sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(chance[:, columns(witness.tokens_of(kind))].sum(-1), 1, rtol=1e-5)
 
 
 def test_frequencies_of_the_file_are_used(tmp_path):
@@ -155,12 +102,12 @@ def test_gradients(kind, tmp_path):
 
     ours = model_folder.flatten(jax.jit(jax.grad(loss))(weights.params))
     family = tensor_names.ESM if model.config.model_type == "esm" else tensor_names.BERT
-    ours = tensor_names.to_hf_tensors(
+    ours = tensor_names.to_tensors(
         family, weights.model, {k: np.asarray(v) for k, v in ours.items()}
     )
     theirs = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
     if family is tensor_names.BERT:
-        theirs.pop(tensor_names.TOKEN_TYPES)  # the sum of the positions' gradients
+        theirs.pop(tensor_names.BERT.token_types)  # the sum of the positions' gradients
     # The key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
     compared = {name for name in theirs if not name.endswith("key.bias")}
     assert compared == {name for name in ours if not name.endswith("key.bias")}
@@ -193,7 +140,7 @@ def test_a_model_from_here_opens_there_and_comes_back_bit_for_bit(norm, tmp_path
     worst = differences(model.eval(), "esm", weights, sequences, rows, 64)
     assert worst.max() < 1e-5, worst
 
-    back = convert.from_hf(str(tmp_path / "there"), str(tmp_path / "back"))
+    back = convert.import_model(str(tmp_path / "there"), str(tmp_path / "back"))
     assert back.model == config
     assert back.provenance["steps"] == [7]
     before = model_folder.flatten(params)

@@ -147,10 +147,10 @@ def test_damaged_companions_of_an_export_are_named(exported):
 def test_nothing_is_overwritten(copy, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("kept")
-    for call in (convert.to_hf, convert.from_hf):
+    for call in (convert.to_hf, convert.import_model):
         with pytest.raises(UserError, match="not empty"):
             call(str(copy("esm")) if call is convert.to_hf else "x", str(tmp_path / "out"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        convert.from_hf(str(tmp_path / "esm"), str(tmp_path / "file" / "out"))
+        convert.import_model(str(tmp_path / "esm"), str(tmp_path / "file" / "out"))

@@ -131,7 +131,7 @@ def test_a_model_made_there_is_read(kind, level, tmp_path):
     ):
         with pytest.raises(UserError, match="without a masked-LM head"):
             call()
-    convert.from_hf(folder, str(tmp_path / "model"))
+    convert.import_model(folder, str(tmp_path / "model"))
     convert.to_hf(str(tmp_path / "model"), str(tmp_path / "again"))
     folders = tmp_path / "there", tmp_path / "again"
     before, after = (load_file(path / "model.safetensors") for path in folders)

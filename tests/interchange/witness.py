@@ -6,10 +6,11 @@ import numpy as np
 import torch
 import transformers
 
+from tests.interchange import packed
+
 torch.set_num_threads(1)  # the tests share their cores
 ESM2_TOKENS = transformers.models.esm.configuration_esm.get_default_vocab_list()
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY")  # AntiBERTy's
-OURS = ("<unk>", "<s>", "</s>", "<pad>", "<mask>", *"LASGVERTDIPKNFQYHMCWXBZUO")
 
 _SMALL = dict(
     num_hidden_layers=3,
@@ -64,7 +65,9 @@ def config(kind: str):
 
 
 def tokens_of(kind: str) -> tuple[str, ...]:
-    return {"esm": OURS, "bert": BERT_TOKENS, "bert_tanh": BERT_TOKENS}.get(kind, ESM2_TOKENS)
+    return {"esm": packed.TOKENS, "bert": BERT_TOKENS, "bert_tanh": BERT_TOKENS}.get(
+        kind, ESM2_TOKENS
+    )
 
 
 def make(kind: str, seed: int = 0):

@@ -1,0 +1,41 @@
+"""Reads configs of other tools, whose fields may be missing, of another type, or unknown here."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from esm1nv_jax.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFields:
+    """The fields of another tool's config, each checked as it is read.
+
+    values: by name. source: where they stand, for messages.
+    """
+
+    values: dict[str, Any]
+    source: str
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """The field as `kind`; absent or null where `default` is None is an error."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = "missing" if value is None else f"{value!r}"
+            raise UserError(f"{self.source}: {name} is {found}; it must be of type {kind.__name__}")
+        return value
+
+    def choice(self, name: str, allowed: tuple, default: Any, why: str) -> Any:
+        """The field, which must be one of `allowed`."""
+        value = self.values.get(name, default)
+        value = default if value is None else value
+        if value not in allowed:
+            raise UserError(
+                f"{self.source}: {name}={value!r} is not supported here ({why}); there are "
+                f"{', '.join(map(repr, allowed))}"
+            )
+        return value

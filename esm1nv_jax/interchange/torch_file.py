@@ -1,0 +1,180 @@
+"""Reads a file of `torch.save` without torch, and never runs what is in it.
+
+Such a file is a pickle, which is a program, with the numbers of its tensors beside it. Here the
+program can only build dictionaries, lists, numbers, strings, objects without methods where it has
+an `argparse.Namespace`, and descriptions of tensors. Any other class or function is refused by
+name. NumPy then reads the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import operator
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from typing import IO, Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from esm1nv_jax.common.errors import UserError
+
+# Storage classes of torch by the dtype of their numbers.
+STORAGES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins a file of torch before 1.6, which is no zip archive
+DAMAGE = (
+    *(OSError, EOFError, pickle.PickleError, zipfile.BadZipFile, struct.error, RuntimeError),
+    *(ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError),
+)
+
+
+class _Tensor(NamedTuple):
+    """A tensor in the storage `key`; offset and strides count elements."""
+
+    key: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _RefusedError(Exception):
+    """The pickle names a class or function that is not allowed."""
+
+
+def read(file: IO[bytes], source: str) -> Any:
+    """The object that was saved: tensors as NumPy arrays, a Namespace as a dictionary.
+
+    Args:
+      file: binary and seekable, in either format of torch.save.
+      source: the name of the file, for messages.
+
+    Raises UserError where the file is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        start = file.read(2)
+        file.seek(0)
+        value, storage = (_read_zip if start == b"PK" else _read_legacy)(file)
+        return _to_arrays(value, storage)
+    except _RefusedError as error:
+        raise UserError(
+            f"{source} holds more than tensors and is refused ({error}); ask its author for a file "
+            "of tensors only, such as model.safetensors"
+        ) from None
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{source} cannot be read ({reason}); fetch it again") from None
+
+
+def read_table(file: IO[bytes], source: str) -> dict[str, np.ndarray]:
+    """Tensors by name, which is all that a file of a `state_dict` holds; as `read`."""
+    table = read(file, source)
+    tensors = table if isinstance(table, dict) else {}
+    if not tensors or not all(isinstance(value, np.ndarray) for value in tensors.values()):
+        raise UserError(
+            f"{source} is not a table of tensors by name; ask its author for model.safetensors"
+        )
+    return {str(name): value for name, value in tensors.items()}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain values and `_Tensor`s. `dtypes`: of the storages, by key."""
+
+    def __init__(self, file: IO[bytes]):
+        super().__init__(file, encoding="utf-8")
+        self.dtypes: dict[str, np.dtype] = {}
+        # Made anew for each file, for a pickle may set attributes of what it is given.
+        self.allowed = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("argparse", "Namespace"): type("Namespace", (argparse.Namespace,), {}),
+            ("torch._utils", "_rebuild_tensor_v2"): (
+                lambda key, offset, shape, strides, *_: _Tensor(key, offset, shape, strides)
+            ),
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return name
+        if (module, name) not in self.allowed:
+            raise _RefusedError(f"it names {module}.{name}"[:100])
+        return self.allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> str:
+        kind, storage_class, key, *_ = pid
+        if kind != "storage":
+            raise _RefusedError("it names something outside the file")
+        self.dtypes[key] = STORAGES[storage_class]
+        return key
+
+
+def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[str], np.ndarray]]:
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+    # Without compression no record is larger than the file.
+    if len(names) != 1 or any(record.compress_type for record in archive.infolist()):
+        raise ValueError("it is a zip archive, but not of torch.save")
+    with archive.open(names[0]) as content:
+        unpickler = _Unpickler(content)
+        value = unpickler.load()
+
+    @functools.cache
+    def storage(key: str) -> np.ndarray:
+        name = names[0].removesuffix("data.pkl") + f"data/{key}"
+        return np.frombuffer(archive.read(name), unpickler.dtypes[key])
+
+    return value, storage
+
+
+def _read_legacy(file: IO[bytes]) -> tuple[Any, Callable[[str], np.ndarray]]:
+    if _Unpickler(file).load() != LEGACY_MAGIC:
+        raise ValueError("it is not a file of torch.save")
+    for _ in range(2):  # version; sizes of C types
+        _Unpickler(file).load()
+    unpickler = _Unpickler(file)
+    value = unpickler.load()
+    storages = {}
+    for key in _Unpickler(file).load():
+        (count,) = struct.unpack("<q", file.read(8))
+        dtype = unpickler.dtypes[key]
+        storages[key] = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
+    return value, storages.__getitem__
+
+
+def _to_arrays(value: Any, storage: Callable[[str], np.ndarray]) -> Any:
+    if isinstance(value, _Tensor):
+        return _to_array(value, storage(value.key))
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {key: _to_arrays(part, storage) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_arrays(part, storage) for part in value]
+    return value
+
+
+def _to_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
+    _, offset, shape, strides = tensor
+    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
+        raise ValueError("offset, shape and strides of a tensor must be positive integers")
+    end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    count = functools.reduce(operator.mul, shape, 1)
+    if count > len(numbers) or (count and end > len(numbers)):
+        raise ValueError(f"a tensor of shape {shape} is larger than its storage")
+    in_bytes = [stride * numbers.itemsize for stride in strides]
+    view = np.lib.stride_tricks.as_strided(numbers[offset:], shape, in_bytes)
+    return np.ascontiguousarray(view).reshape(shape)
