@@ -37,7 +37,7 @@ def read(path: str, residues: int) -> list[bytes]:
     return taken
 
 
-def ours(sequences: list[bytes], precision: str, deterministic: bool = False):
+def ours(sequences: list[bytes], precision: str, deterministic: bool = False, config=None):
     """A function that embeds everything once and returns the means [n, 768]."""
     import jax
 
@@ -46,7 +46,7 @@ def ours(sequences: list[bytes], precision: str, deterministic: bool = False):
     from esm1nv_jax.inference.model import Model
     from esm1nv_jax.model import encoder
 
-    config = encoder.EncoderConfig()
+    config = config or encoder.EncoderConfig()
     model = Model(config, jax.device_put(encoder.init(config, 0)), {}, precision)
     ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
     return lambda: embed_sequences(
@@ -54,7 +54,14 @@ def ours(sequences: list[bytes], precision: str, deterministic: bool = False):
     )["mean_-1"]
 
 
-def rival(sequences: list[bytes], bf16: bool):
+def rival(
+    sequences: list[bytes],
+    bf16: bool,
+    device: str = "cpu",
+    compiled: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    config=None,
+):
     """The same with `transformers`."""
     import rivals
     import torch
@@ -63,14 +70,15 @@ def rival(sequences: list[bytes], bf16: bool):
     from esm1nv_jax.data import tokenizer
     from esm1nv_jax.model.encoder_config import EncoderConfig
 
-    config = rivals.config_of(EncoderConfig())
+    config = rivals.config_of(config or EncoderConfig())
     torch.manual_seed(0)  # the same weights in fp32 and bf16
-    model = EsmModel(config, add_pooling_layer=False).eval()
+    model = EsmModel(config, add_pooling_layer=False).eval().to(device)
+    forward = torch.compile(model, dynamic=True) if compiled else model
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
     batches, batch = [], []
     for i in order:
         longest = len(sequences[(batch or [i])[0]]) + 2
-        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+        if batch and longest * (len(batch) + 1) > batch_tokens:
             batches.append(batch)
             batch = []
         batch.append(i)
@@ -78,11 +86,18 @@ def rival(sequences: list[bytes], bf16: bool):
 
     def run():
         means = np.zeros((len(sequences), config.hidden_size), np.float32)
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
             for batch in batches:
                 ids = [tokenizer.residue_ids(sequences[i]) for i in batch]
-                tokens, mask = rivals.padded(ids)
-                hidden = model(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+                tokens, mask = (x.to(device) for x in rivals.padded(ids))
+                hidden = forward(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
+                if device != "cpu":  # one transfer a batch, of means
+                    inside = mask.clone()
+                    inside[:, 0] = 0
+                    inside[torch.arange(len(batch)), mask.sum(1) - 1] = 0
+                    sums = torch.einsum("btd,bt->bd", hidden, inside.float())
+                    means[batch] = (sums / inside.sum(1, keepdim=True)).cpu().numpy()
+                    continue
                 for row, i in enumerate(batch):
                     means[i] = hidden[row, 1 : len(sequences[i]) + 1].mean(0).numpy()
         return means

@@ -34,9 +34,12 @@ def config_of(model: EncoderConfig) -> EsmConfig:
     )
 
 
-def padded(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [B, longest] with `<s>`, `</s>` and padding, and the attention mask."""
-    longest = max(map(len, sequences)) + 2
+def padded(
+    sequences: list[np.ndarray], longest: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, longest] with `<s>`, `</s>` and padding, and the attention mask. By default
+    `longest` is that of the batch."""
+    longest = longest or max(map(len, sequences)) + 2
     tokens = torch.full((len(sequences), longest), PAD)
     for row, ids in enumerate(sequences):
         tokens[row, 0], tokens[row, len(ids) + 1] = BOS, EOS
@@ -45,18 +48,29 @@ def padded(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Trainer:
-    """One step after another on padded batches, as a user of `transformers` trains on a CPU.
+    """One step after another, as a user of `transformers` trains.
 
     15 % of the residues are predicted, 80/10/10, anew each time, as the usual collator does; logits
     at all positions; gradients clipped; fused AdamW without decay on biases and norms.
     """
 
-    def __init__(self, model: EncoderConfig, optimizer, bf16: bool, start: str = ""):
+    def __init__(
+        self,
+        model: EncoderConfig,
+        optimizer,
+        bf16: bool,
+        start: str = "",
+        device: str = "cpu",
+        compiled: bool = False,
+    ):
         torch.manual_seed(0)
         if start:  # a folder of its own kind
             self.model = EsmForMaskedLM.from_pretrained(start, attn_implementation="sdpa")
         else:
             self.model = EsmForMaskedLM(config_of(model))
+        self.model.to(device)
+        self.device = device
+        self.loss = torch.compile(self._loss) if compiled else self._loss
         self.bf16, self.clip = bf16, optimizer.clip_norm
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
@@ -75,24 +89,40 @@ class Trainer:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
         tokens, attention_mask = padded(sequences)
-        inputs, labels = corrupted(tokens)
+        return float(self.step_on({"tokens": tokens, "attention_mask": attention_mask}))
+
+    def step_on(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One step on a batch that is on the device; returns the loss, which may not be there yet.
+
+        `tokens` [B, T]; `attention_mask` [B, T], or bool [B, 1, T, T] together with `position_ids`
+        of packed rows.
+        """
+        inputs, labels = corrupted(batch["tokens"])
         self.model.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            loss = self.model(inputs, attention_mask=attention_mask, labels=labels).loss
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            loss = self.loss(inputs, labels, batch["attention_mask"], batch.get("position_ids"))
         self.adamw.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.adamw.step()
-        return float(loss.detach())
+        return loss.detach()
+
+    def _loss(self, inputs, labels, attention_mask, position_ids=None) -> torch.Tensor:
+        if position_ids is None:
+            return self.model(inputs, attention_mask=attention_mask, labels=labels).loss
+        # The model multiplies its embeddings with a mask [B, T], so it is given them ready-made.
+        embeddings = self.model.esm.embeddings(input_ids=inputs, position_ids=position_ids)
+        return self.model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels
+        ).loss
 
 
 def corrupted(tokens: torch.Tensor, rate: float = 0.15) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and labels of masked-language modelling."""
-    selected = (torch.rand(tokens.shape) < rate) & (tokens >= tokenizer.FIRST_RESIDUE)
-    kind = torch.rand(tokens.shape)
-    letters = torch.randint(
-        tokenizer.FIRST_RESIDUE, tokenizer.FIRST_RESIDUE + tokenizer.STANDARD, tokens.shape
-    )
+    first, device = tokenizer.FIRST_RESIDUE, tokens.device
+    selected = (torch.rand(tokens.shape, device=device) < rate) & (tokens >= first)
+    kind = torch.rand(tokens.shape, device=device)
+    letters = torch.randint(first, first + tokenizer.STANDARD, tokens.shape, device=device)
     inputs = torch.where(selected & (kind < 0.8), torch.full_like(tokens, MASK), tokens)
     inputs = torch.where(selected & (kind >= 0.8) & (kind < 0.9), letters, inputs)
     return inputs, torch.where(selected, tokens, torch.full_like(tokens, -100))

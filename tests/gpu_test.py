@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from esm1nv_jax.planning.chips import launch_flags
+from esm1nv_jax.planning.chips import by_device_kind, launch_flags
+from tests.planning.run_plan import plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +111,6 @@ for _ in range(3):
 print(json.dumps({"losses": losses, "finite": values["finite"],
                   "peak": device.memory_stats()["peak_bytes_in_use"]}))
 """
-NAMES = {"A100-SXM4-80GB": "a100-80gb", "A100-SXM4-40GB": "a100-40gb", "H100": "h100-80gb"}
 
 
 def test_three_steps_of_the_card_and_their_memory(gpu):
@@ -118,10 +118,8 @@ def test_three_steps_of_the_card_and_their_memory(gpu):
     found = json.loads(on_gpu(STEPS))
     assert found["finite"] == 1
     assert all(2.5 < loss < 4.5 for loss in found["losses"])
-    chip = next((chip for part, chip in NAMES.items() if part in gpu), None)
+    chip = by_device_kind(gpu)
     if chip is None:
         pytest.skip(f"no plan for {gpu}")
-    from tests.planning.command import plan
-
-    planned = plan("--config=configs/pretrain_small.py", f"--chip={chip}")
+    planned = plan("--config=configs/pretrain_small.py", f"--chip={chip.name}")
     assert abs(found["peak"] / planned["peak"] - 1) < 0.15

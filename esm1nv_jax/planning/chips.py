@@ -81,6 +81,8 @@ def _gpu(name: str, full: str, bandwidth: int, memory: int) -> Chip:
     else:  # without Hopper's own instructions the compiler aborts on its products
         device |= {"major": 9, "cores": 132, "fpus": 128, "clock": 1.755, "l2": 52428800}
         device |= {"shared": 233472, "optin": 232448, "extension": "ACCELERATED_FEATURES"}
+        if name.startswith("h200"):
+            device["l2"] = 62914560
         peak, link, network = 989e12, 450e9, 50e9
         low, high = Efficiency(0.60, 0.80, 0.45), Efficiency(0.801, 0.92, 0.60)
     # A core issues four warps of 32 a clock, floats and integers side by side.
@@ -96,6 +98,7 @@ CHIPS = {
     "a100-80gb": _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 2039040000000, 85100068864),
     "a100-40gb": _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 1555200000000, 42298834944),
     "h100-80gb": _gpu("h100-80gb", "NVIDIA H100 80GB HBM3", 3352320000000, 85014609920),
+    "h200-141gb": _gpu("h200-141gb", "NVIDIA H200", 4800000000000, 141000000000),
     "tpu-v5e": Chip("tpu-v5e", "tpu", *_V5E),
 }
 _TPU_SLICES = {n: f"{a}x{n // a}" for n, a in ((1, 1), (4, 2), (8, 2), (16, 4), (32, 4), (64, 8))}
@@ -105,6 +108,11 @@ _TPU_SLICES |= {128: "8x16", 256: "16x16"}
 def chip(name: str) -> Chip:
     """The chip of a name, one of CHIPS or THIS_CPU."""
     return measured_cpu() if name == THIS_CPU else CHIPS[name]
+
+
+def by_device_kind(kind: str) -> Chip | None:
+    """The GPU that JAX calls `kind`, or None where it is none of CHIPS."""
+    return next((chip for chip in CHIPS.values() if f'"{kind}"' in chip.target), None)
 
 
 def prepare_environment(name: str) -> str:
@@ -148,12 +156,13 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
     if chip.platform == "tpu" and count not in _TPU_SLICES:
         slices = ", ".join(map(str, _TPU_SLICES))
         raise UserError(f"{count} of {chip.name} make no slice; there are slices of {slices}")
-    plugin = {"gpu": "jax_cuda12_plugin", "tpu": "libtpu"}[chip.platform]
-    if importlib.util.find_spec(plugin) is None:
-        package = f"jax-cuda12-plugin=={jax.__version__}" if chip.platform == "gpu" else "libtpu"
+    plugins = {"gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu",)}
+    if not any(map(importlib.util.find_spec, plugins[chip.platform])):
+        package = f"jax-cuda13-plugin=={jax.__version__}" if chip.platform == "gpu" else "libtpu"
         raise UserError(
-            f"compiling for {chip.name} needs {plugin}, which is not installed; no driver and no "
-            f"CUDA library is needed: pip install '{package}', or -e '.[plan]' in a clone"
+            f"compiling for {chip.name} needs {' or '.join(plugins[chip.platform])}, which is not "
+            f"installed; no driver and no CUDA library is needed: pip install '{package}', or "
+            "-e '.[plan]' in a clone"
         )
     from jax.experimental import topologies
 

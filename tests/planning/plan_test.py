@@ -22,7 +22,7 @@ from esm1nv_jax.planning import plan as plan_module
 from tests.planning.run_plan import plan
 
 needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
     reason="compiling for GPUs needs jax-cuda12-plugin (the extra `plan`)",
 )
 needs_tpu = pytest.mark.skipif(
@@ -218,7 +218,7 @@ def test_mistakes_are_answered_in_one_line(arguments, expected):
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for chip, package in (("h100-80gb", "jax-cuda12-plugin"), ("tpu-v5e", "libtpu")):
+    for chip, package in (("h100-80gb", "jax-cuda13-plugin"), ("tpu-v5e", "libtpu")):
         with pytest.raises(UserError, match=package):
             chips.devices(chips.CHIPS[chip], 1, 8)
 

@@ -40,6 +40,8 @@ class Blocks:
     backward: int = 64  # both, in the backward
     warps: int = 4
     stages: int = 2
+    backward_warps: int = 4
+    backward_stages: int = 2
 
     @property
     def step(self) -> int:
@@ -141,7 +143,9 @@ def _backward(static, residuals, g_BTNH):
         out_shape=jax.ShapeDtypeStruct(qkv_BTCNH.shape, qkv_BTCNH.dtype),
         interpret=static.interpret,
         name="flash_backward",
-        compiler_params=triton.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        compiler_params=triton.CompilerParams(
+            num_warps=blocks.backward_warps, num_stages=blocks.backward_stages
+        ),
     )(*[qkv_BTCNH] * 3, segment_ids_BT, low, high, row_keys_B, g_BTNH, lse_BNT, delta_BNT)
     return dqkv_BTCNH, None, None
 
