@@ -28,6 +28,11 @@ from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.device_model import DeviceModel, place
 from esm1nv_jax.inference.engine import OutputSpec, attention_maps, embed_sequences
 from esm1nv_jax.inference.mutants import parse_mutants
+from esm1nv_jax.inference.pseudo_likelihood import (
+    copy_log_odds,
+    one_pass_log_likelihood,
+    pseudo_log_likelihood,
+)
 from esm1nv_jax.inference.results import Embeddings, HeadPredictions, Prediction
 from esm1nv_jax.inference.sequence_input import as_list, residue_ids, residue_letters
 from esm1nv_jax.inference.variant_scores import MODES, score_mutants
@@ -35,7 +40,7 @@ from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder, soft_tokens
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput
 from esm1nv_jax.model.heads import HeadConfig, to_predictions
-from esm1nv_jax.model.masking import recipe
+from esm1nv_jax.model.masking import MaskingConfig, recipe
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
@@ -227,19 +232,40 @@ class Model:
     def sees_wrong_residues_only(self) -> bool:
         """Whether in training a visible residue at a predicted position was always a wrong one, so
         that predictions at visible positions mean nothing."""
-        masking = (self.provenance.get("config") or {}).get("masking") or {}
-        if "recipe" not in masking:
+        trained = self.masking
+        if trained is None:
             return False
-        trained = recipe(masking["recipe"])
         return trained.mask + trained.random >= 1 and not trained.may_repeat
+
+    @property
+    def masking(self) -> MaskingConfig | None:
+        """How training corrupted its input, where it is known."""
+        masking = (self.provenance.get("config") or {}).get("masking") or {}
+        return recipe(masking["recipe"]) if "recipe" in masking else None
+
+    def score_sequences(self, sequences: Iterable[str | bytes], exact: bool = True) -> np.ndarray:
+        """Sums over residues of log p(residue | the others), in nats: float64 [sequences].
+
+        Args:
+          sequences: of any lengths, so that insertions and deletions can be compared.
+          exact: one forward pass for each residue, with only that one masked; otherwise one for
+            each sequence with nothing masked, from which the residue's own visibility is removed.
+        """
+        self.check_mode("pseudo-perplexity" if exact else "one-pass")
+        letters = [residue_letters(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
+        if exact:
+            return pseudo_log_likelihood(self.on_devices, letters, self.longest)[1]
+        copied = copy_log_odds(self.masking)
+        return one_pass_log_likelihood(self.on_devices, letters, self.longest, copied)[1]
 
     def check_mode(self, mode: str, force: bool = False) -> None:
         """Raises UserError where a mode of scoring means nothing for this model."""
         self.require_lm_head()
-        if mode == "wt-marginals" and self.sees_wrong_residues_only and not force:
+        instead = {"wt-marginals": "masked-marginals", "one-pass": "pseudo-perplexity"}
+        if mode in instead and self.sees_wrong_residues_only and not force:
             raise UserError(
-                "wt-marginals: this model was trained without unchanged targets, so what it "
-                "predicts at visible residues means nothing; take masked-marginals (or force it)"
+                f"{mode}: this model was trained without unchanged targets, so what it predicts at "
+                f"visible residues means nothing; take {instead[mode]} (or force it)"
             )
 
     def score_variants(

@@ -117,6 +117,23 @@ def parse_mutants(
     return MutantTable(rows, ends, np.array(index, np.int32), *letters, offset)
 
 
+def is_mutant(name: str) -> bool:
+    """Whether a name has the form of `A4G:L10P`."""
+    return all(_SUBSTITUTION.fullmatch(text.strip()) for text in name.split(":"))
+
+
+def undo(name: str, mutated: str) -> str:
+    """The wild type of a mutated sequence. Raises UserError where it is not that of the mutant."""
+    letters = list(mutated)
+    for text in name.split(":"):
+        match = _SUBSTITUTION.fullmatch(text.strip())
+        index = int(match[2]) - 1 if match else -1
+        if not match or not 0 <= index < len(letters) or letters[index] != match[3].upper():
+            raise UserError(f"{name} does not fit its mutated sequence {mutated[:40]}...")
+        letters[index] = match[1].upper()
+    return "".join(letters)
+
+
 def _parse(name: str, wild_type: str, offset: int, missense: bool) -> Sites:
     """The substitutions of a mutant. Raises MutantError for anything but substitutions of residues
     that stand in the sequence by standard amino acids."""

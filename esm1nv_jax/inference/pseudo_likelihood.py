@@ -6,6 +6,7 @@ Each residue is predicted with only itself masked: Salazar et al., "Masked langu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,8 +14,16 @@ import numpy as np
 
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tokenizer import vocabulary
-from esm1nv_jax.inference.engine import DeviceModel, LogProbQuery, run_queries
+from esm1nv_jax.inference.engine import (
+    DeviceModel,
+    LogProbQuery,
+    OutputSpec,
+    embed_sequences,
+    run_queries,
+)
 from esm1nv_jax.inference.mutants import MutantTable
+from esm1nv_jax.inference.row_shapes import split_into_windows
+from esm1nv_jax.model.masking import RECIPES, MaskingConfig
 
 
 def pseudo_log_ratios(
@@ -49,33 +58,90 @@ def pseudo_log_ratios(
     return pll[:n] - pll[n:][window]
 
 
+def pseudo_log_likelihood(
+    model: DeviceModel,
+    sequences: Sequence[bytes],
+    limit: int,
+    on_progress: Callable[[int], None] = lambda passes: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Residues that were predicted, int64 [n], and sums of log p(x_i | x without i) in nats,
+    float64 [n], of n normalized sequences, one forward pass a residue.
+
+    Those longer than `limit` residues are read in windows, and a residue is predicted in the one
+    in which it is farthest from a cut. Unknown letters, and those that the model has no token for,
+    stay and are not predicted. `on_progress` is called for each pass.
+    """
+    residues, pll = np.zeros(len(sequences), np.int64), np.zeros(len(sequences))
+
+    def queries() -> Iterator[LogProbQuery]:
+        for i, sequence in enumerate(sequences):
+            for window in split_into_windows(len(sequence), limit):
+                tokens = add_specials(sequence[window.start : window.stop])
+                owned = slice(window.first - window.start + 1, window.last - window.start + 1)
+                known = owned.start + np.flatnonzero(_is_predicted(model, tokens[owned]))
+                residues[i] += len(known)
+                yield from one_masked(tokens, known.tolist(), i)
+
+    for query, log_probs in run_queries(model, queries()):
+        i, token = query.context
+        pll[i] += float(log_probs[0, token])
+        on_progress(1)
+    return residues, pll
+
+
 def pseudo_perplexity(
     model: DeviceModel,
     sequences: Sequence[bytes],
     max_residues: int,
     on_progress: Callable[[int], None] = lambda passes: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Residues that were predicted, int64 [n], and sums of -log p(x_i | x without i) in nats,
-    float64 [n], of n clean sequences, one forward pass a residue.
+    """Residues that were predicted, int64 [n], and sums of -log p(x_i | x without i), float64 [n],
+    of n sequences, those longer than `max_residues` cut to a prefix."""
+    cut = [sequence[:max_residues] for sequence in sequences]
+    residues, pll = pseudo_log_likelihood(model, cut, max_residues, on_progress)
+    return residues, -pll
 
-    Sequences longer than `max_residues` are cut to a prefix. Unknown letters, and those that the
-    model has no token for, stay and are not predicted. `on_progress` is called for each pass.
+
+def copy_log_odds(masking: MaskingConfig | None) -> float:
+    """By how much a visible residue raises the log-odds of itself, for a model that predicts
+    perfectly; as for BERT where its masking is not known, 0 where targets are never left unchanged.
+
+    Of the visible targets a share b stands unchanged and a share r for each letter replaces another
+    one. With q the probability of residue x by its context alone, that of x where x is visible has
+    the odds q (b + r) / ((1 - q) r); without r in the numerator if a replacement never repeats.
     """
-    residues, nats = np.zeros(len(sequences), np.int64), np.zeros(len(sequences))
+    masking = masking or RECIPES["card"]
+    unchanged = 1 - masking.mask - masking.random
+    replaced = masking.random / (masking.letters if masking.may_repeat else masking.letters - 1)
+    kept = unchanged + replaced * masking.may_repeat
+    return math.log(kept / replaced) if kept > 1e-9 and replaced else 0.0
+
+
+def one_pass_log_likelihood(
+    model: DeviceModel, sequences: Sequence[bytes], limit: int, copied: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """An approximation of `pseudo_log_likelihood` from one forward pass of each sequence with
+    nothing masked: `copied`, of `copy_log_odds`, is taken off the log-odds of each residue."""
+    ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
+    if not ids:
+        return np.zeros(0, np.int64), np.zeros(0)
+    logits = embed_sequences(model, ids, OutputSpec(("logits",), ()), limit)["logits"]
+    token = np.concatenate(ids)
+    known = _is_predicted(model, token)
+    logits = logits.astype(np.float64)
+    own = np.take_along_axis(logits, token[:, None].astype(np.int64), axis=1)[:, 0]
+    np.put_along_axis(logits, token[:, None].astype(np.int64), -np.inf, axis=1)
+    highest = logits.max(axis=1)
+    others = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    log_p = -np.logaddexp(0, -(own - others - copied))
+    owner = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
+    residues = np.bincount(owner, known, minlength=len(ids)).astype(np.int64)
+    return residues, np.bincount(owner, np.where(known, log_p, 0), minlength=len(ids))
+
+
+def _is_predicted(model: DeviceModel, tokens: np.ndarray) -> np.ndarray:
     missing = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
-
-    def queries() -> Iterator[LogProbQuery]:
-        for i, sequence in enumerate(sequences):
-            tokens = add_specials(sequence[:max_residues])
-            known = (tokens >= tokenizer.FIRST_RESIDUE) & ~np.isin(tokens, missing)
-            residues[i] = known.sum()
-            yield from one_masked(tokens, np.flatnonzero(known).tolist(), i)
-
-    for query, log_probs in run_queries(model, queries()):
-        i, token = query.context
-        nats[i] -= float(log_probs[0, token])
-        on_progress(1)
-    return residues, nats
+    return (tokens >= tokenizer.FIRST_RESIDUE) & ~np.isin(tokens, missing)
 
 
 def one_masked(tokens: np.ndarray, columns: Iterable[int], key: Any) -> Iterator[LogProbQuery]:

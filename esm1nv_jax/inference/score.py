@@ -2,70 +2,144 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
 
 from esm1nv_jax.common import files
 from esm1nv_jax.common.command import Parser
-from esm1nv_jax.common.console import bar, console, count, stdout
+from esm1nv_jax.common.console import console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.fasta import scan
-from esm1nv_jax.inference import variant_scores
+from esm1nv_jax.inference import proteingym, variant_scores
+from esm1nv_jax.inference.fasta_job import parse_shard
 from esm1nv_jax.inference.heat_map import plot_heat_map
-from esm1nv_jax.inference.model import PRECISIONS, Model, load
-from esm1nv_jax.inference.mutants import MutantTable, all_singles, parse_mutants
+from esm1nv_jax.inference.model import PRECISIONS, load
+from esm1nv_jax.inference.mutants import all_singles, parse_mutants
+from esm1nv_jax.inference.sequence_scores import EXACT, ONE_PASS, SequenceTable, score_table
+from esm1nv_jax.inference.sequence_scores import MODES as SEQUENCE_MODES
 from esm1nv_jax.inference.variant_table import (
     COLUMN,
     MEASURED,
+    SCORE,
     Measurements,
     SavedScores,
     read_mutants,
     rows_of,
+    score_rows,
     spearman,
     write_scores,
 )
 
-BLOCK = 64  # mutants after which scores that take hours are saved
-
 
 def main(argv: list[str]) -> None:
-    modes = variant_scores.MODES
     parser = Parser(
         "score",
         "Scores mutants of a protein: higher is likelier, hence fitter. With --all-singles also "
-        "draws a heat map beside --out.",
+        "draws a heat map beside --out. With --sequences scores whole sequences of any length, "
+        "with --proteingym every assay of a folder.",
         "esm1nv score --checkpoint runs/first --fasta wt.fasta --mutants dms.csv --out scores.csv",
     )
+    modes = variant_scores.MODES
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
-    add("--fasta", required=True, help="the wild type")
+    add("--fasta", help="the wild type, of --mutants and --all-singles")
     add("--mutants", help="CSV with a column `mutant`: A4G, or A4G:L10P for several at once")
     add("--all-singles", action="store_true", help="every single substitution, and a heat map")
-    add("--out", required=True, help="CSV to write: the table of --mutants with a column `score`")
-    add("--mode", default=modes[0], choices=modes)
+    add("--sequences", help="CSV with a column `mutated_sequence` or `sequence`")
+    add("--proteingym", metavar="DIR", help="the assays of ProteinGym, a CSV file each")
+    add("--reference", help="of --proteingym: its DMS_substitutions.csv or DMS_indels.csv")
+    add("--shard", metavar="I/N", help="of --proteingym: score the I-th of N shares of the assays")
+    add("--out", required=True, help="CSV to write: the table with scores; a folder of such files")
+    add("--mode", choices=(*modes, ONE_PASS), help=f"default {modes[0]}; of sequences {EXACT}")
     add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
     add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
     add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
     add("--on-error", default="stop", choices=("stop", "skip"), help="skip and count bad rows")
     add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
     add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of matrix products")
-    add("--force", action="store_true", help="allow wt-marginals where they mean nothing")
+    add("--force", action="store_true", help="allow modes where they mean nothing")
     add("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
+    inputs = (args.mutants, args.all_singles, args.sequences, args.proteingym)
+    if sum(map(bool, inputs)) != 1:
+        parser.error("give one of --mutants, --all-singles, --sequences or --proteingym")
+    of_mutants = bool(args.mutants or args.all_singles)
+    for option, belongs in (
+        ("fasta", of_mutants),
+        ("offset", of_mutants),
+        ("additive", of_mutants),
+        ("reference", bool(args.proteingym)),
+        ("shard", bool(args.proteingym)),
+    ):
+        if getattr(args, option) and not belongs:
+            raise UserError(f"--{option} has no meaning here (see esm1nv score --help)")
+    if args.proteingym:
+        score_proteingym(args)
+    elif args.sequences:
+        score_sequences(args)
+    else:
+        score_mutants(args)
+
+
+def score_proteingym(args: argparse.Namespace) -> None:
+    mode = args.mode or variant_scores.MODES[0]
+    if mode == ONE_PASS:
+        raise UserError(f"--mode={ONE_PASS} is for --sequences; indels are scored so by default")
+    shard = parse_shard(args.shard) or (1, 1)
+    if not 1 <= shard[0] <= shard[1]:
+        raise UserError(f"--shard={args.shard} is not i/n with i from 1 to n, such as 1/4")
     out = Path(args.out)
-    picture = out.with_suffix(".png")
-    if bool(args.mutants) == args.all_singles:
-        parser.error("give --mutants or --all-singles")
-    if out.suffix == ".png":
-        raise UserError(f"--out {out} is the table; the picture is drawn beside it")
-    for path in (out, picture) if args.all_singles else (out,):
+    files.check(args.out.rstrip("/") + ".tmp")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder, to be made")
+    assays = proteingym.read_assays(args.proteingym, args.reference)
+    model = load(args.checkpoint, args.precision, args.max_residues)
+    model.check_mode(mode, args.force)
+    if mode != EXACT and any(assay.is_indels for assay in assays):
+        model.check_mode(ONE_PASS, args.force)
+    proteingym.run(model, assays, out, mode, shard, args.overwrite)
+
+
+def score_sequences(args: argparse.Namespace) -> None:
+    mode = args.mode or EXACT
+    if mode not in SEQUENCE_MODES:
+        raise UserError(f"--mode={mode} is for --mutants; there are {', '.join(SEQUENCE_MODES)}")
+    out = Path(args.out)
+    check_out(args, out)
+    path, _copy = regular_file(args.sequences)
+    table = SequenceTable(path, args.on_error == "skip", args.target)
+    compared = table.measured is not None and table.measured.check(args.target is not None)
+    model = load(args.checkpoint, args.precision, args.max_residues)
+    model.check_mode(mode, args.force)
+    scores = score_table(model, table, out, mode, args.overwrite)
+    console.print(f"{out}: {count(len(table.lengths), 'sequence')} by {mode}")
+    for name, values in scores.items():
+        print_correlation(values, table.measured if compared else None, f"{name}: ")
+
+
+def check_out(args: argparse.Namespace, *paths: Path) -> None:
+    for path in paths:
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; add --overwrite, or choose another --out")
     files.check(args.out)
-    if args.additive and args.mode != modes[0]:
-        raise UserError(f"--additive is for --mode={modes[0]}, found --mode={args.mode}")
+
+
+def score_mutants(args: argparse.Namespace) -> None:
+    mode = args.mode or variant_scores.MODES[0]
+    if mode == ONE_PASS:
+        raise UserError(f"--mode={mode} is for --sequences; take wt-marginals")
+    if not args.fasta:
+        raise UserError("--fasta is missing: the wild type that the mutants are of")
+    out = Path(args.out)
+    picture = out.with_suffix(".png")
+    if out.suffix == ".png":
+        raise UserError(f"--out {out} is the table; the picture is drawn beside it")
+    check_out(args, *((out, picture) if args.all_singles else (out,)))
+    if args.additive and mode != variant_scores.MODES[0]:
+        raise UserError(f"--additive is for --mode={variant_scores.MODES[0]}, found --mode={mode}")
     name, wild_type = read_wild_type(args.fasta)
     # Checked before the model is loaded. A table is read twice: its rows are not held in memory.
     table, _copy = regular_file(args.mutants) if args.mutants else (None, None)
@@ -82,31 +156,36 @@ def main(argv: list[str]) -> None:
         )
 
     model = load(args.checkpoint, args.precision, args.max_residues)
-    model.check_mode(args.mode, args.force)
+    model.check_mode(mode, args.force)
     if len(wild_type) > model.longest:
         console.print(
             f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "
             "centred on the sites"
         )
     saved = None
-    if args.mode == "pseudo-perplexity":
+    if mode == EXACT:
         settings = {"model": model.digest, "wild_type": wild_type, "offset": args.offset}
         settings |= {"precision": args.precision, "longest": model.longest}
         saved = SavedScores(out, settings, args.overwrite)
-    scores = score_rows(model, wild_type, mutants, rows, args.mode, args.additive, saved)
+    scores = score_rows(model, wild_type, mutants, rows, mode, args.additive, saved)
     fields = ([name] for name in names) if table is None else rows_of(table)
-    write_scores(out, columns, fields, scores)
+    write_scores(out, columns, fields, {SCORE: scores})
     if saved:
         saved.path.unlink()
-    done = f"{out}: {count(rows, 'mutant')} of {name} by {args.mode}"
+    done = f"{out}: {count(rows, 'mutant')} of {name} by {mode}"
     if args.all_singles:
         with files.writing(picture):
             plot_heat_map(picture, wild_type, names, scores, args.offset)
         done += f"; heat map {picture}"
     console.print(done)
+    print_correlation(scores, measured)
+
+
+def print_correlation(scores: np.ndarray, measured: Measurements | None, name: str = "") -> None:
     if measured is not None:
         rho, used = spearman(scores, measured.values)
-        stdout.print(f"spearman {rho:.4f} with {measured.column} over {count(used, 'mutant')}")
+        noun = "sequence" if name else "mutant"
+        stdout.print(f"{name}spearman {rho:.4f} with {measured.column} over {count(used, noun)}")
 
 
 def read_wild_type(path: str) -> tuple[str, str]:
@@ -115,40 +194,3 @@ def read_wild_type(path: str) -> tuple[str, str]:
     if len(proteins) > 1:
         raise UserError(f"{path} holds {len(proteins)} proteins; give a file with the wild type")
     return proteins[0][0], proteins[0][1].decode()
-
-
-def score_rows(
-    model: Model,
-    wild_type: str,
-    mutants: MutantTable,
-    rows: int,
-    mode: str,
-    additive: bool,
-    saved: SavedScores | None,
-) -> np.ndarray:
-    """The score of every row, NaN where it has no mutant: float64 [rows]. Where they take hours,
-    scores are `saved` block by block, and blocks that are there already are not computed."""
-    scores = np.full(rows, np.nan)
-    step = BLOCK if saved else max(1, len(mutants))
-    blocks = [mutants[first : first + step] for first in range(0, len(mutants), step)]
-    if saved:
-        for block in blocks:
-            scores[block.rows] = [saved.scores.get(mutant.name, np.nan) for mutant in block]
-    todo = [block for block in blocks if np.isnan(scores[block.rows]).any()]
-    start = rows - sum(map(len, todo))
-    with bar("score", rows, "mutants", start=start) as progress:
-        for block in todo:
-            scores[block.rows] = variant_scores.score_mutants(
-                model.on_devices,
-                wild_type,
-                block,
-                model.longest,
-                mode,
-                additive,
-                on_progress=lambda done: progress.update(start + done),  # noqa: B023
-            )
-            if saved:
-                values = scores[block.rows].tolist()
-                saved.write("a", {m.name: x for m, x in zip(block, values, strict=True)})
-            start += len(block)
-    return scores

@@ -9,18 +9,21 @@ import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from esm1nv_jax.common import files
-from esm1nv_jax.common.console import console, count
+from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.inference import variant_scores
+from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.mutants import MutantError, MutantTable, parse_mutants
 
 COLUMN, SCORE = "mutant", "score"
+BLOCK = 64  # mutants or sequences after which scores that take hours are saved
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
 
 
@@ -76,6 +79,20 @@ def print_skipped(skipped: Counter[str], name: str = "") -> None:
 
 def rows_of(path: Path) -> Iterator[list[str]]:
     return (fields for _, fields in open_csv(str(path))[1])
+
+
+def read_numbers(path: Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns of a CSV file: float64 [rows], NaN where there is no column or no number."""
+    names, rows = open_csv(str(path))
+    values = {column: array("d") for column in columns}
+    at = {column: names.index(column) for column in columns if column in names}
+    for _, fields in rows:
+        for column, content in values.items():
+            try:
+                content.append(float(fields[at[column]]))
+            except (KeyError, ValueError):
+                content.append(math.nan)
+    return {column: np.array(content) for column, content in values.items()}
 
 
 class Measurements:
@@ -159,6 +176,43 @@ class SavedScores:
             os.fsync(file.fileno())
 
 
+def score_rows(
+    model: Model,
+    wild_type: str,
+    mutants: MutantTable,
+    rows: int,
+    mode: str,
+    additive: bool,
+    saved: SavedScores | None,
+) -> np.ndarray:
+    """The score of every row, NaN where it has no mutant: float64 [rows]. Where they take hours,
+    scores are `saved` block by block, and blocks that are there already are not computed."""
+    scores = np.full(rows, np.nan)
+    step = BLOCK if saved else max(1, len(mutants))
+    blocks = [mutants[first : first + step] for first in range(0, len(mutants), step)]
+    if saved:
+        for block in blocks:
+            scores[block.rows] = [saved.scores.get(mutant.name, np.nan) for mutant in block]
+    todo = [block for block in blocks if np.isnan(scores[block.rows]).any()]
+    start = rows - sum(map(len, todo))
+    with bar("score", rows, "mutants", start=start) as progress:
+        for block in todo:
+            scores[block.rows] = variant_scores.score_mutants(
+                model.on_devices,
+                wild_type,
+                block,
+                model.longest,
+                mode,
+                additive,
+                on_progress=lambda done: progress.update(start + done),  # noqa: B023
+            )
+            if saved:
+                values = scores[block.rows].tolist()
+                saved.write("a", {m.name: x for m, x in zip(block, values, strict=True)})
+            start += len(block)
+    return scores
+
+
 def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
     """Rank correlation, and over how many rows. NaN where all scores are equal."""
     from scipy.stats import spearmanr
@@ -170,12 +224,11 @@ def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
 
 
 def write_scores(
-    out: Path, columns: list[str], rows: Iterable[list[str]], scores: np.ndarray
+    out: Path, columns: list[str], rows: Iterable[list[str]], scores: dict[str, np.ndarray]
 ) -> None:
-    """The table with its scores as last column, empty where there is none; in place of OUT at
-    once."""
+    """The table with scores as last columns, empty where there is none; in place of OUT at once."""
     with files.replacing(out) as new, open(new, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow([*columns, SCORE])
-        for row, score in zip(rows, scores, strict=True):
-            table.writerow([*row, "" if np.isnan(score) else f"{score:.6g}"])
+        table.writerow([*columns, *scores])
+        for row, *values in zip(rows, *scores.values(), strict=True):
+            table.writerow([*row, *("" if np.isnan(x) else f"{x:.6g}" for x in values)])

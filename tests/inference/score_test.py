@@ -18,7 +18,6 @@ from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import mutants as mutants_lib
-from esm1nv_jax.inference import score as score_lib
 from esm1nv_jax.inference import variant_scores, variant_table
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
@@ -185,8 +184,8 @@ def test_mistakes_of_the_command_are_one_line(model_path, tmp_path, capsys):
         (["--mutants", str(tmp_path / "ragged.csv")], "line 2: 3 fields"),
         (["--mutants", str(tmp_path / "none.csv")], "No such file"),
         (["--mutants", str(tmp_path / "good.csv"), "--mode", "best"], "invalid choice"),
-        (["--mutants", str(tmp_path / "good.csv"), "--all-singles"], "--mutants or --all-singles"),
-        ([], "--mutants or --all-singles"),
+        (["--mutants", str(tmp_path / "good.csv"), "--all-singles"], "--mutants, --all-singles"),
+        ([], "--mutants, --all-singles"),
         (["--all-singles", "--additive", "--mode", "wt-marginals"], "--additive is for"),
         (["--all-singles", "--target", "x"], "--target=x is no column; there are mutant"),
         (["--mutants", str(tmp_path / "good.csv"), "--target", "x"], "no three numbers"),
@@ -263,7 +262,7 @@ def test_measurements_are_compared_or_it_is_said_why_not(
 
 
 def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(score_lib, "BLOCK", 2)
+    monkeypatch.setattr(variant_table, "BLOCK", 2)
     (tmp_path / "m.csv").write_text("mutant\n" + "\n".join(MUTANTS) + "\n")
     options = ["--mutants", str(tmp_path / "m.csv"), "--mode", "pseudo-perplexity"]
     assert score(model_path, tmp_path, *options) == 0
@@ -318,7 +317,7 @@ def test_the_rows_of_a_table_are_not_held_in_memory(tmp_path):
     tracemalloc.start()
     columns, mutants, n, measured = variant_table.read_mutants(path, WILD, 0, False, None)
     variant_table.write_scores(
-        tmp_path / "s.csv", columns, variant_table.rows_of(path), np.zeros(n)
+        tmp_path / "s.csv", columns, variant_table.rows_of(path), {"score": np.zeros(n)}
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

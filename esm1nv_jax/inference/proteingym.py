@@ -1,0 +1,241 @@
+"""`esm1nv score --proteingym`: the assays of a folder in the layout of ProteinGym.
+
+Notin et al., "ProteinGym: Large-Scale Benchmarks for Protein Fitness Prediction and Design", 2023.
+An assay is a CSV file with `mutant` or `mutated_sequence`, `DMS_score` and `DMS_score_bin`. Its
+scores are written to a file of the same name; an assay whose file is there is not scored again, so
+that a job which was killed goes on, and several jobs can share the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from esm1nv_jax.common import files
+from esm1nv_jax.common.console import console, count
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.inference.model import Model
+from esm1nv_jax.inference.mutants import is_mutant, parse_mutants, undo
+from esm1nv_jax.inference.proteingym_summary import summarize
+from esm1nv_jax.inference.sequence_scores import EXACT, ONE_PASS, SequenceTable, score_table
+from esm1nv_jax.inference.variant_scores import MODES
+from esm1nv_jax.inference.variant_table import (
+    COLUMN,
+    SCORE,
+    SavedScores,
+    print_skipped,
+    rows_of,
+    score_rows,
+    write_scores,
+)
+
+MUTATED, MEASURED = "mutated_sequence", "DMS_score"
+# Columns of a reference file, with the names that other releases have for them.
+REFERENCE = {
+    "name": ("DMS_id",),
+    "file": ("DMS_filename",),
+    "protein": ("UniProt_ID",),
+    "taxon": ("taxon",),
+    "function": ("coarse_selection_type", "selection_type"),
+    "wild_type": ("target_seq", "sequence"),
+}
+LOOKED_AT = 100  # rows by which an assay of indels is told from one of substitutions
+SETTINGS = "settings.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Assay:
+    """What was measured of one protein. Unknown: `function` and `taxon` are empty, `wild_type` is
+    taken from the first mutant."""
+
+    name: str
+    path: Path
+    is_indels: bool
+    protein: str
+    function: str = ""
+    taxon: str = ""
+    wild_type: str = ""
+
+
+def run(
+    model: Model,
+    assays: list[Assay],
+    out: Path,
+    mode: str,
+    shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
+) -> None:
+    """Scores the assays of a shard (i, n) into the folder `out`; when all are there, prints and
+    writes the summary.
+
+    Raises UserError where `out` holds the scores of another model or mode.
+    """
+    with files.writing(out):
+        out.mkdir(exist_ok=True)
+    settings = {"model": model.digest, "precision": model.precision, "longest": model.longest}
+    _write_or_check(out, settings | {"mode": mode}, overwrite)
+    # Large and small ones are dealt out in turn.
+    by_size = sorted(assays, key=lambda assay: (-assay.path.stat().st_size, assay.name))
+    mine = by_size[shard[0] - 1 :: shard[1]]
+    with open(out / f"job-{shard[0]}-of-{shard[1]}.lock", "w", encoding="utf-8") as lock:
+        if files.try_lock(lock.fileno(), out) is False:
+            raise UserError(f"another live job scores this shard into {out}; wait for it")
+        for number, assay in enumerate(mine, 1):
+            path = out / f"{assay.name}.csv"
+            if path.exists() and not overwrite:
+                continue
+            console.print(f"{assay.name}, {number} of {len(mine)}")
+            if assay.is_indels:
+                table = SequenceTable(assay.path, skip=True)
+                score_table(model, table, path, EXACT if mode == EXACT else ONE_PASS, overwrite)
+            else:
+                _score_substitutions(model, assay, path, mode, overwrite)
+    missing = [assay.name for assay in assays if not (out / f"{assay.name}.csv").exists()]
+    if missing:
+        console.print(
+            f"{count(len(missing), 'assay')} of {len(assays)} left to other shards; the same "
+            "command without --shard scores what is missing, and summarizes"
+        )
+        return
+    for kind in ("substitutions", "indels"):
+        some = [assay for assay in assays if assay.is_indels == (kind == "indels")]
+        if some:
+            summarize(some, out, kind)
+
+
+def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overwrite: bool) -> None:
+    columns, _ = open_csv(str(assay.path))
+    wild_type = assay.wild_type or _wild_type(assay, columns)
+    at, rows = columns.index(COLUMN), 0
+
+    def names() -> Iterator[str]:
+        nonlocal rows
+        for fields in rows_of(assay.path):
+            rows += 1
+            yield fields[at]
+
+    skipped: Counter[str] = Counter()
+    mutants = parse_mutants(names(), wild_type, 0, 2, skipped, missense=True)
+    print_skipped(skipped, assay.name)
+    if not len(mutants):
+        raise UserError(f"{assay.path} names no mutant of {assay.protein}; is it its assay?")
+    saved = None
+    if mode == EXACT:
+        settings = {"model": model.digest, "wild_type": wild_type, "precision": model.precision}
+        saved = SavedScores(out, settings | {"longest": model.longest}, overwrite)
+    # As the benchmark scores masked language models: the sites of a mutant are masked one by one.
+    scores = score_rows(model, wild_type, mutants, rows, mode, mode == MODES[0], saved)
+    write_scores(out, columns, rows_of(assay.path), {SCORE: scores})
+    if saved:
+        saved.path.unlink()
+
+
+def _wild_type(assay: Assay, columns: list[str]) -> str:
+    """The sequence that the first mutant of an assay is one of."""
+    if MUTATED not in columns:
+        raise UserError(f"{assay.path} has no column {MUTATED!r}; give the wild types: --reference")
+    at = columns.index(COLUMN), columns.index(MUTATED)
+    for fields in rows_of(assay.path):
+        if is_mutant(fields[at[0]]):
+            return undo(fields[at[0]], fields[at[1]].upper())
+    raise UserError(f"{assay.path} names no mutant such as A4G")
+
+
+def read_assays(folder: str, reference: str | None) -> list[Assay]:
+    """The assays of a folder, those that a reference file lists where there is one.
+
+    Raises UserError for a file that is no assay, and where there are none.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"--proteingym {folder} is no folder; give the one that holds the assays")
+    paths = {path.name.split(".csv")[0]: path for path in sorted(Path(folder).glob("*.csv*"))}
+    if reference is None:
+        assays = [
+            Assay(name, path, _is_indels(path), "_".join(name.split("_")[:2]))
+            for name, path in paths.items()
+        ]
+        listed = len(assays)
+    else:
+        entries = list(_read_reference(reference))
+        listed = len(entries)
+        assays = []
+        for entry in entries:
+            file = entry.pop("file") or entry["name"]
+            if path := paths.get(file.split(".csv")[0]):
+                assays.append(Assay(path=path, is_indels=_is_indels(path), **entry))
+    if not assays:
+        of = f", of the {listed} that {reference} lists" if reference else ""
+        raise UserError(f"{folder} holds no assay{of}; they are files such as DMS_id.csv")
+    if reference:
+        unlisted = len(paths) - len({assay.path for assay in assays})
+        console.print(
+            f"{folder}: {len(assays)} of {listed} assays of {reference}"
+            + f"; {count(unlisted, 'other file')} left out" * (unlisted > 0)
+        )
+    return assays
+
+
+def _is_indels(path: Path) -> bool:
+    columns, rows = open_csv(str(path))
+    if MEASURED not in columns or not {COLUMN, MUTATED} & {*columns}:
+        raise UserError(
+            f"{path} is no assay: it needs {MEASURED}, and {COLUMN} or {MUTATED}; its columns are "
+            f"{', '.join(columns)}"
+        )
+    if SCORE in columns:
+        raise UserError(f"{path} has a column {SCORE!r} already; rename it")
+    if COLUMN not in columns:
+        return True
+    at = columns.index(COLUMN)
+    return not any(is_mutant(fields[at]) for _, fields in itertools.islice(rows, LOOKED_AT))
+
+
+def _read_reference(path: str) -> Iterator[dict[str, str]]:
+    """The fields of `REFERENCE` of each assay; empty where the file has no such column."""
+    columns, rows = open_csv(path)
+    at = {
+        field: next((columns.index(name) for name in names if name in columns), None)
+        for field, names in REFERENCE.items()
+    }
+    if at["name"] is None or at["protein"] is None:
+        raise UserError(
+            f"{path} has no column DMS_id or UniProt_ID; give a reference file of ProteinGym, such "
+            "as DMS_substitutions.csv"
+        )
+    for line, fields in rows:
+        entry = {field: "" if i is None else fields[i] for field, i in at.items()}
+        if Path(entry["name"]).name != entry["name"]:
+            raise UserError(f"{path}, line {line}: DMS_id {entry['name']!r} is no file name")
+        try:
+            entry["wild_type"] = tokenizer.normalize(entry["wild_type"]).sequence.decode()
+        except tokenizer.InvalidResidueError as error:
+            raise UserError(f"{path}, line {line}: {error}") from None
+        yield entry
+
+
+def _write_or_check(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    path, old = out / SETTINGS, None
+    if not overwrite:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                old = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise UserError(
+                    f"{path} is damaged; remove it, or begin anew with --overwrite"
+                ) from None
+    if old is None:
+        with files.writing(path):
+            files.write_atomically(path, json.dumps(settings, indent=1))
+    elif changed := [name for name in settings if old.get(name) != settings[name]]:
+        raise UserError(
+            f"{out} holds scores of other settings ({', '.join(changed)}); choose another --out, "
+            "or begin anew with --overwrite"
+        )

@@ -1,0 +1,156 @@
+"""Whole sequences: exact pseudo-log-likelihoods read literally, and what one pass approximates."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from esm1nv_jax import cli, load
+from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import pseudo_likelihood, sequence_scores
+from esm1nv_jax.inference.pseudo_likelihood import copy_log_odds
+from esm1nv_jax.model.masking import RECIPES, MaskingConfig
+from tests.inference.models import make_model, make_proteins
+from tests.inference.score_test import WILD, log_p, pll, take
+from tests.inference.windows_test import farthest
+
+
+def test_sequences_of_any_length_are_scored_literally(model):
+    sequences = [WILD, WILD[:4] + WILD[7:], "MXK", WILD[:9] + "GG" + WILD[9:]]
+    found = model.score_sequences(sequences)
+    expected = [pll(model, s) if "X" not in s else np.nan for s in sequences]
+    np.testing.assert_allclose(found[[0, 1, 3]], [expected[i] for i in (0, 1, 3)], atol=1e-4)
+    assert np.isfinite(found).all() and model.score_sequences([]).shape == (0,)
+
+
+def test_a_long_sequence_is_read_in_windows(model):
+    """Every residue is predicted in the window in which it is farthest from a cut."""
+    long = "".join(s for _, s in make_proteins(9, seed=4))[:100]
+    limit = model.longest
+    assert len(long) > limit
+    windows = np.array([w.start for w in pseudo_likelihood.split_into_windows(len(long), limit)])
+    expected = 0.0
+    for i, window in enumerate(farthest(len(long), limit)):
+        start = int(windows[window])
+        row = log_p(model, long[start : start + limit], [i - start])[i - start]
+        expected += take(row, long[i])
+    assert model.score_sequences([long])[0] == pytest.approx(expected, abs=2e-3)
+
+
+def visible(masking: MaskingConfig, q: np.ndarray, x: int) -> float:
+    """p(residue is x | x is visible and a target) of a perfect model, by the rule of corruption;
+    q[y] is the probability of residue y by its context."""
+    joint = np.zeros(len(q))
+    for y in range(masking.letters):
+        joint[y] += q[y] * (1 - masking.mask - masking.random) * (x == y)
+        choices = [z for z in range(masking.letters) if masking.may_repeat or z != y]
+        joint[y] += q[y] * masking.random * (x in choices) / len(choices)
+    return joint[x] / joint.sum()
+
+
+@pytest.mark.parametrize(
+    "masking",
+    [
+        RECIPES["card"],
+        MaskingConfig(0.15, 0.5, 0.2, letters=25, may_repeat=False),
+        MaskingConfig(0.15, 0.0, 0.9, letters=20, may_repeat=True),
+    ],
+)
+def test_what_a_visible_residue_says_of_itself_is_taken_off(masking):
+    rng = np.random.default_rng(0)
+    q = rng.dirichlet(np.full(masking.letters, 0.3))
+    for x in range(0, masking.letters, 3):
+        p = visible(masking, q, x)
+        odds = np.log(p / (1 - p)) - copy_log_odds(masking)
+        assert odds == pytest.approx(np.log(q[x] / (1 - q[x])), abs=1e-6)
+
+
+def test_one_pass_is_the_log_probability_without_what_is_copied(model):
+    sequences = [s for _, s in make_proteins(20, seed=3, longest=40)]
+    found = model.score_sequences(sequences, exact=False)
+    for sequence, value in zip(sequences, found, strict=True):
+        p = np.exp(log_p(model, sequence, []))
+        own = np.array([take(p[i], letter) for i, letter in enumerate(sequence)])
+        odds = own / (1 - own) / np.exp(copy_log_odds(RECIPES["card"]))
+        assert value == pytest.approx(np.log(odds / (1 + odds)).sum(), abs=1e-3)
+
+
+def test_one_pass_is_refused_where_visible_residues_mean_nothing(tmp_path):
+    shipped = load(make_model(tmp_path / "shipped", recipe="shipped"))
+    with pytest.raises(UserError, match=r"one-pass: .* take pseudo-perplexity"):
+        shipped.score_sequences([WILD], exact=False)
+    assert shipped.score_sequences([WILD]).shape == (1,)
+
+
+def score(model_path, folder, *options):
+    argv = ["score", "--checkpoint", model_path, "--sequences", str(folder / "t.csv")]
+    return command.run(cli.dispatch, [*argv, "--out", str(folder / "s.csv"), *options])
+
+
+def write(folder, sequences):
+    rows = "".join(f"{s},{i / 3}\n" for i, s in enumerate(sequences))
+    (folder / "t.csv").write_text("sequence,fitness\n" + rows)
+
+
+@pytest.mark.parametrize("mode", sequence_scores.MODES)
+def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, mode):
+    monkeypatch.setattr(sequence_scores, "BLOCK", 2)
+    monkeypatch.setattr(sequence_scores, "BLOCK_RESIDUES", 60)
+    sequences = [s for _, s in make_proteins(9, seed=5, longest=30)]
+    write(tmp_path, sequences)
+    name = "pseudo_log_likelihood" if mode == sequence_scores.EXACT else "one_pass_log_likelihood"
+    compute = getattr(sequence_scores, name)
+    scored = []
+
+    def counted(model, block, *rest):
+        if len(scored) >= 4:
+            raise KeyboardInterrupt
+        scored.extend(block)
+        return compute(model, block, *rest)
+
+    monkeypatch.setattr(sequence_scores, name, counted)
+    assert score(model_path, tmp_path, "--mode", mode) == 130
+    first = len(scored)
+    assert 0 < first < len(sequences)
+    scored.clear()
+    write(tmp_path, sequences[::-1])
+    assert score(model_path, tmp_path, "--mode", mode) == 2
+    assert "unfinished work with other settings" in capsys.readouterr().err
+    write(tmp_path, sequences)
+    monkeypatch.setattr(
+        sequence_scores, name, lambda *args: scored.extend(args[1]) or compute(*args)
+    )
+    assert score(model_path, tmp_path, "--mode", mode) == 0
+    assert len(scored) == len(sequences) - first
+    printed = capsys.readouterr().out
+    assert "score: spearman" in printed and "score_per_residue: spearman" in printed
+    with open(tmp_path / "s.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    expected = model.score_sequences(sequences, exact=mode == sequence_scores.EXACT)
+    np.testing.assert_allclose([float(row["score"]) for row in table], expected, rtol=1e-4)
+    assert not (tmp_path / "s.csv.partial").exists()
+
+
+def test_sequences_that_cannot_be_scored(model_path, tmp_path, capsys):
+    write(tmp_path, ["MK*V", "MK", "", "M1K", "mk-v*"])
+    assert score(model_path, tmp_path) == 2
+    assert "row 2: the sequence cannot be scored (stop)" in capsys.readouterr().err
+    assert score(model_path, tmp_path, "--on-error", "skip") == 0
+    assert "3 rows without a score: blank 1, no residue letters 1, stop 1" in (
+        capsys.readouterr().err
+    )
+    (tmp_path / "t.csv").write_text("protein,x\nMK,1\n")
+    assert score(model_path, tmp_path, "--overwrite") == 2
+    assert "no column mutated_sequence or sequence; it has protein, x" in capsys.readouterr().err
+    assert score(model_path, tmp_path, "--mode", "wt-marginals") == 2
+    assert "there are pseudo-perplexity, one-pass" in capsys.readouterr().err
+
+
+def test_unknown_letters_are_not_predicted(model):
+    known = model.score_sequences(["MKJV"])[0]
+    p = [log_p(model, "MKJV", [i])[i] for i in range(4)]
+    expected = sum(take(p[i], "MKJV"[i]) for i in (0, 1, 3))
+    assert known == pytest.approx(expected, abs=1e-4)
+    assert tokenizer.residue_ids(b"J")[0] == tokenizer.UNK
