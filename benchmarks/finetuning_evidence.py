@@ -2,13 +2,14 @@
 
     python benchmarks/finetuning_evidence.py --model DIR --data FOLDER --out RUNS
         [--tasks secondary_structure] [--methods probe,head,full] [--seeds 3] [--epochs 10]
-        [--train 2000] [--test 500]
+        [--train 2000] [--test 500] [--jobs 1]
 
 FOLDER holds the CSV files of TASKS. Every method sees the same proteins: of the training and the
 validation split those of the table, or `--train` and a quarter as many, of the test split `--test`.
 `probe` are the two heads of `esm1nv probe` on the frozen encoder, `scratch` is `full` from random
 weights. A row is the mean over seeds with its standard error; peak memory and time are the largest
-of one run, for `probe` of all its heads and seeds. Finished runs in RUNS are not repeated.
+of one run, for `probe` of all its heads and seeds. Finished runs in RUNS are not repeated. With
+`--jobs` several runs share the machine, on one GPU too: then time and memory mean nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +73,19 @@ def timed(arguments: list[str]) -> dict[str, float]:
     return {"seconds": time.monotonic() - began, "gib": usage.ru_maxrss / (1 << 20)}
 
 
-def probe(model: str, table: Path, task: str, metric: str, seeds: int, out: Path) -> dict:
+def probe(model: str, table: Path, task: str, seeds: int, out: Path) -> None:
     """The linear head and the network on the frozen encoder, by `esm1nv probe`."""
-    file, cost = out / "probe.json", out / "probe-cost.json"
+    cost = out / "probe-cost.json"
     if not cost.exists():
         argv = ["esm1nv_jax", "probe", "--checkpoint", model, "--task", task]
-        argv += ["--csv", str(table), "--seeds", str(seeds), "--json", str(file)]
+        argv += ["--csv", str(table), "--seeds", str(seeds), "--json", str(out / "probe.json")]
         cost.write_text(json.dumps(timed(argv)))
-    rows = json.loads(file.read_text())["rows"]
+
+
+def probed(out: Path, metric: str) -> dict[str, dict[str, Any]]:
+    """What `probe` found, by head."""
+    rows = json.loads((out / "probe.json").read_text())["rows"]
+    cost = out / "probe-cost.json"
     return {
         f"probe, {row['head']}": {
             "mean": row[metric],
@@ -91,19 +98,23 @@ def probe(model: str, table: Path, task: str, metric: str, seeds: int, out: Path
     }
 
 
-def finetune(
-    model: str, table: Path, task: str, metric: str, method: str, seeds: int, epochs: int, out: Path
-) -> dict[str, Any]:
-    """Mean and standard error on the test split over seeds."""
+def train(
+    model: str, table: Path, task: str, method: str, seed: int, epochs: int, out: Path
+) -> None:
+    """One run of fine-tuning, unless it is finished."""
+    run = out / f"{method}-{seed}"
+    if not (run / "cost.json").exists():
+        config = f"model={model},csv={table},task={task},epochs={epochs},seed={seed},"
+        config += "scratch" if method == "scratch" else f"method={method}"
+        cost = timed(["esm1nv_jax.main", f"--config={CONFIG}:{config}", f"--workdir={run}"])
+        (run / "cost.json").write_text(json.dumps(cost))
+
+
+def finetuned(out: Path, method: str, metric: str, seeds: int) -> dict[str, Any]:
+    """Mean and standard error on the test split over seeds, of finished runs."""
     values, costs, parameters = [], [], 0
     for seed in range(seeds):
         run = out / f"{method}-{seed}"
-        if not (run / "cost.json").exists():
-            config = f"model={model},csv={table},task={task},epochs={epochs},seed={seed},"
-            config += "scratch" if method == "scratch" else f"method={method}"
-            argv = ["esm1nv_jax.main", f"--config={CONFIG}:{config}", f"--workdir={run}"]
-            cost = timed(argv)
-            (run / "cost.json").write_text(json.dumps(cost))
         values.append(json.loads((run / "test.json").read_text())["metrics"][metric])
         costs.append(json.loads((run / "cost.json").read_text()))
         step = step_folder.steps(run, step_folder.BEST)[-1]
@@ -150,23 +161,35 @@ def main(argv: list[str]) -> None:
     add("--epochs", type=int, default=10)
     add("--train", type=int, help="at most so many proteins to train on")
     add("--test", type=int, help="at most so many proteins to test on")
+    add("--jobs", type=int, default=1, help="runs at a time")
     args = parser.parse_args(argv)
+    jobs = []
     for name in args.tasks.split(","):
-        file, task, metric = TASKS[name]
+        file, task, _ = TASKS[name]
         out = args.out / name
         out.mkdir(parents=True, exist_ok=True)
         table = out / "table.csv"
         valid = args.train and max(2, args.train // 4)
-        sizes = {"train": args.train, "valid": valid, "test": args.test}
-        smaller_table(args.data / file, table, sizes)
+        smaller_table(
+            args.data / file, table, {"train": args.train, "valid": valid, "test": args.test}
+        )
+        for method in args.methods.split(","):
+            if method == "probe":
+                jobs.append((probe, args.model, table, task, args.seeds, out))
+                continue
+            for seed in range(args.seeds):
+                jobs.append((train, args.model, table, task, method, seed, args.epochs, out))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for running in [pool.submit(*job) for job in jobs]:
+            running.result()
+    for name in args.tasks.split(","):
+        out, metric = args.out / name, TASKS[name][2]
         results: dict[str, dict[str, Any]] = {}
         for method in args.methods.split(","):
             if method == "probe":
-                results |= probe(args.model, table, task, metric, args.seeds, out)
+                results |= probed(out, metric)
             else:
-                results[method] = finetune(
-                    args.model, table, task, metric, method, args.seeds, args.epochs, out
-                )
+                results[method] = finetuned(out, method, metric, args.seeds)
         print_table(name, metric, results, args.seeds)
 
 
