@@ -42,7 +42,7 @@ def torch_train(record, rehearse: bool) -> None:
     run = card(rehearse, "hf")
     objective = MaskedLM(recipe(run.masking.recipe, run.masking.rate))
     device = "cpu" if rehearse else "cuda"
-    size, rows = (4, 2) if rehearse else (96, 24)
+    size, rows = (4, 2) if rehearse else (64, 56)
     cut = 62 if rehearse else RESIDUES
     ids = [tokenizer.residue_ids(s[:cut]) for s in proteins(200 if rehearse else 4000)]
     peak = 0.0 if rehearse else PEAK_FLOPS.get(torch.cuda.get_device_name(), 0.0)
