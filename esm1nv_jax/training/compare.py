@@ -19,6 +19,7 @@ from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
+from esm1nv_jax.training import sweep_report
 from esm1nv_jax.training.recorded_run import Run, read
 
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
@@ -81,11 +82,13 @@ def main(argv: list[str]) -> None:
         "compare",
         "Set runs side by side: what differs in their configs, validation perplexity at <mask>\n"
         "against steps, and mean and spread over seeds. Fine-tuned runs by the metric that chose\n"
-        "their best checkpoint, and by their tests.",
+        "their best checkpoint, and by their tests. Of a folder of runs NAME-SEED, as\n"
+        "launch/sweep.sh makes it: every recipe against a baseline, paired by seed.",
         "esm1nv compare runs/card-0 runs/card-1 runs/card-2 --out compare.html",
     )
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
+    add("runs", nargs="+", metavar="RUN", help="the --workdir of a run, or one folder of runs")
+    add("--baseline", metavar="NAME", help="of a folder: compare with it (default baseline)")
     add("--out", metavar="FILE", help="write a page (.html) or the plot (.png)")
     add("--json", metavar="FILE", help="write the table over seeds as JSON")
     add("--csv", metavar="FILE", help="write the table over seeds as CSV")
@@ -93,7 +96,13 @@ def main(argv: list[str]) -> None:
     files.check(options.out, options.json, options.csv)
     if options.out and Path(options.out).suffix not in (".html", ".png"):
         raise UserError(f"--out {options.out} must end in .html or .png")
-    runs = read(list(dict.fromkeys(os.path.normpath(run) for run in options.runs)))
+    paths = list(dict.fromkeys(os.path.normpath(run) for run in options.runs))
+    if len(paths) == 1 and (inside := sweep_report.runs_in(paths[0])):
+        compare_sweep(sweep_report.read_sweep(inside, options.baseline or "baseline"), options)
+        return
+    if options.baseline:
+        raise UserError("--baseline is for one folder with runs NAME-SEED; leave it out")
+    runs = read(paths)
     differences, groups = differing_fields(runs), over_seeds(runs)
 
     if differences:
@@ -116,6 +125,30 @@ def main(argv: list[str]) -> None:
     if len(groups) > 1:
         stdout.print(not_comparable(runs))
     records = [row.record() for group in groups for row in group]
+    write_outputs(
+        options,
+        records,
+        lambda: plot_curves(runs),
+        lambda: report(runs, differences, groups).to_html(),
+    )
+
+
+def compare_sweep(sweep: sweep_report.Sweep, options) -> None:
+    """Print the table of a sweep, and write what the options ask for."""
+    stdout.print(sweep_report.terminal_table(sweep))
+    stdout.print(sweep_report.NOTE)
+    if sweep.left_out:
+        console.print(f"left out, not finished: {', '.join(sweep.left_out)}")
+    write_outputs(
+        options,
+        [row.record() for row in sweep.rows],
+        lambda: sweep_report.plot_sweep(sweep),
+        lambda: sweep_report.sweep_page(sweep).to_html(),
+    )
+
+
+def write_outputs(options, records: list[dict], plot, page) -> None:
+    """Write records as JSON and CSV, and a plot or a page, made by calls, by the options."""
     if options.json:
         text = json.dumps(records).replace("NaN", "null")
         files.write(options.json, text)
@@ -125,14 +158,14 @@ def main(argv: list[str]) -> None:
         writer = csv.DictWriter(text_file, columns, lineterminator="\n")
         writer.writeheader()
         for record in records:
-            lists = {name: " ".join(map(str, record[name])) for name in ("runs", "seeds")}
+            lists = {k: " ".join(map(str, v)) for k, v in record.items() if isinstance(v, list)}
             writer.writerow(record | lists)
         files.write(options.csv, text_file.getvalue())
     if options.out and options.out.endswith(".png"):
         with files.writing(options.out):
-            plot_curves(runs).savefig(options.out, dpi=110)
+            plot().savefig(options.out, dpi=110)
     elif options.out:
-        files.write(options.out, report(runs, differences, groups).to_html())
+        files.write(options.out, page())
     for path in filter(None, (options.out, options.json, options.csv)):
         console.print(f"wrote  {path}")
 

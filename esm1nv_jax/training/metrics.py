@@ -140,10 +140,11 @@ class ThroughputWindow:
             "sequences_per_step": total["sequences"] / self.steps,
             "padding_share": 1 - total["tokens"] / total["num_slots"],
         }
+        head = self.objective.head_flops(self.model) * total["num_targets"]
+        work = total["tokens"], total["sum_squared_lengths"], head
+        flops = training_flops(self.model, *work, self.tuning)
+        metrics["flops_per_step"] = flops / self.steps
         if self.peak:
-            head = self.objective.head_flops(self.model) * total["num_targets"]
-            work = total["tokens"], total["sum_squared_lengths"], head
-            flops = training_flops(self.model, *work, self.tuning)
             metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)
         self.restart()
         return metrics

@@ -27,13 +27,14 @@ QUESTION = ("masking.", "evaluation.", "data.max_residues", "data.fingerprint.va
 class Run:
     """A run as it is on disk: `fields` of its config and data, `validation` lines by step, the
     content of `test.json`, if it was fine-tuned and tested, and the perplexities of `baselines` on
-    what it validates on, if it was pretrained to its end."""
+    what it validates on, if it was pretrained to its end; and its lines of `training`."""
 
     name: str
     fields: dict[str, Any]
     validation: list[dict[str, float]]
     test: dict[str, Any] = dataclasses.field(default_factory=dict)
     baselines: dict[str, float] = dataclasses.field(default_factory=dict)
+    training: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     @property
     def is_finetuned(self) -> bool:
@@ -97,7 +98,8 @@ def read(paths: list[str]) -> list[Run]:
             test = _read_if_there(folder / evaluation.FILE)
             baselines = _read_if_there(folder / summary.BASELINES)
             validation = [line for line in lines if line["kind"] == "validation"]
-            run = Run(name, fields, validation, test, baselines)
+            training = [line for line in lines if line["kind"] == "train"]
+            run = Run(name, fields, validation, test, baselines, training)
             is_validated = bool(validation) and not (
                 run.is_finetuned and math.isnan(run.best())  # raises KeyError
             )

@@ -1,0 +1,178 @@
+"""launch/sweep.sh and sweep.sbatch with an interpreter that only notes what it is asked to do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.training.processes import ROOT
+
+LIST = """
+# a comment
+seeds 0 1
+all width=32 --config.steps=6
+
+baseline pretrain_small
+other    ablations/rotary:layers=1 --config.steps=7
+"""
+NAMES = ["baseline-0", "baseline-1", "other-0", "other-1"]
+# Makes the workdir, appends its arguments to `calls`, and ends with the status in `RUN.status`.
+PYTHON = """#!{python}
+import os, signal, sys, time
+here, arguments = {folder!r}, sys.argv[1:]
+if "--checkpoint" in arguments:
+    run = arguments[arguments.index("--checkpoint") + 1]
+else:
+    run = [a for a in arguments if a.startswith("--workdir=")][0].split("=", 1)[1]
+    os.makedirs(run, exist_ok=True)
+open(here + "/calls", "a").write(" ".join(arguments) + "\\n")
+if os.path.exists(here + "/slow"):
+    def stop(*_):
+        open(run + "/saved", "w")
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+    open(run + "/started", "w")
+    time.sleep(60)
+path = here + "/" + os.path.basename(run) + ".status"
+sys.exit(int(open(path).read()) if os.path.exists(path) else 0)
+"""
+
+
+class Sweep:
+    def __init__(self, folder):
+        self.folder, self.out = folder, folder / "out"
+        (folder / "list.txt").write_text(LIST)
+        python = folder / "python"
+        python.write_text(PYTHON.format(python=sys.executable, folder=str(folder)))
+        python.chmod(0o755)
+        scontrol = folder / "scontrol"
+        scontrol.write_text(f'#!/bin/sh\necho "$@" >>{folder}/requeued\n')
+        scontrol.chmod(0o755)
+
+    def start(self, script="launch/sweep.sh", **env):
+        return subprocess.Popen(
+            [script, str(self.folder / "list.txt"), str(self.out), "--config.data.path=D"],
+            cwd=ROOT,
+            env=os.environ
+            | {"PYTHON": str(self.folder / "python"), "PATH": f"{self.folder}:{os.environ['PATH']}"}
+            | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, **env):
+        process = self.start(**env)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def calls(self):
+        path = self.folder / "calls"
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return Sweep(tmp_path)
+
+
+def test_every_config_runs_with_every_seed_once(sweep):
+    status, out, err = sweep.run()
+    assert status == 0, err
+    assert f"esm1nv compare {sweep.out}" in out
+    assert sweep.calls() == [
+        "-m esm1nv_jax.main --config=pretrain_small:width=32,seed=0 --config.steps=6 "
+        f"--workdir={sweep.out}/baseline-0 --config.data.path=D",
+        "-m esm1nv_jax.main --config=pretrain_small:width=32,seed=1 --config.steps=6 "
+        f"--workdir={sweep.out}/baseline-1 --config.data.path=D",
+        "-m esm1nv_jax.main --config=ablations/rotary:layers=1,width=32,seed=0 --config.steps=6 "
+        f"--config.steps=7 --workdir={sweep.out}/other-0 --config.data.path=D",
+        "-m esm1nv_jax.main --config=ablations/rotary:layers=1,width=32,seed=1 --config.steps=6 "
+        f"--config.steps=7 --workdir={sweep.out}/other-1 --config.data.path=D",
+    ]
+    assert sweep.run()[0] == 0 and sweep.calls() == []
+
+
+def test_runs_are_evaluated_alike(sweep):
+    assert sweep.run(EVALUATE="--data D:test --masking card", JOBS="2")[0] == 0
+    calls = [line for line in sweep.calls() if "--checkpoint" in line]
+    assert sorted(calls) == [
+        f"-m esm1nv_jax evaluate --checkpoint {sweep.out}/{name} --data D:test --masking card "
+        f"--json {sweep.out}/{name}/evaluation.json"
+        for name in NAMES
+    ]
+
+
+def test_a_run_that_fails_is_named_and_tried_again(sweep):
+    (sweep.folder / "baseline-1.status").write_text("1")
+    status, out, _ = sweep.run()
+    assert status == 1 and f"baseline-1: status 1, see {sweep.out}/baseline-1.log" in out
+    assert len(sweep.calls()) == 4 and "esm1nv compare" not in out
+    (sweep.folder / "baseline-1.status").unlink()
+    assert sweep.run()[0] == 0
+    (line,) = sweep.calls()
+    assert "baseline-1" in line
+
+
+def test_a_run_that_is_stopped_stops_the_sweep(sweep):
+    (sweep.folder / "baseline-1.status").write_text("75")
+    status, _, err = sweep.run()
+    assert status == 75 and "the same command goes on" in err
+    assert len(sweep.calls()) == 2
+
+
+@pytest.mark.parametrize("script", ["launch/sweep.sh", "launch/sweep.sbatch"])
+def test_sigterm_reaches_the_run_which_saves(sweep, script):
+    (sweep.folder / "slow").touch()
+    ids = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "9"}
+    process = sweep.start(script, **ids)
+    deadline = time.monotonic() + 30
+    while not (sweep.out / "baseline-0" / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert (sweep.out / "baseline-0" / "saved").exists()
+    assert len(sweep.calls()) == 1
+    if script.endswith("sbatch"):
+        assert (sweep.folder / "requeued").read_text() == "requeue 9_0\n"
+
+
+def test_one_run_alone_and_their_number(sweep):
+    assert sweep.run(ITEM="count")[1] == "4\n"
+    assert sweep.run(ITEM="2")[0] == 0
+    (line,) = sweep.calls()
+    assert "other-0" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "env", "words"),
+    [
+        ("", {}, "has no runs"),
+        ("seeds 0\na pretrain_small\na modern", {}, "a name twice: a-0"),
+        ("seeds 0\na/b pretrain_small", {}, "more than letters"),
+        ("seeds 0\na", {}, "a has no config"),
+        (LIST, {"JOBS": "0"}, "JOBS=0"),
+        (LIST, {"ITEM": "4"}, "ITEM=4 of 4"),
+        (LIST, {"ITEM": "x"}, "ITEM=x is no number"),
+    ],
+)
+def test_mistakes_are_one_line(sweep, text, env, words):
+    (sweep.folder / "list.txt").write_text(text)
+    status, _, err = sweep.run(**env)
+    (line,) = err.splitlines()
+    assert status == 2 and line.startswith("error: ") and words in line
+    assert sweep.calls() == []
+
+
+def test_the_list_of_ablations_names_every_ablation():
+    text = (ROOT / "configs/ablations/sweep.txt").read_text()
+    lines = [line.split() for line in text.splitlines() if line and line[0] != "#"]
+    configs = {line[1] for line in lines if line[0] not in ("seeds", "all")}
+    ablations = {f"ablations/{path.stem}" for path in (ROOT / "configs/ablations").glob("*.py")}
+    assert configs == (ablations - {"ablations/no_dropout"}) | {"pretrain_small", "modern"}

@@ -1,0 +1,105 @@
+"""`esm1nv compare` of a folder: recipes against a baseline, paired by seed."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esm1nv_jax import cli
+from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training.sweep_report import read_sweep, runs_in
+from tests.training.compare_test import write
+
+LOSSES = {  # by seed, at the same masks
+    "baseline": (2.80, 2.85, 2.90),
+    "better": (2.75, 2.81, 2.85),  # less by 0.05, 0.04, 0.05
+    "equal": (2.82, 2.84, 2.89),
+}
+
+
+def make(folder, losses=LOSSES, evaluated=True):
+    lrs = dict(zip(losses, (2e-4, 1e-3, 5e-4, 7e-4), strict=False))
+    for name, values in losses.items():
+        for seed, loss in enumerate(values):
+            figures = {0: 30.0, 100: math.exp(loss + 0.1), 200: math.exp(loss)}
+            run = Path(write(folder / f"{name}-{seed}", f"seed={seed}", figures, lr=lrs[name]))
+            train = {"kind": "train", "tokens_per_second": 50.0, "seconds_per_step": 2.0}
+            lines = [{"step": step, "flops_per_step": 1e6} | train for step in (50, 200)]
+            with open(run / "metrics.jsonl", "w", encoding="utf-8") as file:
+                validation = [
+                    {"step": s, "kind": "validation", "perplexity_mask": x}
+                    for s, x in figures.items()
+                ]
+                file.writelines(json.dumps(line) + "\n" for line in [*lines, *validation])
+            if evaluated:
+                overall = {"perplexity_mask": math.exp(loss), "positions_mask": 1000}
+                asked = {"data": "t:test", "masking": "card", "seed": 0, "max_residues": 510}
+                (run / "evaluation.json").write_text(json.dumps(asked | {"overall": overall}))
+    return folder
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_differences_are_paired_by_seed_and_judged_by_their_interval(tmp_path, evaluated):
+    sweep = read_sweep(runs_in(str(make(tmp_path / "s", evaluated=evaluated))))
+    rows = {row.name: row for row in sweep.rows}
+    assert [row.name for row in sweep.rows] == ["baseline", "better", "equal"]
+    for name in ("better", "equal"):
+        d = np.subtract(LOSSES[name], LOSSES["baseline"])
+        error = d.std(ddof=1) / np.sqrt(3)
+        assert rows[name].difference == pytest.approx(d.mean())
+        assert rows[name].difference_se == pytest.approx(error)
+        # Student's t of two degrees of freedom, 97.5 %, from a printed table.
+        assert rows[name].half_width == pytest.approx(4.302653 * error, rel=1e-6)
+    assert rows["better"].exceeds_noise is True and rows["equal"].exceeds_noise is False
+    assert rows["baseline"].exceeds_noise is None
+    # The spread over seeds, 0.05, would have hidden a difference of 0.047.
+    assert rows["better"].record()["loss_se"] == pytest.approx(
+        np.std(LOSSES["better"], ddof=1) / 3**0.5
+    )
+    assert (rows["better"].tokens, rows["better"].flops) == (20_000.0, 2e8)
+    assert rows["better"].seconds == 400.0
+
+
+def test_only_what_was_asked_alike_is_compared(tmp_path):
+    folder = make(tmp_path / "s")
+    file = folder / "better-1" / "evaluation.json"
+    other = json.loads(file.read_text()) | {"masking": "shipped"}
+    file.write_text(json.dumps(other))
+    rows = {row.name: row for row in read_sweep(runs_in(str(folder))).rows}
+    assert rows["better"].difference == pytest.approx(-0.05)  # of seeds 0 and 2
+    file.write_text("{}")
+    with pytest.raises(UserError, match=r"better-1/evaluation\.json cannot be read"):
+        read_sweep(runs_in(str(folder)))
+
+
+def test_what_is_not_finished_is_named_and_another_baseline_is_taken(tmp_path, capsys):
+    folder = make(tmp_path / "s")
+    (folder / "equal-2" / "evaluation.json").unlink()
+    (folder / "equal-2.log").write_text("")
+    assert command.run(cli.dispatch, ["compare", str(folder), "--baseline", "equal"]) == 0
+    shown = capsys.readouterr()
+    assert "left out, not finished: equal-2" in shown.err
+    assert "1,000 <mask> positions of t:test" in shown.out
+    assert command.run(cli.dispatch, ["compare", str(folder), "--baseline", "none"]) == 2
+    assert "--baseline names another: baseline, better, equal" in capsys.readouterr().err
+
+
+def test_one_page_and_the_table_as_json_and_csv(tmp_path, capsys):
+    folder = make(tmp_path / "s")
+    out = [str(tmp_path / name) for name in ("page.html", "table.json", "table.csv")]
+    call = ["compare", str(folder), "--out", out[0], "--json", out[1], "--csv", out[2]]
+    assert command.run(cli.dispatch, call) == 0
+    assert "-0.0467 ± 0.0033" in capsys.readouterr().out
+    page = Path(out[0]).read_text(encoding="utf-8")
+    assert "<svg" in page and "optimizer.peak_lr=0.001" in page and "<td>yes</td>" in page
+    rows = {row["name"]: row for row in json.loads(Path(out[1]).read_text(encoding="utf-8"))}
+    assert rows["better"]["exceeds_noise"] is True and rows["baseline"]["difference"] is None
+    assert "better,2.75 2.81 2.85" in Path(out[2]).read_text(encoding="utf-8")
+
+
+def test_a_baseline_is_for_a_folder(tmp_path):
+    run = write(tmp_path / "run", "", {0: 30, 100: 17.0})
+    assert command.run(cli.dispatch, ["compare", run, "--baseline", "x"]) == 2
