@@ -21,7 +21,7 @@ from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import fasta_job
+from esm1nv_jax.inference import fasta_job, layer_record
 from esm1nv_jax.inference.engine import KINDS, OutputSpec, embed_sequences
 from esm1nv_jax.inference.fasta_job import AS_GIVEN, Computation, FastaRequest, Writer
 from esm1nv_jax.inference.model import check_layers, load
@@ -73,6 +73,7 @@ def _computation(request: EmbedRequest) -> Computation:
         layers = tuple(-1 if i == blocks else i for i in layers)
         console.print(f"--repr-layers are stored as {', '.join(map(str, layers))}")
     check_layers(layers, model.config)
+    layer_record.print_recommended(request.checkpoint, model.digest, layers)
     outputs = OutputSpec(request.include, layers, request.dtype)
 
     def run(ids: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,31 +10,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import command, files
-from esm1nv_jax.common.console import bar, console, count, stdout
+from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.common.html import plus_minus
-from esm1nv_jax.data import labeled_data, tokenizer
+from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split, Task
-from esm1nv_jax.inference import probe_heads
-from esm1nv_jax.inference.embedding_cache import EmbeddingCache, key_of, model_digest
-from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
+from esm1nv_jax.inference import layer_record, probe_heads
+from esm1nv_jax.inference.embedding_cache import EmbeddingCache
 from esm1nv_jax.inference.evaluate import to_json
-from esm1nv_jax.inference.model import PRECISIONS, Model, load
+from esm1nv_jax.inference.fasta_job import parse_integers
+from esm1nv_jax.inference.model import PRECISIONS, Model, check_layers, load
 from esm1nv_jax.inference.perplexity import GroupedMean
-from esm1nv_jax.inference.probe_heads import GRIDS, LabeledFeatures
-from esm1nv_jax.model import encoder, label_metrics
+from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, features
+from esm1nv_jax.inference.probe_heads import GRIDS
+from esm1nv_jax.inference.probe_report import plot_layers, print_layers, print_results
+from esm1nv_jax.model import label_metrics
 
-KINDS = ONE_HOT, UNTRAINED, TRAINED = "one-hot", "untrained encoder", "this encoder"
 NETWORK = {"secondary_structure": "cnn"}  # the head beside the linear one; else mlp
-CHUNK = 256  # proteins embedded together
 # Published with the same test set, probes and frozen encoders; keyed by Task.fingerprint.
 PUBLISHED = {
     "934afca90a280e41": (
@@ -63,6 +61,9 @@ def main(argv: list[str]) -> None:
     older = {new: old for old, new in labeled_data.PROBE_TASKS.items()}
     add("--task", required=True, choices=(*older.values(), *older), help="the last as of finetune")
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
+    choice = "all, or some as of embed (default -1): the best on validation is probed"
+    add("--layers", nargs="+", default=["-1"], metavar="K", help=choice)
+    add("--plot", metavar="FILE", help="draw the validation score of each of --layers")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
@@ -72,18 +73,26 @@ def main(argv: list[str]) -> None:
     for name, least in (("seeds", 1), ("limit", 2)):
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} {value} must be {least} or more")
-    files.check(options.json)
+    files.check(options.json, options.plot)
     name = older.get(options.task, options.task)
     task = labeled_data.read(options.csv, name, options.limit)
     folder = None if options.no_cache else command.cache_folder()
     cache = EmbeddingCache(folder / "embeddings") if folder else None
     model = load(options.checkpoint, options.precision)
-    results = probe(model, task, options.seeds, progress=True, cache=cache)
+    layers = parse_layers(options.layers, model)
+    if options.plot and len(layers) == 1:
+        raise UserError("--plot shows several layers; name them, as in --layers all")
+    results = probe(model, task, options.seeds, progress=True, cache=cache, layers=layers)
     results = {
         "checkpoint": options.checkpoint,
         "csv": options.csv,
         "limit": options.limit,
     } | results
+    if len(layers) > 1:
+        layer_record.write(options.checkpoint, model.digest, name, results["layers"])
+        print_layers(results)
+        if options.plot:
+            plot_layers(options.plot, results)
     print_results(results)
     if options.json:
         files.write(options.json, to_json(results))
@@ -96,8 +105,14 @@ def probe(
     seeds: int,
     progress: bool = False,
     cache: EmbeddingCache | None = None,
+    layers: Sequence[int] = (-1,),
 ) -> dict[str, Any]:
-    """Results of every head on every kind of features, on the test split."""
+    """Results of every head on every kind of features, on the test split. Of several `layers` that
+    one is taken on which a linear head scores best on validation."""
+    curve, layer = {}, layers[0]
+    if len(layers) > 1:
+        curve = layer_curve(model, task, layers, progress, cache)
+        layer = max(curve, key=lambda k: (curve[k] == curve[k], curve[k]))
     heads = ("linear", NETWORK.get(task.name, "mlp"))
     score = functools.partial(main_metric, task)
     settings: dict[tuple[str, str], probe_heads.Setting] = {}
@@ -105,7 +120,7 @@ def probe(
     for kind in KINDS:
         for seed in range(seeds):
             if seed == 0 or kind == UNTRAINED:  # an encoder embeds each protein once
-                data = features(kind, model, task, seed, progress, cache)
+                data = features(kind, model, task, seed, progress, cache, layer)
             total = sum(len(GRIDS[head]) if seed == 0 else 1 for head in heads)
             with bar(f"heads on {kind}", total, "fits", progress) as task_bar:
                 for key in [(head, kind) for head in heads]:
@@ -122,6 +137,7 @@ def probe(
         "labels_scored": int(task.test.used.sum()),
         "seeds": seeds,
         "precision": model.precision,
+        "layers": {"layer": layer, "metric": main_metric_name(task), "curve": curve},
         "test_set": task.fingerprint,
         "rows": [row_of(task, *key, settings[key], predictions[key]) for key in keys],
         "differences": [gain(task, head, predictions) for head in heads],
@@ -131,71 +147,47 @@ def probe(
     }
 
 
-def features(
-    kind: str,
+def layer_curve(
     model: Model,
     task: Task,
-    seed: int,
+    layers: Sequence[int],
     progress: bool = False,
     cache: EmbeddingCache | None = None,
-) -> dict[str, LabeledFeatures]:
-    """Features of every split, from `cache` where it has them. `seed` is that of the untrained
-    encoder."""
-    if kind == UNTRAINED:
-        model = dataclasses.replace(model, params=encoder.init(model.config, seed))
-    splits = {name: getattr(task, name) for name in ("train", "valid", "test")}
-    if kind == ONE_HOT:
-        return {n: LabeledFeatures(s, one_hot(s, task.per_residue)) for n, s in splits.items()}
-    total = sum(len(sequence) for split in splits.values() for sequence in split.sequences)
-    digest = model_digest(model) if cache else ""
-    pooling = "per_residue" if task.per_residue else "mean"
-    with bar(f"embed by {kind}", total, "residues", progress) as task_bar:
-
-        def embedded(split: Split) -> np.ndarray:
-            key = key_of(digest, split.sequences, pooling)
-            if cache and (kept := cache.read(key)) is not None:
-                task_bar.advance(sum(map(len, split.sequences)))
-                return kept
-            array = embeddings(model, split, task.per_residue, task_bar.advance)
-            if cache:
-                cache.write(key, array)
-            return array
-
-        return {name: LabeledFeatures(split, embedded(split)) for name, split in splits.items()}
+) -> dict[int, float]:
+    """The score of a linear head on the validation split by layer, at the penalty that is best for
+    it there. The test split takes no part."""
+    score, curve = functools.partial(main_metric, task), {}
+    for layer in layers:
+        data = features(TRAINED, model, task, 0, progress, cache, layer, ("train", "valid"))
+        grid = GRIDS["linear"]
+        with bar(f"linear head on layer {layer}", len(grid), "fits", progress) as task_bar:
+            _, predict = probe_heads.fit_best(
+                "linear", len(task.classes), data, grid, 0, score, task_bar.advance
+            )
+        curve[layer] = score(task.valid, predict(data["valid"]))
+    return curve
 
 
-def one_hot(split: Split, per_residue: bool) -> np.ndarray:
-    """float32 [k, 30]: of each residue, or their mean over a protein."""
-    eye = np.eye(tokenizer.VOCABULARY, dtype=np.float32)
-    if per_residue:
-        return eye[tokenizer.residue_ids(b"".join(split.sequences))].astype(np.float16)
-    return np.stack([eye[tokenizer.residue_ids(s)].mean(axis=0) for s in split.sequences])
-
-
-def embeddings(
-    model: Model,
-    split: Split,
-    per_residue: bool,
-    on_progress: Callable[[int], None] = lambda residues: None,
-) -> np.ndarray:
-    """The last hidden state, after the final LayerNorm: float16 [residues, D], or the mean over
-    residues, float32 [proteins, D]."""
-    kind, dtype = ("per_residue", "float16") if per_residue else ("mean", "float32")
-    outputs = OutputSpec((kind,), (-1,), dtype)
-    ids = [tokenizer.residue_ids(sequence) for sequence in split.sequences]
-    parts = []
-    for i in range(0, len(ids), CHUNK):
-        some = ids[i : i + CHUNK]
-        arrays = embed_sequences(model.on_devices, some, outputs, model.longest)
-        parts.append(arrays[f"{kind}_-1"])
-        on_progress(sum(map(len, some)))
-    return np.concatenate(parts)
+def parse_layers(words: list[str], model: Model) -> tuple[int, ...]:
+    """The layers that `--layers` names. Raises UserError for one that the model does not have."""
+    words = [word for text in words for word in text.split(",") if word]
+    if words == ["all"]:
+        return (*range(model.config.layers + 1), -1)
+    layers = tuple(dict.fromkeys(parse_integers("layers", words)))
+    if not layers:
+        raise UserError("--layers names none; give all, or numbers such as 0 3 -1")
+    check_layers(layers, model.config)
+    return layers
 
 
 def main_metric(task: Task, split: Split, predicted: np.ndarray) -> float:
     """What settings and rounds are chosen by; higher is better."""
     values = metrics(task, split, predicted)
     return -values["mse"] if task.name == "regression" else values["accuracy"]
+
+
+def main_metric_name(task: Task) -> str:
+    return "-MSE" if task.name == "regression" else "accuracy"
 
 
 def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
@@ -268,30 +260,3 @@ def error_by_protein(task: Task, by_label: np.ndarray) -> float:
 
 def _error(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan
-
-
-def print_results(results: dict[str, Any]) -> None:
-    rows, counts, seeds = results["rows"], results["proteins"], results["seeds"]
-    names = [n for n in ("accuracy", "macro_f1", "mcc", "spearman", "mse") if n in rows[0]]
-    title = f"{results['task']}: {count(counts['test'], 'test protein')}"
-    title += f", {counts['train']:,} to train on"
-    title += f", mean ± standard error over {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=title, title_justify="left")
-    for name in ("head", "features", *names):
-        table.add_column(name, justify="left" if name in ("head", "features") else "right")
-    for row in rows:
-        cells = (plus_minus(row[n], row[f"{n}_se_seeds"], 3) for n in names)
-        style = "bold" if row["features"] == TRAINED else ""
-        table.add_row(row["head"], row["features"], *cells, style=style)
-    stdout.print(table)
-    for difference in results["differences"]:
-        stdout.print(
-            f"{difference['head']}: this encoder less the untrained, {difference['metric']} "
-            f"{difference['difference']:+.4f} ± {difference['se']:.4f} (by protein"
-            f"{' and seed' if seeds > 1 else ''}), "
-            f"{difference['standard_errors']:+.1f} standard errors"
-        )
-    if results["published"] and not results.get("limit"):
-        where, what, values = results["published"]
-        shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        stdout.print(f"Published on this test set ({where}; {what}): {shown}")

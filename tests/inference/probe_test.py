@@ -16,7 +16,7 @@ from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
-from esm1nv_jax.inference import probe, probe_heads
+from esm1nv_jax.inference import probe, probe_features, probe_heads
 from esm1nv_jax.inference.embedding_cache import EmbeddingCache, key_of, model_digest
 from esm1nv_jax.inference.model import load
 from esm1nv_jax.inference.probe_heads import LabeledFeatures, Scale, Setting
@@ -54,7 +54,7 @@ def of_residues(sequences, per_residue=True):
     labels = np.concatenate([[int(a in "LIVMF") for a in s] for s in sequences])
     sizes = np.array([len(s) for s in sequences])
     split = Split([s.encode() for s in sequences], labels, np.ones(len(labels), bool), sizes)
-    return LabeledFeatures(split, probe.one_hot(split, True))
+    return LabeledFeatures(split, probe_features.one_hot(split, True))
 
 
 @pytest.mark.parametrize("head", ["linear", pytest.param("cnn", marks=pytest.mark.integration)])
@@ -247,7 +247,7 @@ def test_a_task_of_whole_proteins(checkpoint, tmp_path, one_setting, task, label
     found = run(checkpoint, task, path, tmp_path, "--limit", "100")
     assert found["proteins"]["train"] == 100
     rows = {(r["head"], r["features"]): r for r in found["rows"]}
-    assert rows["linear", probe.ONE_HOT][figure] > 0.75
+    assert rows["linear", probe_features.ONE_HOT][figure] > 0.75
     assert set(h for h, _ in rows) == {"linear", "mlp"}
 
 
@@ -317,13 +317,13 @@ def test_a_limit_holds_for_every_split_and_one_seed_has_no_error(
 def embedded(monkeypatch):
     """The lengths of all proteins that were embedded."""
     lengths = []
-    embed_sequences = probe.embed_sequences
+    embed_sequences = probe_features.embed_sequences
 
     def counted(model, ids, *args):
         lengths.extend(map(len, ids))
         return embed_sequences(model, ids, *args)
 
-    monkeypatch.setattr(probe, "embed_sequences", counted)
+    monkeypatch.setattr(probe_features, "embed_sequences", counted)
     return lengths
 
 

@@ -1,0 +1,76 @@
+"""The layer of a model that probes chose on validation, kept beside it and named by `embed`.
+
+The record is `layers.json` in a run or in the folder of a model: for each set of parameters, by
+their digest, and each task the layer that was chosen and the score of every layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common import files
+from esm1nv_jax.common.console import console
+from esm1nv_jax.common.errors import UserError
+
+FILE = "layers.json"
+
+
+def path_of(checkpoint: str) -> epath.Path:
+    """Where the record of a model stands: in its run, or in its folder."""
+    folder = epath.Path(checkpoint)
+    is_model = (folder / model_folder.DESCRIPTION).exists()
+    step = None if is_model else model_folder.find_step(checkpoint)
+    return (step.run if step else folder) / FILE
+
+
+def read(checkpoint: str, digest: str) -> dict[str, dict[str, Any]]:
+    """By task what was chosen for the model of this digest: `layer`, `metric`, and `curve`, scores
+    by layer; empty where nothing is recorded."""
+    try:
+        record = json.loads(path_of(checkpoint).read_text(encoding="utf-8"))[digest]
+        return {
+            str(task): {
+                "layer": int(choice["layer"]),
+                "metric": str(choice["metric"]),
+                "curve": {int(layer): float(x) for layer, x in choice["curve"].items()},
+            }
+            for task, choice in record.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def write(checkpoint: str, digest: str, task: str, choice: dict[str, Any]) -> None:
+    """Adds a choice, as `read` returns it, to the record. A place that cannot be written is
+    reported, and that is all."""
+    path = path_of(checkpoint)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        record = {}
+    record = record if isinstance(record, dict) else {}
+    record[digest] = record.get(digest, {}) | {task: choice}
+    try:
+        with files.writing(path):
+            files.write_atomically(path, json.dumps(record, indent=1))
+        console.print(f"{path}: layer {choice['layer']} for {task}")
+    except UserError as error:
+        console.print(f"not recorded: {error}")
+
+
+def print_recommended(checkpoint: str, digest: str, layers: Sequence[int]) -> None:
+    """Says which layer the record of a model recommends, where it is none of `layers`."""
+    for task, choice in read(checkpoint, digest).items():
+        layer, curve = choice["layer"], choice["curve"]
+        if layer not in layers:
+            asked = [f"layer {k} {curve[k]:.3f}" for k in layers if k in curve]
+            against = f", {', '.join(asked)}" if asked else ""
+            console.print(
+                f"probes of {task} recommend --layers {layer}: validation {choice['metric']} "
+                f"{curve.get(layer, float('nan')):.3f}{against}"
+            )

@@ -1,0 +1,86 @@
+"""What the heads of `esm1nv probe` are trained on: one-hot residues, or an encoder's states."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from esm1nv_jax.common.console import bar
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.labeled_data import Split, Task
+from esm1nv_jax.inference.embedding_cache import EmbeddingCache, key_of, model_digest
+from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
+from esm1nv_jax.inference.model import Model
+from esm1nv_jax.inference.probe_heads import LabeledFeatures
+from esm1nv_jax.model import encoder
+
+KINDS = ONE_HOT, UNTRAINED, TRAINED = "one-hot", "untrained encoder", "this encoder"
+CHUNK = 256  # proteins embedded together
+
+
+def features(
+    kind: str,
+    model: Model,
+    task: Task,
+    seed: int,
+    progress: bool = False,
+    cache: EmbeddingCache | None = None,
+    layer: int = -1,
+    names: Sequence[str] = ("train", "valid", "test"),
+) -> dict[str, LabeledFeatures]:
+    """Features of the splits `names`, from `cache` where it has them. `seed` is that of the
+    untrained encoder."""
+    if kind == UNTRAINED:
+        model = dataclasses.replace(model, params=encoder.init(model.config, seed))
+    splits = {name: getattr(task, name) for name in names}
+    if kind == ONE_HOT:
+        return {n: LabeledFeatures(s, one_hot(s, task.per_residue)) for n, s in splits.items()}
+    total = sum(len(sequence) for split in splits.values() for sequence in split.sequences)
+    digest = model_digest(model) if cache else ""
+    pooling = "per_residue" if task.per_residue else "mean"
+    pooling += f"_{layer}" * (layer != -1)
+    of_layer = f", layer {layer}" * (layer != -1)
+    with bar(f"embed by {kind}{of_layer}", total, "residues", progress) as task_bar:
+
+        def embedded(split: Split) -> np.ndarray:
+            key = key_of(digest, split.sequences, pooling)
+            if cache and (kept := cache.read(key)) is not None:
+                task_bar.advance(sum(map(len, split.sequences)))
+                return kept
+            array = embeddings(model, split, task.per_residue, task_bar.advance, layer)
+            if cache:
+                cache.write(key, array)
+            return array
+
+        return {name: LabeledFeatures(split, embedded(split)) for name, split in splits.items()}
+
+
+def one_hot(split: Split, per_residue: bool) -> np.ndarray:
+    """float32 [k, 30]: of each residue, or their mean over a protein."""
+    eye = np.eye(tokenizer.VOCABULARY, dtype=np.float32)
+    if per_residue:
+        return eye[tokenizer.residue_ids(b"".join(split.sequences))].astype(np.float16)
+    return np.stack([eye[tokenizer.residue_ids(s)].mean(axis=0) for s in split.sequences])
+
+
+def embeddings(
+    model: Model,
+    split: Split,
+    per_residue: bool,
+    on_progress: Callable[[int], None] = lambda residues: None,
+    layer: int = -1,
+) -> np.ndarray:
+    """Hidden states of a layer, by default the last after the final LayerNorm: float16 [residues,
+    D], or the mean over residues, float32 [proteins, D]."""
+    kind, dtype = ("per_residue", "float16") if per_residue else ("mean", "float32")
+    outputs = OutputSpec((kind,), (layer,), dtype)
+    ids = [tokenizer.residue_ids(sequence) for sequence in split.sequences]
+    parts = []
+    for i in range(0, len(ids), CHUNK):
+        some = ids[i : i + CHUNK]
+        arrays = embed_sequences(model.on_devices, some, outputs, model.longest)
+        parts.append(arrays[f"{kind}_{layer}"])
+        on_progress(sum(map(len, some)))
+    return np.concatenate(parts)
