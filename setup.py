@@ -31,8 +31,14 @@ EXTRAS = {
     ],
     # Linter, formatter, types, import rules, and the hook that runs them before a commit.
     "dev": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17", "pre-commit>=4"],
-    # With them the tests compare with transformers and peft, on random and on real weights.
-    "interchange-test": ["torch>=2.6", "transformers>=5", "peft>=0.18", "antiberty==0.1.3"],
+    # With them the tests compare with transformers, peft and fair-esm, on random and real weights.
+    "interchange-test": [
+        "torch>=2.6",
+        "transformers>=5",
+        "peft>=0.18",
+        "antiberty==0.1.3",
+        "fair-esm==2.0.0",
+    ],
     "cuda12": ["jax[cuda12]"],
     # Compilers for chips that are absent: of jax's own version, without any CUDA library.
     "plan": ["jax[cuda12-local]", "jax[tpu]"],

@@ -125,6 +125,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "position_kind": "learned",  # learned or rotary
         "embedding_norm": False,  # LayerNorm on the embeddings, as ESM-1b
         "token_dropout": False,  # no embedding at <mask>, the others scaled, as ESM-1b and ESM-2
+        "bias_kv": False,  # a key and a value of each head in place of those of </s>, as ESM-1
+        "bare_head": False,  # no final norm; the LM head is its output matrix and bias, as ESM-1
         "vocabulary": ESM1NV,  # tokens in the order of their ids, separated by spaces
         "norm_kind": "layernorm",  # layernorm, layernorm_no_bias or rmsnorm
         "bias": True,  # of the linear layers of the blocks, and of the final norm

@@ -16,7 +16,11 @@ from esm1nv_jax.common.errors import UserError
 if TYPE_CHECKING:
     from esm1nv_jax.checkpoints.model_folder import Weights
 
-SOURCES = {"hf": "a folder of save_pretrained", "nemo": "a .nemo file of NeMo 1.x"}
+SOURCES = {
+    "hf": "a folder of save_pretrained",
+    "nemo": "a .nemo file of NeMo 1.x",
+    "fair-esm": "a .pt file of fair-esm",
+}
 MEASURED_PROTEINS = 32  # of the bundled sample's test split, over which a difference is measured
 
 
@@ -93,12 +97,13 @@ def import_model(path: str, out: str, source: str = "hf", vocabulary: str | None
       vocabulary: a file of tokens, where a folder of `transformers` has none.
     """
     from esm1nv_jax.checkpoints import model_folder
-    from esm1nv_jax.interchange import huggingface, nemo
+    from esm1nv_jax.interchange import fair_esm, huggingface, nemo
 
     _check_empty(out)
     if not epath.Path(path).exists():
         raise UserError(f"{path} does not exist; give {SOURCES[source]}")
-    weights = huggingface.read(path, vocabulary) if source == "hf" else nemo.read(path)
+    readers = {"nemo": nemo.read, "fair-esm": fair_esm.read}
+    weights = huggingface.read(path, vocabulary) if source == "hf" else readers[source](path)
     with _disk_errors(out):
         model_folder.write(out, weights)
     return weights
@@ -200,7 +205,8 @@ def main(argv: list[str]) -> int:
         f"{', '.join(SOURCES.values())}.",
         "esm1nv convert --to hf --checkpoint runs/first --out exported\n"
         "  esm1nv convert --from hf facebook_esm2 --out models/esm2\n"
-        "  esm1nv convert --from nemo esm1nv.nemo --out models/esm1nv",
+        "  esm1nv convert --from nemo esm1nv.nemo --out models/esm1nv\n"
+        "  esm1nv convert --from fair-esm esm1_t6_43M_UR50S.pt --out models/esm1",
     )
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=["hf", "peft"], help="write a folder for it")

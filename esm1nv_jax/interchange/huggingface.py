@@ -29,7 +29,7 @@ PADDING = "vocabulary_padding.safetensors"
 # The masked-LM head of a fine-tuned model, of which `transformers` has no class with both heads.
 LM_HEAD = "lm_head.safetensors"
 # Fields of EncoderConfig that neither EsmForMaskedLM nor BertForMaskedLM has.
-MODERN = ("norm_kind", "bias", "qk_norm", "tied_head", "branch_scale")
+MODERN = ("norm_kind", "bias", "qk_norm", "tied_head", "branch_scale", "bias_kv", "bare_head")
 FAMILIES = {"esm": ESM, "bert": BERT}  # by model_type
 BERT_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 

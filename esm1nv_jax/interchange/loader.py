@@ -9,7 +9,7 @@ from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import huggingface
 
-FILES = {".nemo": "nemo"}  # what `esm1nv convert --from` calls their formats
+FILES = {".nemo": "nemo", ".pt": "fair-esm"}  # what `esm1nv convert --from` calls their formats
 
 
 def load_weights(path: str) -> Weights:

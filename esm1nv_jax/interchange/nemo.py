@@ -82,9 +82,9 @@ def read(path: str) -> Weights:
         ):
             return _read(archive, path)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())[:60]
+        reason = getattr(error, "strerror", None) or "it is damaged, or no tar"
         raise UserError(
-            f"{path} cannot be read as a .nemo file, which is a tar ({reason}); fetch it again"
+            f"{path} cannot be read as a .nemo file ({reason}); fetch it again"
         ) from None
 
 

@@ -32,7 +32,7 @@ class Family:
     token_embedding: str
     position_embedding: str
     lm_head_bias: str
-    decoder: str  # names of the output matrix and its bias, which must be the tied ones
+    decoder: str  # the output matrix and its bias, which must be the tied ones where it is tied
     ignored: str  # a regular expression of tensors that a masked LM here has no use for
     token_types: str = ""
     frequency: str = ""  # ends the name of the rotary frequencies, whichever module holds them
@@ -109,6 +109,8 @@ def to_tensors(
         unread = first_position(family, config)
         table = np.asarray(params["position_embedding/embedding"])
         tensors[family.position_embedding] = np.pad(table, ((unread, 0), (0, 0)))
+    if not config.tied_head:
+        tensors[f"{family.decoder}.weight"] = params["lm_head/decoder/embedding"][rows]
     for ours, theirs in module_names(family, config):
         path, _, name = ours.rpartition("/")
         if name in FUSED:
@@ -137,10 +139,10 @@ def from_tensors(
     model, config_name = f"{family.architecture} with {config.layers} layers", family.config_name
     for name in sorted((expected.keys() | tensors.keys()) - set(ignored)):
         if name not in tensors:
-            raise UserError(f"{source}: tensor {name} is missing; a {model} has it")
+            raise UserError(f"{source}: tensor {name} is missing; {model} has it")
         if name not in expected:
             raise UserError(
-                f"{source}: tensor {name} is unknown in a {model}; {config_name} or weights belong "
+                f"{source}: tensor {name} is unknown in {model}; {config_name} or weights belong "
                 "to another model"
             )
         if tensors[name].shape != expected[name].shape:
@@ -196,11 +198,16 @@ def first_position(family: Family, config: EncoderConfig) -> int:
 def _params(family, config, tensors) -> dict[str, np.ndarray]:
     known = vocabulary(config.vocabulary)
     rows = list(known.rows)
-    embedding = np.zeros((known.size, config.width), np.float32)
-    lm_head_bias = np.zeros(known.size, np.float32)
-    embedding[rows] = tensors[family.token_embedding]
-    lm_head_bias[rows] = tensors[family.lm_head_bias]
-    params = {"token_embedding/embedding": embedding, "lm_head/bias": lm_head_bias}
+    by_token = {
+        "token_embedding/embedding": family.token_embedding,
+        "lm_head/bias": family.lm_head_bias,
+    }
+    if not config.tied_head:
+        by_token["lm_head/decoder/embedding"] = f"{family.decoder}.weight"
+    params = {}
+    for ours, theirs in by_token.items():
+        params[ours] = np.zeros((known.size, *tensors[theirs].shape[1:]), np.float32)
+        params[ours][rows] = tensors[theirs]
     if config.position_kind == "learned":
         table = tensors[family.position_embedding]
         params["position_embedding/embedding"] = table[first_position(family, config) :]
@@ -226,8 +233,10 @@ def _current_name(name: str) -> str:
 def _merge_derived(family, config, tensors, source) -> dict[str, np.ndarray]:
     """Removes from `tensors` what is no parameter of its own: copies of tied ones, token types,
     rotary frequencies. Returns the last as a parameter here."""
-    embedding, bias = family.token_embedding, family.lm_head_bias
-    for tied, to in ((f"{family.decoder}.weight", embedding), (f"{family.decoder}.bias", bias)):
+    copies = {f"{family.decoder}.bias": family.lm_head_bias}
+    if config.tied_head:
+        copies[f"{family.decoder}.weight"] = family.token_embedding
+    for tied, to in copies.items():
         copy = tensors.pop(tied, None)
         if copy is not None and not np.array_equal(copy, tensors.setdefault(to, copy)):
             raise UserError(

@@ -4,7 +4,7 @@ A Transformer encoder on packed rows. Tokens and learned positions are embedded;
 self-attention and a feed-forward network to a residual stream that stays fp32; the LM head shares
 its output matrix with the token embedding. LayerNorm stands before each branch (`norm='pre'`, and
 once more at the end) or after each sum (`'post'`, and once more on the embeddings). Other fields of
-the config make of it an ESM-1b, an ESM-2 or an ESMC.
+the config make of it an ESM-1, an ESM-1b, an ESM-2 or an ESMC.
 
 The names of arrays end in their axes:
   B rows                T tokens of a row         S keys, where T are queries
@@ -68,6 +68,8 @@ class Block(nnx.Module):
         if config.qk_norm:
             self.q_norm = LayerNorm(config, compute.activation_dtype, rngs, bias=False)
             self.k_norm = LayerNorm(config, compute.activation_dtype, rngs, bias=False)
+        if config.bias_kv:
+            self.bias_kv = nnx.Param(jnp.zeros((2, D)))
         self.out_proj = Linear(D, D, compute, rngs, bias)
         self.ffn_norm = LayerNorm(config, norm_dtype, rngs)
         self.fc1 = Linear(D, config.fc1_width, compute, rngs, bias)
@@ -80,7 +82,7 @@ class Block(nnx.Module):
             return y_BTN
         return lora.add(name, y_BTN, x_BTK, key, self.layer, self.compute.operand_dtype)
 
-    def queries_keys_values(self, x_BTD, rope, key: DropoutKey | None, lora):
+    def queries_keys_values(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
         """Queries, keys and values of each head, [B, T, C, N, H]."""
         (B, T, D), N = x_BTD.shape, self.config.heads
         qkv_BTCD = self.linear("qkv", x_BTD, key, lora).reshape(B, T, 3, D)
@@ -88,13 +90,15 @@ class Block(nnx.Module):
         if self.config.qk_norm:
             q_BTD, k_BTD, v_BTD = (qkv_BTCD[:, :, c] for c in range(3))
             qkv_BTCD = jnp.stack([self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD], axis=2)
+        if self.config.bias_kv:
+            qkv_BTCD = esm2.replace_end(qkv_BTCD, segment_ids_BT, self.bias_kv[...])
         qkv_BTCNH = qkv_BTCD.reshape(B, T, 3, N, D // N)
         return qkv_BTCNH if rope is None else esm2.apply_rope(qkv_BTCNH, rope)
 
     def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
         (B, T, D), dtype = x_BTD.shape, self.compute.operand_dtype
         rate = self.config.attention_dropout
-        qkv_BTCNH = self.queries_keys_values(x_BTD, rope, key, lora)
+        qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, key, lora)
         keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         backend = self.compute.attention
         out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend)
@@ -104,7 +108,7 @@ class Block(nnx.Module):
         """fp32 [B, N, T, S], of the block's input and without dropout, whatever the backend."""
         if self.config.norm == "pre":
             x_BTD = self.attention_norm(x_BTD)
-        qkv_BTCNH = self.queries_keys_values(x_BTD, rope, None, lora)
+        qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, None, lora)
         return attention_weights(qkv_BTCNH, segment_ids_BT, self.compute.operand_dtype)
 
     def ffn(self, x_BTD, key: DropoutKey | None, lora):
@@ -127,12 +131,13 @@ class Block(nnx.Module):
 
 
 class LMHead(nnx.Module):
-    """A linear layer, GELU and LayerNorm, then logits by the matrix of the token embedding, or by
-    one of its own."""
+    """A linear layer, GELU and LayerNorm, unless the head is bare; then logits by the matrix of the
+    token embedding, or by one of its own."""
 
     def __init__(self, config: EncoderConfig, compute: ComputeConfig, rngs: nnx.Rngs):
-        self.dense = Linear(config.width, config.width, compute, rngs)
-        self.layer_norm = LayerNorm(config, compute.activation_dtype, rngs)
+        if not config.bare_head:
+            self.dense = Linear(config.width, config.width, compute, rngs)
+            self.layer_norm = LayerNorm(config, compute.activation_dtype, rngs)
         if not config.tied_head:
             self.decoder = nnx.Embed(vocabulary(config.vocabulary).size, config.width, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(vocabulary(config.vocabulary).size))
@@ -141,7 +146,8 @@ class LMHead(nnx.Module):
     def __call__(self, x_BMD, embedding_VD):
         if not self.config.tied_head:
             embedding_VD = self.decoder.embedding[...]
-        x_BMD = self.layer_norm(activate(self.config.head_activation, self.dense(x_BMD)))
+        if not self.config.bare_head:
+            x_BMD = self.layer_norm(activate(self.config.head_activation, self.dense(x_BMD)))
         logits_BMV = matmul(x_BMD, embedding_VD, self.compute.operand_dtype, True)
         is_token_V = vocabulary(self.config.vocabulary).predicted()
         return jnp.where(is_token_V, logits_BMV + self.bias[...], PADDING_LOGIT)
@@ -160,7 +166,7 @@ class Encoder(nnx.Module):
         if config.embedding_norm or config.norm == "post":
             self.embedding_norm = LayerNorm(config, "float32", rngs)
         self.blocks = nnx.List([Block(config, compute, i, rngs) for i in range(config.layers)])
-        if config.norm == "pre":
+        if config.final_norm:
             self.final_norm = LayerNorm(config, "float32", rngs, config.bias)
         self.lm_head = LMHead(config, compute, rngs)
         self.config = config
@@ -205,7 +211,7 @@ class Encoder(nnx.Module):
             if return_attention:
                 weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
             x_BTD = hidden[i + 1] = run_block(block, x_BTD, segment_ids_BT, rope, key, block_lora)
-        final_norm = self.final_norm if self.config.norm == "pre" else lambda x_BTD: x_BTD
+        final_norm = self.final_norm if self.config.final_norm else lambda x_BTD: x_BTD
         x_BMD = hidden[-1] = final_norm(x_BTD)
         if predictions_BM is not None:  # the LayerNorm, too, at these positions only
             x_BMD = final_norm(remat.gather_positions(x_BTD, predictions_BM))
@@ -297,7 +303,8 @@ def init(config: EncoderConfig, seed) -> dict:
     for block in (params["blocks"][str(i)] for i in range(config.layers)):
         layers += [(block["qkv"], INIT_STD), (block["out_proj"], branch_std)]
         layers += [(block["fc1"], INIT_STD), (block["fc2"], branch_std)]
-    layers.append((params["lm_head"]["dense"], INIT_STD))
+    if not config.bare_head:
+        layers.append((params["lm_head"]["dense"], INIT_STD))
     if not config.tied_head:
         layers.append((params["lm_head"]["decoder"], INIT_STD))
     for n, (layer, std) in enumerate(layers):

@@ -48,6 +48,8 @@ class EncoderConfig:
     position_kind: str = "learned"
     embedding_norm: bool = False  # a LayerNorm on the embeddings too, as ESM-1b; post has it always
     token_dropout: bool = False  # as ESM-1b and ESM-2: no embedding at <mask>, the others scaled
+    bias_kv: bool = False  # as ESM-1: each head has a key and a value of its own in place of </s>'s
+    bare_head: bool = False  # as ESM-1: no final norm; the LM head is its output matrix and bias
     vocabulary: str = ESM1NV  # the model's tokens in the order of its own ids; ids here are ours
     # What encoders since 2023 do otherwise (configs/modern.py, ESMC).
     norm_kind: str = "layernorm"
@@ -59,6 +61,11 @@ class EncoderConfig:
     @property
     def head_size(self) -> int:
         return self.width // self.heads
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a LayerNorm stands after the last block."""
+        return self.norm == "pre" and not self.bare_head
 
     @property
     def fc1_width(self) -> int:
@@ -101,6 +108,10 @@ class EncoderConfig:
             )
         if self.embedding_norm and self.norm == "post":
             raise UserError("model.embedding_norm=True is for norm='pre'; 'post' has it anyway")
+        if self.bare_head and self.norm == "post":
+            raise UserError(
+                "model.bare_head=True is for norm='pre'; 'post' has no final norm anyway"
+            )
         vocabulary(self.vocabulary)  # raises UserError
 
 

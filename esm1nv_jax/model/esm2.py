@@ -1,4 +1,4 @@
-"""What ESM-1b, ESM-2 and models of other vocabularies compute otherwise than ESM-1nv.
+"""What ESM-1, ESM-1b, ESM-2 and models of other vocabularies compute otherwise than ESM-1nv.
 
 Rotary positions: Su et al. 2021, in the form that rotates the two halves of a head against each
 other. Token dropout: Lin et al. 2023, as in `fair-esm` and `transformers`.
@@ -60,6 +60,19 @@ def token_dropout(x_BTD, mask_BT, segment_ids_BT):
     if mask_BT.dtype == bool:
         return jnp.where(mask_BT[..., None], 0, x_BTD * scale_BT[..., None])
     return x_BTD * scale_BT[..., None]
+
+
+def replace_end(qkv_BTCD, segment_ids_BT, bias_kv_2D):
+    """Queries, keys and values with `bias_kv_2D` for the key and value of each `</s>`.
+
+    ESM-1 reads no `</s>`; every token attends to one more key and value, which are parameters
+    (`add_bias_kv` of fairseq). The `</s>` at the end of each segment gives them a place, so that
+    every attention backend computes it; what it attends to itself is not read.
+    """
+    next_BT = jnp.pad(segment_ids_BT[:, 1:], ((0, 0), (0, 1)))
+    is_end_BT = (segment_ids_BT > 0) & (segment_ids_BT != next_BT)
+    kv_BT2D = jnp.where(is_end_BT[..., None, None], bias_kv_2D, qkv_BTCD[:, :, 1:])
+    return jnp.concatenate([qkv_BTCD[:, :, :1], kv_BT2D.astype(qkv_BTCD.dtype)], axis=2)
 
 
 def map_missing_to_unk(text: str, tokens_BT):

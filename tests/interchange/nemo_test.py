@@ -137,7 +137,7 @@ PIECES = "0123abcd_protein_sequence_sentencepiece.model"
         (_config(num_layers=None), "num_layers is missing"),
         (_config(num_layers="six"), "num_layers is 'six'"),
         (_config(num_layers=4), r"layers\.3\.self_attention\.query_key_value\.weight is missing"),
-        (_config(num_layers=2), r"layers\.2\.\S+ is unknown in a MegatronBertModel"),
+        (_config(num_layers=2), r"layers\.2\.\S+ is unknown in MegatronBertModel"),
         (_config(ffn_hidden_size=95), r"\(48, 96\), model_config\.yaml means \(48, 95\)"),
         (_config(bert_binary_head=True), "tokentype_embeddings.weight is missing"),
         (_tokenizer(library="megatron"), "library='megatron'"),

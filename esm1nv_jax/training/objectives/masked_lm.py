@@ -79,7 +79,8 @@ class MaskedLM:
         return sums["num_targets"]
 
     def head_flops(self, model: encoder.EncoderConfig) -> float:
-        return 2.0 * model.width * (model.width + vocabulary(model.vocabulary).size)
+        hidden = 0 if model.bare_head else model.width
+        return 2.0 * model.width * (hidden + vocabulary(model.vocabulary).size)
 
     def metrics(
         self, sums: dict[str, float], outputs: dict[str, Any] | None = None
