@@ -2,7 +2,7 @@
 
     python benchmarks/finetuning_evidence.py --model DIR --data FOLDER --out RUNS
         [--tasks secondary_structure] [--methods probe,head,full] [--seeds 3] [--epochs 10]
-        [--train 2000] [--test 500] [--jobs 1]
+        [--batch 32] [--train 2000] [--test 500] [--jobs 1]
 
 FOLDER holds the CSV files of TASKS. Every method sees the same proteins: of the training and the
 validation split those of the table, or `--train` and a quarter as many, of the test split `--test`.
@@ -99,12 +99,13 @@ def probed(out: Path, metric: str) -> dict[str, dict[str, Any]]:
 
 
 def train(
-    model: str, table: Path, task: str, method: str, seed: int, epochs: int, out: Path
+    model: str, table: Path, task: str, method: str, seed: int, epochs: int, batch: int, out: Path
 ) -> None:
     """One run of fine-tuning, unless it is finished."""
     run = out / f"{method}-{seed}"
     if not (run / "cost.json").exists():
-        config = f"model={model},csv={table},task={task},epochs={epochs},seed={seed},"
+        config = f"model={model},csv={table},task={task},epochs={epochs},batch={batch},"
+        config += f"seed={seed},"
         config += "scratch" if method == "scratch" else f"method={method}"
         cost = timed(["esm1nv_jax.main", f"--config={CONFIG}:{config}", f"--workdir={run}"])
         (run / "cost.json").write_text(json.dumps(cost))
@@ -159,6 +160,7 @@ def main(argv: list[str]) -> None:
     add("--methods", default=",".join(METHODS))
     add("--seeds", type=int, default=3)
     add("--epochs", type=int, default=10)
+    add("--batch", type=int, default=32, help="proteins a step")
     add("--train", type=int, help="at most so many proteins to train on")
     add("--test", type=int, help="at most so many proteins to test on")
     add("--jobs", type=int, default=1, help="runs at a time")
@@ -178,7 +180,8 @@ def main(argv: list[str]) -> None:
                 jobs.append((probe, args.model, table, task, args.seeds, out))
                 continue
             for seed in range(args.seeds):
-                jobs.append((train, args.model, table, task, method, seed, args.epochs, out))
+                schedule = seed, args.epochs, args.batch
+                jobs.append((train, args.model, table, task, method, *schedule, out))
     with ThreadPoolExecutor(args.jobs) as pool:
         for running in [pool.submit(*job) for job in jobs]:
             running.result()
