@@ -66,7 +66,6 @@ class Runner:
         self.options, self.scratch = options, Path(scratch)
         self.out = Path(options.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        self.until = time.monotonic() + 60 * options.minutes
         self.began = time.monotonic()
         self.results: dict = {"parts": {}}
         self.lock = threading.Lock()
@@ -78,8 +77,9 @@ class Runner:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
         # What is timed shares autotuning, which was done alone on the chip.
-        cache = self.scratch / ("timed" if name in TIMED else "checks")
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+        timed = name in TIMED or self.options.rehearse
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(self.scratch / f"programs-{timed}")
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
         environment.pop("JAX_PLATFORMS", None)
         if self.options.rehearse or name.startswith("torch"):
             environment["JAX_PLATFORMS"] = "cpu"
@@ -210,6 +210,7 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         runner = Runner(options, scratch)
         runner.results["device"] = found = runner.probe()
+        runner.until = time.monotonic() + 60 * options.minutes
         if found["platform"] != "gpu" and not options.rehearse:
             raise UserError(
                 f"JAX found a {found['platform']}, no GPU; install the extra cuda13 or cuda12, or "

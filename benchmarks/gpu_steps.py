@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -122,16 +123,17 @@ def deterministic(record, rehearse: bool) -> None:
     On the chip, beside them, the same without it. Two layers of the full width.
     """
     code = f"import gpu_steps; gpu_steps.digests({rehearse})"
-    command = [sys.executable, "-c", code]
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    processes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError("a process failed; its message is in gpu.log")
-    first, second = (json.loads(output.strip().splitlines()[-1]) for output in outputs)
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": str(rehearse).lower()}
+
+    def digests_of_a_process(_) -> dict[str, str]:
+        command = [sys.executable, "-c", code]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+        if ended.returncode:
+            raise RuntimeError("a process failed; its message is in gpu.log")
+        return json.loads(ended.stdout.strip().splitlines()[-1])
+
+    with concurrent.futures.ThreadPoolExecutor(1 if rehearse else 2) as pool:
+        first, second = pool.map(digests_of_a_process, range(2))
     for name, digest in first.items():
         record(name, equal=digest == second[name], sha256=digest[:16])
 
