@@ -156,6 +156,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "weight_decay": 0.01,  # decoupled; not of biases and LayerNorm
         "clip_norm": 1.0,  # largest norm of the gradient
         "muon_beta": 0.95,  # decay of Muon's moment
+        "decay": "cosine",  # of the learning rate, from peak_lr to min_lr: cosine or linear
     }
     config.evaluation = {
         "every": 1500,  # steps between validations

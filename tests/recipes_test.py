@@ -147,6 +147,29 @@ def test_a_quickstart_may_be_short(steps, warmup):
     assert config.optimizer.warmup == warmup
 
 
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    # Those of fair-esm's models, less their contact heads of layers x heads + 1; 650M has
+    # 651,043,254 with it. Of 128 rows of our vocabulary 33 are ESM-2's.
+    [("8m", 7_512_353), ("35m", 33_501_153), ("150m", 148_139_553), ("650m", 651_042_593)],
+)
+def test_esm2_has_its_published_sizes(size, parameters):
+    config = run_config(ROOT / "configs/esm2.py", size)
+    unread = (128 - 33) * (config.model.width + 1) + config.model.head_size // 2
+    assert parameter_count(config.model) - unread == parameters
+    assert config.batch.rows * config.data.row_length == 2**21
+    rate = optimizer.schedule(config.optimizer)
+    expected = {0: 0, 1000: 2e-4, 2000: 4e-4, 226_000: 2.2e-4, 450_000: 4e-5, 500_000: 4e-5}
+    np.testing.assert_allclose([rate(n) for n in expected], list(expected.values()), rtol=1e-5)
+    names = [name for name, _, _ in optimizer.phases(config.optimizer)]
+    assert names == ["warm-up", "linear", "constant"]
+
+
+def test_esm2_has_one_size():
+    with pytest.raises(UserError, match="8m and 35m exclude"):
+        config_file.load(ROOT / "configs/esm2.py", "8m,35m")
+
+
 ABLATIONS = {
     "masking_rate": {"masking.rate"},
     "post_norm": {"model.norm"},

@@ -13,6 +13,7 @@ import optax
 from esm1nv_jax.common.errors import UserError
 
 CONSTANT_AT = ("min_lr", "peak")
+DECAYS = ("cosine", "linear")
 KINDS = ("adamw", "muon")
 # RMS of an entry of Muon's step in units of the learning rate: about that of AdamW's, so that both
 # take the same learning rate and weight decay (Liu et al. 2025, "Muon is scalable").
@@ -36,17 +37,16 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     kind: str = "adamw"
     muon_beta: float = 0.95  # decay of Muon's moment
+    decay: str = "cosine"  # how the rate falls from the peak to the minimum
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise UserError(
-                f"optimizer.kind={self.kind!r} is unknown; there are {', '.join(KINDS)}"
-            )
-        if self.constant_at not in CONSTANT_AT:
-            raise UserError(
-                f"optimizer.constant_at={self.constant_at!r} is unknown; there are "
-                f"{', '.join(CONSTANT_AT)}"
-            )
+        choices = {"constant_at": CONSTANT_AT, "decay": DECAYS, "kind": KINDS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(
+                    f"optimizer.{name}={getattr(self, name)!r} is unknown; there are "
+                    f"{', '.join(allowed)}"
+                )
         if min(self.warmup, self.constant) < 0 or self.warmup + self.constant > self.horizon:
             raise UserError(
                 f"optimizer.warmup={self.warmup} and optimizer.constant={self.constant} must be at "
@@ -88,13 +88,13 @@ def resolve_shares(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
 def phases(config: OptimizerConfig) -> list[tuple[str, int, int]]:
     """(name, first step, end) of each phase that has any length, in order."""
     if config.constant_at == "min_lr":
-        lengths = [("warm-up", config.warmup), ("cosine", None), ("constant", config.constant)]
+        lengths = [("warm-up", config.warmup), (config.decay, None), ("constant", config.constant)]
     else:
-        lengths = [("warm-up", config.warmup), ("constant", config.constant), ("cosine", None)]
-    cosine = config.horizon - config.warmup - config.constant
+        lengths = [("warm-up", config.warmup), ("constant", config.constant), (config.decay, None)]
+    decay = config.horizon - config.warmup - config.constant
     found, start = [], 0
     for name, length in lengths:
-        length = cosine if length is None else length
+        length = decay if length is None else length
         if length:
             found.append((name, start, start + length))
         start += length
@@ -104,21 +104,24 @@ def phases(config: OptimizerConfig) -> list[tuple[str, int, int]]:
 def schedule(config: OptimizerConfig) -> optax.Schedule:
     """Learning rate of step n, counted from 0.
 
-    Warm-up rises linearly from 0 to the peak; the cosine falls from the peak to `min_lr`. The
+    Warm-up rises linearly from 0 to the peak; a cosine, or a line, falls from it to `min_lr`. The
     original's constant phase (`constant_at='min_lr'`) comes last, at the minimum: steps 950,000
     to 1,000,000. `'peak'` is the other reading: warm-up, constant at the peak, cosine.
     """
-    cosine_start = config.warmup + (config.constant if config.constant_at == "peak" else 0)
-    cosine_length = config.horizon - config.warmup - config.constant
+    decay_start = config.warmup + (config.constant if config.constant_at == "peak" else 0)
+    decay_length = config.horizon - config.warmup - config.constant
 
     def rate(count):
         count = jnp.asarray(count, jnp.float32)
         warm = config.peak_lr * count / max(config.warmup, 1)
-        done = jnp.clip((count - cosine_start) / max(cosine_length, 1), 0, 1)
-        # Without a cosine the rate drops to the minimum where the cosine would have stood.
-        done = done if cosine_length else jnp.where(count >= cosine_start, 1.0, 0.0)
+        done = jnp.clip((count - decay_start) / max(decay_length, 1), 0, 1)
+        # Without a decay the rate drops to the minimum where it would have stood.
+        done = done if decay_length else jnp.where(count >= decay_start, 1.0, 0.0)
         swing = config.peak_lr - config.min_lr
-        fall = config.min_lr + 0.5 * swing * (1 + jnp.cos(jnp.pi * done))
+        if config.decay == "cosine":
+            fall = config.min_lr + 0.5 * swing * (1 + jnp.cos(jnp.pi * done))
+        else:
+            fall = config.min_lr + swing * (1 - done)
         return jnp.where(count < config.warmup, warm, fall)
 
     return rate

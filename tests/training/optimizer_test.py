@@ -140,6 +140,7 @@ def test_lengths_may_be_shares_of_the_steps():
     "wrong",
     [
         {"constant_at": "max"},
+        {"decay": "square"},
         {"warmup": 600, "constant": 500, "horizon": 1000},
         {"min_lr": 1.0},
         {"clip_norm": 0.0},
