@@ -118,8 +118,9 @@ def backend(name: str, rate: float, interpret: bool, blocks: Blocks | None = Non
         return lambda qkv, ids, keys: flash_attention(
             qkv, ids, rate, keys, interpret=interpret, **chosen
         )
+    chip = jax.devices()[0].device_kind
     return lambda qkv, ids, keys: model_attention(
-        qkv, ids, jnp.bfloat16, rate, keys if rate else None, backend=name
+        qkv, ids, jnp.bfloat16, rate, keys if rate else None, name, chip
     )
 
 

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 
+import jax
 import numpy as np
 from gpu_kernels import attempted
 from gpu_steps import card
@@ -35,12 +36,10 @@ def torch_train(record, rehearse: bool) -> None:
     import torch
 
     from esm1nv_jax.data import tokenizer
-    from esm1nv_jax.model.masking import recipe
     from esm1nv_jax.training.metrics import PEAK_FLOPS, training_flops
-    from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 
     run = card(rehearse, "hf")
-    objective = MaskedLM(recipe(run.masking.recipe, run.masking.rate))
+    objective = run.step_config(jax.devices("cpu")[0]).objective
     device = "cpu" if rehearse else "cuda"
     size, rows = (4, 2) if rehearse else (64, 56)
     cut = 62 if rehearse else RESIDUES

@@ -210,7 +210,8 @@ def roofline_of(record, training: Training, program, chip: chips.Chip) -> None:
     from esm1nv_jax.planning import roofline
 
     settings = training.settings
-    load = roofline.stream_load(training.run, training.source, training.rows, 1)
+    chosen = settings.compute.chip
+    load = roofline.stream_load(training.run, training.source, training.rows, 1, chosen)
     shape = roofline.Step(settings.model, settings.compute.attention, settings.microbatches, 1, 1)
     slow, middle, fast = (
         roofline.estimate(program, chip, efficiency, load, shape)

@@ -81,7 +81,9 @@ def select_backend(name: str, spec: AttentionSpec) -> str:
     return name
 
 
-def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backend="xla"):
+def attention(
+    qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backend="xla", chip: str = ""
+):
     """softmax(q k / sqrt(H)) v within each segment.
 
     Args:
@@ -91,6 +93,7 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
       rate: dropout of the attention probabilities, with `row_keys_B` (uint32, one a row), by
         `dropout.attention_mask` in every backend.
       backend: as `select_backend` returns it; `auto` means xla, which supports everything.
+      chip: the `device_kind` of a GPU whose measured tile sizes the kernel should take.
 
     Returns:
       [B, T, N, H], fp32 (xla) or `dtype` (the others); 0 in padding.
@@ -101,9 +104,9 @@ def attention(qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backe
     qkv_BTCNH = qkv_BTCNH.astype(dtype)
     if backend == "pallas":
         # Pallas takes 0.1 s to import, and a CPU never needs it.
-        from esm1nv_jax.model.kernels.flash_gpu import flash_attention
+        from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention
 
-        return flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B)
+        return flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B, Blocks.of(chip))
     if backend not in BACKENDS or rate:
         raise ValueError(f"{backend} attention with dropout {rate}: call select_backend first")
     return {"cudnn": _cudnn, "splash": _splash}[backend](qkv_BTCNH, segment_ids_BT)

@@ -100,8 +100,8 @@ class Block(nnx.Module):
         rate = self.config.attention_dropout
         qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, key, lora)
         keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
-        backend = self.compute.attention
-        out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend)
+        backend, chip = self.compute.attention, self.compute.chip
+        out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend, chip)
         return self.linear("out_proj", out_BTNH.reshape(B, T, D), key, lora)
 
     def attention_weights(self, x_BTD, segment_ids_BT, rope, lora):

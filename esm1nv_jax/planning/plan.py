@@ -85,7 +85,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     mesh = sharding.make_mesh(devices)
     check_memory(settings, stream_config(run, global_rows), mesh, chip.memory)
     rows = global_rows // count
-    load = roofline.stream_load(run, source, rows, count)
+    load = roofline.stream_load(run, source, rows, count, compute.chip)
 
     console.print(f"compiling for {count} x {chip.name}")  # which takes a while
     state, compiled, seconds = compile_step(settings, mesh, global_rows, run.data.row_length)

@@ -184,15 +184,17 @@ def memory_of(compiled, program, state) -> dict[str, float]:
     }
 
 
-def stream_load(run, source, rows: int, devices: int) -> Load:
-    """The load of a device with `rows` rows: the mean over many rows of a run's input stream."""
+def stream_load(run, source, rows: int, devices: int, chip: str = "") -> Load:
+    """The load of a device with `rows` rows: the mean over many rows of a run's input stream.
+    `chip` is the `device_kind` of a GPU, by which the attention kernel chooses its tiles."""
     from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.data.pipeline import train_dataset
     from esm1nv_jax.model.kernels.flash_gpu import Blocks
 
     batches = iter(train_dataset(source, stream_config(run, rows)))
     sampled = max(min(SAMPLED_DEVICES, SAMPLED_ROWS // rows), 2)
-    loads = [load_of(b, run.masking.rate, Blocks()) for b in itertools.islice(batches, sampled)]
+    blocks = Blocks.of(chip)
+    loads = [load_of(b, run.masking.rate, blocks) for b in itertools.islice(batches, sampled)]
     return mean_load(loads, devices)
 
 

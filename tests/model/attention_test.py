@@ -1,5 +1,6 @@
 """Every backend that a CPU can run against NumPy in fp64; who may be used where."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import attention
+from esm1nv_jax.model.kernels import flash_gpu
 from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention, visited_blocks
 from tests.model import attention_reference as reference
 
@@ -231,6 +233,20 @@ def test_what_cudnn_leaves_in_padding_is_not_used(monkeypatch):
     (grad,) = pull(jnp.ones_like(out))
     for found in (out, grad):
         assert np.all(np.isfinite(found)) and not np.any(np.asarray(found)[ids == 0])
+
+
+def test_a_chip_that_was_measured_has_tiles_of_its_own(monkeypatch):
+    """Through the public function, as a training step calls it."""
+    measured = Blocks(queries=64, keys=32, backward=32, backward_warps=8)
+    monkeypatch.setitem(flash_gpu.MEASURED, "a chip", measured)
+    taken = []
+    monkeypatch.setattr(flash_gpu, "flash_attention", lambda *args: taken.append(args[-1]))
+    qkv, ids = jnp.zeros((1, 128, 3, 1, 64)), jnp.ones((1, 128), jnp.int32)
+    for chip in ("a chip", "another", ""):
+        attention.attention(qkv, ids, jnp.bfloat16, backend="pallas", chip=chip)
+    assert taken == [measured, Blocks(), Blocks()]
+    for blocks in flash_gpu.MEASURED.values():
+        assert all(size in (16, 32, 64, 128, 256) for size in dataclasses.astuple(blocks)[:3])
 
 
 def test_dropout_is_never_left_out_in_silence():

@@ -32,8 +32,8 @@ _MIN_SCORE = -1e20  # no score is lower, and exp2(_MASKED_SCORE - _MIN_SCORE) is
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Queries and keys in a tile. Not tuned on a chip: chosen so that the tiles of an A100 fit its
-    registers at four warps, as the compiler reports."""
+    """Queries and keys in a tile. The defaults were not tuned on a chip: the tiles of an A100 fit
+    its registers at four warps, as the compiler reports. MEASURED has chips that were."""
 
     queries: int = 128
     keys: int = 64
@@ -46,6 +46,16 @@ class Blocks:
     @property
     def step(self) -> int:
         return math.lcm(self.queries, self.keys, self.backward)
+
+    @classmethod
+    def of(cls, chip: str) -> Blocks:
+        """The fastest that were measured on a GPU of this `device_kind`, or the defaults."""
+        return MEASURED.get(chip, cls())
+
+
+# By `jax.Device.device_kind`: the line `best` of `benchmarks/gpu.py --parts blocks`, rows and
+# dropout of the card, heads of 64.
+MEASURED: dict[str, Blocks] = {}
 
 
 @dataclasses.dataclass(frozen=True)
