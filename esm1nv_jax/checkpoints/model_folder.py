@@ -18,7 +18,7 @@ from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.model import encoder, heads
+from esm1nv_jax.model import contact_head, encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
 
 PARAMETERS, DESCRIPTION = "parameters.safetensors", "model.json"
@@ -36,12 +36,14 @@ class Weights:
     params: nested, NumPy float32; those of a fine-tuned model's `head` are under "head".
     provenance: where they came from: run, steps, data, config, metrics; `base`, what it was
       fine-tuned from.
+    contact_head: parameters of `model.contact_head`, if there are any.
     """
 
     params: dict
     model: encoder.EncoderConfig
     provenance: dict[str, Any]
     head: HeadConfig | None = None
+    contact_head: dict | None = None
 
     @property
     def has_lm_head(self) -> bool:
@@ -112,7 +114,9 @@ def write(path: str, weights: Weights) -> None:
     """Writes a model folder; `model.json` comes last, so that a half-made folder is none."""
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {name: np.asarray(value) for name, value in flatten(weights.params).items()}
+    contacts = {contact_head.NAME: weights.contact_head} if weights.contact_head else {}
+    params = flatten(weights.params | contacts)
+    flat = {name: np.asarray(value) for name, value in params.items()}
     (folder / PARAMETERS).write_bytes(save_safetensors(flat))
     description = {"model": dataclasses.asdict(weights.model), "provenance": weights.provenance}
     if weights.head:
@@ -127,6 +131,8 @@ def check(
     tree = encoder.abstract(model)
     if head:
         tree = tree | {"head": heads.abstract(head, model.width)}
+    if contact_head.NAME in params:
+        tree = tree | {contact_head.NAME: contact_head.abstract(model)}
     expected = {k: v.shape for k, v in flatten(tree).items()}
     actual = {k: v.shape for k, v in flatten(params).items()}
     for name in sorted(expected.keys() | actual.keys()):
@@ -146,7 +152,8 @@ def _read_model(folder: epath.Path) -> Weights:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"model folder {folder} cannot be read: {error}") from None
     check(params, model, str(folder), head)
-    return Weights(params, model, description.get("provenance", {}), head)
+    contacts = params.pop(contact_head.NAME, None)
+    return Weights(params, model, description.get("provenance", {}), head, contacts)
 
 
 def _read_step(run: epath.Path, step: int, folder: str) -> Weights:

@@ -21,7 +21,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.device_model import DeviceModel
 from esm1nv_jax.inference.row_shapes import RowBatch, pack_rows, pad_rows, split_into_windows
-from esm1nv_jax.model import encoder, heads
+from esm1nv_jax.model import contact_head, encoder, heads
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
 
@@ -33,7 +33,7 @@ PROJECTED = 128  # pooled proteins that a head reads at once: one shape, so the 
 @dataclasses.dataclass(frozen=True)
 class OutputSpec:
     """What to give back: some of KINDS, for these layers, or what a head reads of layer -1; `dtype`
-    is what leaves the device. Or "attention", of rows that hold one sequence each."""
+    is what leaves the device. Or "attention" or "contacts", of rows of one sequence each."""
 
     kinds: tuple[str, ...] = ("mean", "per_residue")
     layers: tuple[int, ...] = (-1,)
@@ -62,24 +62,30 @@ def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, output
 
     Returns `log_probs` fp32 [B, M, vocabulary] at `prediction_positions_BM` where it is given; sums
     over residues under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D],
-    `logits` [B, T, V]; `attention` fp32 [B, L, N, T, S]; of a head on residues `head` fp32
-    [B, T, K], of one on proteins `pool` fp32 [B, S, D + 2]: a `heads.Pool`, its three arrays side
-    by side.
+    `logits` [B, T, V]; `attention` fp32 [B, L, N, T, S], `contacts` fp32 [B, T, S]; of a head
+    on residues `head` fp32 [B, T, K], of one on proteins `pool` fp32 [B, S, D + 2]: a `heads.Pool`,
+    its three arrays side by side.
     """
     output = encoder.forward(
         config,
-        {name: value for name, value in params.items() if name != "head"},
+        {name: value for name, value in params.items() if name not in ("head", contact_head.NAME)},
         batch["tokens_BT"],
         batch["segment_ids_BT"],
         batch["positions_BT"],
         compute=compute,
         prediction_positions_BM=batch.get("prediction_positions_BM"),
         hidden_layers=outputs.layers,
-        return_attention="attention" in outputs.kinds,
+        return_attention=bool({"attention", "contacts"} & {*outputs.kinds}),
     )
     results = {}
-    if output.attention:
+    if "attention" in outputs.kinds:
         results["attention"] = jnp.stack(output.attention, axis=1)
+    if "contacts" in outputs.kinds:
+        tokens_BT = batch["tokens_BT"]
+        is_residue_BT = (tokens_BT != tokenizer.BOS) & (tokens_BT != tokenizer.EOS)
+        is_residue_BT &= batch["segment_ids_BT"] > 0
+        params = params[contact_head.NAME]
+        results["contacts"] = contact_head.predict(params, output.attention, is_residue_BT)
     if "prediction_positions_BM" in batch:
         log_probs_BMV = jax.nn.log_softmax(output.logits)
         results["log_probs"] = log_probs_BMV[..., : tokenizer.VOCABULARY]
@@ -212,16 +218,6 @@ def run_queries(
     for results, some in run_batches(model, batches()):
         for query, log_probs in zip(some, results["log_probs"], strict=False):
             yield query, log_probs[: len(query.columns)]
-
-
-def attention_maps(model: DeviceModel, ids: np.ndarray) -> np.ndarray:
-    """Attention weights of one sequence of token ids without specials: float32 [L, N, T, T]."""
-    tokens = tokenizer.add_specials(ids)
-    T = len(tokens)
-    row = RowBatch(model.shapes.length(T), [[0]])
-    arrays, _ = fill_rows(row, [tokens], model.shapes.devices)
-    [(results, _)] = run_batches(model, [(arrays, None)], OutputSpec(("attention",), ()))
-    return results["attention"][0, :, :, :T, :T]
 
 
 def embed_sequences(

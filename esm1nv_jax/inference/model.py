@@ -25,8 +25,9 @@ from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
+from esm1nv_jax.inference import contact_maps
 from esm1nv_jax.inference.device_model import DeviceModel, place
-from esm1nv_jax.inference.engine import OutputSpec, attention_maps, embed_sequences
+from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.mutants import parse_mutants
 from esm1nv_jax.inference.pseudo_likelihood import (
     copy_log_odds,
@@ -37,7 +38,7 @@ from esm1nv_jax.inference.results import Embeddings, HeadPredictions, Prediction
 from esm1nv_jax.inference.sequence_input import as_list, residue_ids, residue_letters
 from esm1nv_jax.inference.variant_scores import MODES, score_mutants
 from esm1nv_jax.interchange.loader import load_weights
-from esm1nv_jax.model import encoder, soft_tokens
+from esm1nv_jax.model import contact_head, encoder, soft_tokens
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig, EncoderOutput
 from esm1nv_jax.model.heads import HeadConfig, to_predictions
 from esm1nv_jax.model.masking import MaskingConfig, recipe
@@ -45,7 +46,6 @@ from esm1nv_jax.model.masking import MaskingConfig, recipe
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
 # Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
 SCORES_BYTES = 1 << 30
-ATTENTION_BYTES = 4 << 30  # of all layers, on the way to the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Model:
     max_residues: int | None = None  # read at once, instead of what `longest` would choose
     head: HeadConfig | None = None  # of a fine-tuned model
     head_params: dict | None = None
+    contact_head_params: dict | None = None
 
     @property
     def longest(self) -> int:
@@ -101,7 +102,8 @@ class Model:
 
     def to_devices(self, devices: Sequence[jax.Device]) -> DeviceModel:
         """The model on these devices, over which the rows of a batch are spread."""
-        heads = {} if self.head_params is None else {"head": self.head_params}
+        heads = {"head": self.head_params, contact_head.NAME: self.contact_head_params}
+        heads = {name: params for name, params in heads.items() if params is not None}
         longest = self.longest + SPECIALS
         return place(self.config, self.compute, self.params, heads, longest, devices)
 
@@ -151,14 +153,28 @@ class Model:
 
         Raises UserError for a sequence that is too long to be read at once.
         """
+        return contact_maps.attention_maps(self.on_devices, self.read_whole(sequence))
+
+    def contacts(
+        self,
+        sequence: str | bytes,
+        method: str = contact_maps.METHODS[0],
+        on_progress: Callable[[int], None] = lambda passes: None,
+    ) -> np.ndarray:
+        """Scores of contact between residues, higher is likelier: float32 [residues, residues].
+
+        Args:
+          sequence: one protein, short enough to be read at once.
+          method: "jacobian" (the categorical Jacobian: 20 passes for each residue), or "attention"
+            (probabilities by the contact head, in one pass).
+          on_progress: called with how many passes are done.
+
+        Raises UserError where the model has no contact head, or no LM head for a Jacobian.
+        """
+        if method != "attention":
+            self.require_lm_head()
         ids = self.read_whole(sequence)
-        size = 4 * self.config.layers * self.config.heads * (len(ids) + SPECIALS) ** 2
-        if size > ATTENTION_BYTES:
-            raise UserError(
-                f"the attention weights of {len(ids):,} residues take {size / 2**30:.1f} GiB, the "
-                f"limit is {ATTENTION_BYTES >> 30} GiB; cut the sequence into domains"
-            )
-        return attention_maps(self.on_devices, ids)
+        return contact_maps.predict_contacts(self.on_devices, ids, method, on_progress)
 
     def read_whole(self, sequence: str | bytes, name: str = "the sequence") -> np.ndarray:
         """Token ids of the residues. Raises UserError where they are more than `longest`."""
@@ -383,6 +399,7 @@ def load(path: str, precision: str = "fp32", max_residues: int | None = None) ->
         max_residues,
         weights.head,
         head_params,
+        jax.device_put(weights.contact_head),
     )
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from esm1nv_jax.checkpoints.model_folder import flatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange.tensor_names import ESM, Family
-from esm1nv_jax.model import heads
+from esm1nv_jax.model import contact_head, heads
+from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
 
 ENDINGS = {"residue": "ForTokenClassification", "protein": "ForSequenceClassification"}
@@ -111,6 +112,45 @@ def pop_params(
                     f"{architecture(family, head)} has floats of shape {shape[::-1]}"
                 )
             params[f"{ours}/{part}"] = np.ascontiguousarray(tensor.T)
+    return params
+
+
+CONTACTS = {
+    "kernel": "esm.contact_head.regression.weight",
+    "bias": "esm.contact_head.regression.bias",
+}
+
+
+def to_contact_tensors(
+    config: EncoderConfig, params: dict[str, np.ndarray] | None
+) -> dict[str, np.ndarray]:
+    """Tensors of ESM's contact head; zero where there is none, for `transformers` would draw them
+    at random at every start."""
+    tensors = {}
+    for ours, like in contact_head.abstract(config).items():
+        value = params[ours] if params else np.zeros(like.shape, np.float32)
+        tensors[CONTACTS[ours]] = np.ascontiguousarray(value.T)
+    return tensors
+
+
+def pop_contact_params(
+    config: EncoderConfig, tensors: dict[str, np.ndarray], source: str
+) -> dict[str, np.ndarray]:
+    """The parameters of a contact head, whose tensors are removed; none where there is
+    none or it is zero. Raises UserError for one of another shape."""
+    popped = {ours: tensors.pop(theirs, None) for ours, theirs in CONTACTS.items()}
+    if not any(value is not None and value.any() for value in popped.values()):
+        return {}
+    params = {}
+    for ours, like in contact_head.abstract(config).items():
+        value = popped[ours]
+        if value is None or value.T.shape != like.shape or value.dtype != np.float32:
+            found = "missing" if value is None else f"{value.dtype} {value.shape}"
+            raise UserError(
+                f"{source}: tensor {CONTACTS[ours]} is {found}; {config.layers} layers of "
+                f"{config.heads} heads have floats of shape {like.shape[::-1]}"
+            )
+        params[ours] = np.ascontiguousarray(value.T)
     return params
 
 

@@ -28,6 +28,8 @@ CONFIG, PROVENANCE = "config.json", "provenance.json"
 PADDING = "vocabulary_padding.safetensors"
 # The masked-LM head of a fine-tuned model, of which `transformers` has no class with both heads.
 LM_HEAD = "lm_head.safetensors"
+# The contact head, which BertForMaskedLM does not have.
+CONTACT_HEAD = "contact_head.safetensors"
 # Fields of EncoderConfig that neither EsmForMaskedLM nor BertForMaskedLM has.
 MODERN = ("norm_kind", "bias", "qk_norm", "tied_head", "branch_scale", "bias_kv", "bare_head")
 FAMILIES = {"esm": ESM, "bert": BERT}  # by model_type
@@ -81,9 +83,12 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         hf_tensors |= tensor_names.fresh_lm_head(family, config)
     elif head:
         hf_tensors |= tensors.read_safetensors(folder / LM_HEAD)
+    if (folder / CONTACT_HEAD).exists():
+        hf_tensors |= tensors.read_safetensors(folder / CONTACT_HEAD)
+    contacts = head_tensors.pop_contact_params(config, hf_tensors, str(folder))
     params, left_out = tensor_names.from_tensors(family, config, hf_tensors, str(folder))
     params |= {f"head/{name}": value for name, value in head_params.items()}
-    tensor_names.check_finite(params, str(folder))
+    tensor_names.check_finite(params | contacts, str(folder))
     provenance: dict[str, Any] = {
         "converted_from": str(folder),
         "architecture": head_tensors.architecture(family, head),
@@ -103,7 +108,7 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
             f"{folder}: {PROVENANCE} or {PADDING} is damaged ({error}); the model does not need "
             "them, remove them or export it again"
         ) from None
-    return Weights(unflatten(params), config, provenance, head)
+    return Weights(unflatten(params), config, provenance, head, contacts or None)
 
 
 def write(path: str, weights: Weights, difference: str = "") -> None:
@@ -125,11 +130,9 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
         lm_head = {k: v for k, v in hf_tensors.items() if not k.startswith(of_encoder)}
         hf_tensors = {k: v for k, v in hf_tensors.items() if k.startswith(of_encoder)}
         hf_tensors |= head_tensors.to_hf_tensors(family, head, flatten(weights.params["head"]))
+    contacts = head_tensors.to_contact_tensors(config, weights.contact_head)
     if family is ESM:
-        # Without one `transformers` would draw it at random at every start.
-        size = (1, config.layers * config.heads)
-        hf_tensors["esm.contact_head.regression.weight"] = np.zeros(size, np.float32)
-        hf_tensors["esm.contact_head.regression.bias"] = np.zeros(1, np.float32)
+        hf_tensors |= contacts
     else:
         hf_tensors[BERT.token_types] = np.zeros((2, config.width), np.float32)
     if config.position_kind == "rotary":
@@ -145,6 +148,8 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors(hf_tensors, metadata={"format": "pt"})
     (folder / tensors.SAFETENSORS).write_bytes(content)
+    if family is BERT and weights.contact_head:
+        (folder / CONTACT_HEAD).write_bytes(save_safetensors(contacts))
     if lm_head and weights.has_lm_head:
         (folder / LM_HEAD).write_bytes(save_safetensors(lm_head))
     padding = _padding(config, params)

@@ -58,7 +58,8 @@ def model_card(weights: Weights, architecture: str, difference: str) -> str:
         + f"Of the weights: {licence or 'not recorded'}."
         + (f" Data: {SAMPLE_LICENCE}." if path == "sample" else ""),
         "## Left out\n\n"
-        "The contact head (ESM) and the token types (BERT) are zero: they were not trained."
+        + ("" if weights.contact_head else "The contact head (ESM) is zero: it was not trained. ")
+        + "The token types (BERT) are zero."
         + (f" Tensors left out: {', '.join(left_out)}." if left_out else ""),
         "## Provenance\n\n```json\n" + json.dumps(provenance, indent=1) + "\n```",
     ]

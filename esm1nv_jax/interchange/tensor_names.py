@@ -59,7 +59,7 @@ ESM = Family(
     position_embedding="esm.embeddings.position_embeddings.weight",
     lm_head_bias="lm_head.bias",
     decoder="lm_head.decoder",
-    ignored=r"esm\.(contact_head|pooler)\..*|.*\.position_ids",
+    ignored=r"esm\.pooler\..*|.*\.position_ids",
     frequency="rotary_embeddings.inv_freq",
     positions_after_padding=True,
 )
