@@ -12,12 +12,14 @@ VERSION = re.search(r'__version__ = "(.+)"', PACKAGE)[1]  # it stands there alon
 EXTRAS = {
     # Embedding files as Parquet and HDF5.
     "embed": ["pyarrow>=17", "h5py>=3.11"],
+    # Structures as PDB and mmCIF, for the precision of contacts.
+    "structures": ["biopython>=1.83"],
     # notebooks/inference.ipynb.
     "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "jupyterlab>=4"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.4", "transformers>=4.44", "peft>=0.17", "accelerate>=1.1"],
-    # Biopython is an independent reader of FASTA; scikit-learn, nbclient and ipykernel run the
-    # notebook.
+    # Biopython reads structures, and FASTA independently; scikit-learn, nbclient and ipykernel run
+    # the notebook.
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -24,12 +24,13 @@ VERBS = {
     "embed": ("esm1nv_jax.inference.embed", "embed the proteins of a FASTA file"),
     "predict": ("esm1nv_jax.inference.predict", "labels of proteins, by a fine-tuned model"),
     "score": ("esm1nv_jax.inference.score", "score mutants of a protein"),
+    "contacts": ("esm1nv_jax.inference.contacts", "which residues of a protein touch each other"),
     "doctor": ("esm1nv_jax.checkpoints.step_folder", "verify every byte of a run's checkpoints"),
     "convert": ("esm1nv_jax.interchange.convert", "to and from Hugging Face transformers"),
 }
 
 # And train, which does the same by itself.
-COMPUTING = ("finetune", "embed", "predict", "score", "evaluate", "probe")
+COMPUTING = ("finetune", "embed", "predict", "score", "evaluate", "probe", "contacts")
 
 
 def help_text() -> str:

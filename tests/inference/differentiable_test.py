@@ -6,11 +6,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
-from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import model as model_module
 from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
 
 SEQUENCE = "MKTVRQERLK"
@@ -23,14 +20,6 @@ def test_attention_weights_are_distributions_over_the_tokens_of_the_sequence(mod
     apply = jax.jit(lambda p, x: model.apply(p, x, return_attention=True))
     output = apply(model.params, tokenizer.encode(SEQUENCE)[None].astype(int))
     np.testing.assert_allclose(weights, np.concatenate(output.attention), atol=1e-6)
-
-
-def test_sequences_whose_attention_is_too_large_are_refused(model, monkeypatch):
-    with pytest.raises(UserError, match="has 65 residues, and the model reads 64 at once"):
-        model.attention("M" * 65)
-    monkeypatch.setattr(model_module, "ATTENTION_BYTES", 1 << 16)
-    with pytest.raises(UserError, match="the attention weights of 50 residues take"):
-        model.attention("M" * 50)
 
 
 def test_the_pseudo_log_likelihood_of_one_hot_vectors_is_that_of_the_sequence(model):

@@ -1,0 +1,207 @@
+"""Which residues of a protein touch each other: from a PDB or mmCIF file, or a list of contacts.
+
+Two residues are in contact where their C-beta atoms (C-alpha of glycine, or where C-beta is not
+resolved) are less than 8 Å apart. Residues without coordinates take no part in any evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib.util
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from esm1nv_jax.common.errors import UserError
+
+CONTACT_DISTANCE = 8.0  # Å
+PDB, MMCIF, CONTACTS = (".pdb", ".ent"), (".cif", ".mmcif"), (".contacts", ".tsv", ".csv")
+FORMATS = (*PDB, *MMCIF, *CONTACTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """A protein whose contacts are known.
+
+    name: of the file, and the chain where one was named.
+    sequence: normalized residue letters, those without coordinates included.
+    is_resolved: bool [residues]. is_contact: bool [residues, residues], symmetric.
+    """
+
+    name: str
+    sequence: str
+    is_resolved: np.ndarray
+    is_contact: np.ndarray
+
+
+def find_structures(paths: list[str]) -> list[tuple[Path, str]]:
+    """(file, chain or '') of each of `paths`: files, FILE:CHAIN, or folders of files.
+
+    Raises UserError where one does not exist, or a folder holds none.
+    """
+    files: list[tuple[Path, str]] = []
+    for text in paths:
+        path, chain = Path(text), ""
+        if not path.exists() and ":" in text:
+            head, _, chain = text.rpartition(":")
+            path = Path(head)
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if _suffix(p) in FORMATS)
+            if not inside:
+                raise UserError(f"{path} holds no structure; there are {', '.join(FORMATS)}")
+            files += [(p, "") for p in inside]
+        elif not path.exists():
+            raise UserError(f"structure {path} does not exist; give files or a folder of them")
+        elif _suffix(path) not in FORMATS:
+            raise UserError(
+                f"{path} is no structure by its name; it must end in {', '.join(FORMATS)}, or one "
+                "of these and .gz"
+            )
+        else:
+            files.append((path, chain))
+    return files
+
+
+def name_of(path: Path, chain: str) -> str:
+    """The name of a structure: that of its file without endings, and of a chain that was named."""
+    stem = path.name.removesuffix(".gz")
+    return stem[: -len(Path(stem).suffix)] + (f"_{chain}" if chain else "")
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix.lower()
+
+
+def read_structure(path: Path, chain: str = "", sequence: str | None = None) -> Structure:
+    """The contacts of one chain: the one named, else the first of protein.
+
+    Args:
+      sequence: the residues of the protein; by default those that the file names, resolved or not
+        (SEQRES, `_pdbx_poly_seq_scheme`), else those that have coordinates. A list of contacts
+        needs one.
+
+    Raises UserError where the file is damaged, or its residues are not those of the sequence.
+    """
+    try:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("latin-1")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    name = name_of(path, chain)
+    if _suffix(path) in CONTACTS:
+        if sequence is None:
+            raise UserError(f"{path} lists contacts; give the sequence of {name} by --fasta")
+        is_contact = _read_pairs(text, len(sequence), str(path))
+        return Structure(name, sequence, np.ones(len(sequence), bool), is_contact)
+    letters, positions, declared = _read_chain(path, text, chain)
+    sequence = sequence or declared or letters
+    index = _align(letters, sequence, name)
+    L = len(sequence)
+    is_resolved = np.isin(np.arange(L), index)
+    is_contact = np.zeros((L, L), bool)
+    distance = np.linalg.norm(positions[:, None] - positions, axis=-1)
+    is_contact[np.ix_(index, index)] = distance < CONTACT_DISTANCE
+    return Structure(name, sequence, is_resolved, is_contact)
+
+
+def _read_pairs(text: str, residues: int, source: str) -> np.ndarray:
+    """bool [residues, residues] of lines `i j ...`, from 1; a first line of words is a header."""
+    is_contact = np.zeros((residues, residues), bool)
+    for number, line in enumerate(text.replace(",", " ").splitlines(), 1):
+        fields = line.partition("#")[0].split()
+        if not fields or (number == 1 and not fields[0].isdecimal()):
+            continue
+        pair = [int(f) for f in fields[:2] if f.isdecimal()]
+        if len(pair) != 2 or not all(1 <= i <= residues for i in pair):
+            raise UserError(
+                f"{source}: line {number} is {line[:40]!r}; each line names two residues from 1 to "
+                f"{residues}, the length of the sequence"
+            )
+        i, j = pair
+        is_contact[i - 1, j - 1] = is_contact[j - 1, i - 1] = True
+    return is_contact
+
+
+def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str]:
+    """(letters of the residues with coordinates, their C-beta in Å [residues, 3], the letters of
+    the whole chain, '' where the file does not say)."""
+    require_biopython()
+    from Bio import SeqIO
+    from Bio.Data.PDBData import protein_letters_3to1_extended as one_letter
+    from Bio.PDB.MMCIF2Dict import MMCIF2Dict
+    from Bio.PDB.MMCIFParser import MMCIFParser
+    from Bio.PDB.PDBParser import PDBParser
+
+    is_pdb = _suffix(path) in PDB
+    try:
+        parser = PDBParser(QUIET=True) if is_pdb else MMCIFParser(QUIET=True)
+        model = next(iter(parser.get_structure("", io.StringIO(text))))
+        chains = {c.id: c for c in model if any(_is_residue(r, one_letter) for r in c)}
+        declared: dict[str, str] = {}
+        if is_pdb:
+            for record in SeqIO.parse(io.StringIO(text), "pdb-seqres"):
+                declared[record.annotations["chain"]] = str(record.seq)
+        else:
+            fields = MMCIF2Dict(io.StringIO(text))
+            columns = [
+                fields.get(f"_pdbx_poly_seq_scheme.{name}", [])
+                for name in ("pdb_strand_id", "seq_id", "mon_id")
+            ]
+            residues = {(c, n): name for c, n, name in reversed(list(zip(*columns, strict=True)))}
+            for (c, _), name in reversed(residues.items()):  # of alternatives, the first
+                declared[c] = declared.get(c, "") + one_letter.get(name, "X")
+    except Exception as error:  # Biopython raises many kinds for what it cannot parse
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(f"{path} cannot be read as a structure: {reason}") from None
+    if not chains:
+        raise UserError(f"{path} holds no amino acid with coordinates; give the file of a protein")
+    if chain and chain not in chains:
+        raise UserError(f"{path} has no chain {chain!r} of protein; there are {', '.join(chains)}")
+    found = chains[chain or next(iter(chains))]
+    residues_of = [r for r in found if _is_residue(r, one_letter)]
+    letters = "".join(one_letter[r.get_resname()] for r in residues_of)
+    atoms = [r["CB" if "CB" in r and r.get_resname() != "GLY" else "CA"] for r in residues_of]
+    return letters, np.array([atom.coord for atom in atoms], np.float64), declared.get(found.id, "")
+
+
+def _is_residue(residue, one_letter: dict[str, str]) -> bool:
+    return residue.get_resname() in one_letter and "CA" in residue
+
+
+def _align(letters: str, sequence: str, name: str) -> np.ndarray:
+    """Index in the sequence of each residue with coordinates.
+
+    Gaps are as few as possible. Raises UserError where a residue is not that of the sequence.
+    """
+    from Bio.Align import PairwiseAligner
+
+    aligner = PairwiseAligner(
+        mode="global", match_score=1, mismatch_score=-1, open_gap_score=-1, extend_gap_score=0
+    )
+    aligner.end_insertion_score = aligner.end_deletion_score = 0
+    pairs = [
+        (i, j)
+        for (i, _), (j, end) in zip(*aligner.align(sequence, letters)[0].aligned, strict=True)
+        for i, j in zip(range(i, i + end - j), range(j, end), strict=True)
+    ]
+    known = [(i, j) for i, j in pairs if "X" not in (sequence[i], letters[j])]
+    wrong = [(i, j) for i, j in known if sequence[i] != letters[j]]
+    if others := len(letters) - len(pairs) + len(wrong):
+        where = f" (residue {wrong[0][0] + 1} is {letters[wrong[0][1]]})" if wrong else ""
+        raise UserError(
+            f"structure {name} does not match the sequence: {others} of its {len(letters)} "
+            f"residues are others{where}; give its own sequence, or leave it out"
+        )
+    return np.array([i for i, _ in pairs])
+
+
+def require_biopython() -> None:
+    """Raises UserError where the reader of structures is not installed."""
+    if importlib.util.find_spec("Bio") is None:
+        raise UserError(
+            "PDB and mmCIF files are read by Biopython, which is not installed: "
+            "pip install 'esm1nv_jax[structures]'"
+        )

@@ -1,0 +1,130 @@
+"""Contacts of synthetic structures against distances pair by pair."""
+
+import gzip
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.inference.structures import find_structures, read_structure
+from tests.inference.made_structures import (
+    NAMES,
+    cif_text,
+    contacts_of,
+    make_coordinates,
+    pdb_text,
+    write_structures,
+)
+
+SEQUENCE = "MKTVRQERLKSIVRILERSKEPVSGAQLAGERTDIPKNFGYHMCWLLASGEE"
+ALPHA, BETA = make_coordinates(len(SEQUENCE))
+MISSING = (0, 1, 20, 21, 22, 51)  # both ends, and a loop
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("text", [pdb_text, cif_text], ids=["pdb", "cif"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_contacts_are_distances_of_beta_carbons(text, zipped, tmp_path):
+    path = tmp_path / f"a.{text.__name__[:3]}"
+    path.write_text(text(SEQUENCE, ALPHA, BETA, MISSING))
+    if zipped:
+        content, path = path.read_bytes(), path.with_name(path.name + ".gz")
+        path.write_bytes(gzip.compress(content))
+    found = read_structure(path)
+    assert (found.name, found.sequence) == ("a", SEQUENCE)
+    assert [*np.flatnonzero(~found.is_resolved)] == [*MISSING]
+    expected = contacts_of(SEQUENCE, ALPHA, BETA, MISSING)
+    np.testing.assert_array_equal(found.is_contact, expected)
+    assert 20 < np.triu(expected, 6).sum() < 400
+
+
+def test_without_a_declared_sequence_it_is_that_of_the_atoms_or_the_one_given(tmp_path):
+    path = write(tmp_path / "a.pdb", pdb_text(SEQUENCE, ALPHA, BETA, MISSING, seqres=False))
+    assert read_structure(path).sequence == "TVRQERLKSIVRILERSKSGAQLAGERTDIPKNFGYHMCWLLASGE"
+    found = read_structure(path, sequence=SEQUENCE)
+    assert found.sequence == SEQUENCE
+    np.testing.assert_array_equal(found.is_contact, contacts_of(SEQUENCE, ALPHA, BETA, MISSING))
+    cif = write(tmp_path / "a.cif", cif_text(SEQUENCE, ALPHA, BETA, MISSING, scheme=False))
+    assert len(read_structure(cif).sequence) == 46
+
+
+def test_selenomethionine_is_methionine_and_other_chains_can_be_named(tmp_path):
+    modified = NAMES | {"M": "MSE"}
+    first = pdb_text(SEQUENCE, ALPHA, BETA, names=modified)
+    second = pdb_text("GAVLI", ALPHA, BETA, chain="B")
+    path = write(tmp_path / "two.pdb", first + second)
+    assert read_structure(path).sequence == SEQUENCE
+    assert find_structures([f"{path}:B"]) == [(path, "B")]
+    assert read_structure(path, "B").sequence == "GAVLI"
+    assert read_structure(path, "B").name == "two_B"
+    with pytest.raises(UserError, match="no chain 'C' of protein; there are A, B"):
+        read_structure(path, "C")
+
+
+def test_a_list_of_contacts_needs_the_sequence(tmp_path):
+    path = write(tmp_path / "a.tsv", "i\tj\tdistance\n2\t9\t5.1\n# none\n\n12,3\n")
+    found = read_structure(path, sequence=SEQUENCE)
+    assert {*zip(*np.nonzero(found.is_contact), strict=True)} == {(1, 8), (8, 1), (11, 2), (2, 11)}
+    assert found.is_resolved.all()
+    with pytest.raises(UserError, match="give the sequence of a by --fasta"):
+        read_structure(path)
+    for line in ("2\t99", "0\t4", "2", "2 x"):
+        write(path, f"1 7\n{line}\n")
+        with pytest.raises(UserError, match=r"line 2 is .* two residues from 1 to 52"):
+            read_structure(path, sequence=SEQUENCE)
+
+
+def test_a_structure_of_another_sequence_is_refused(tmp_path):
+    path = write(tmp_path / "a.pdb", pdb_text(SEQUENCE, ALPHA, BETA))
+    mutant = SEQUENCE[:9] + "W" + SEQUENCE[10:]
+    with pytest.raises(UserError, match=r"a does not match .* 1 of its 52 .* \(residue 10 is K\)"):
+        read_structure(path, sequence=mutant)
+    with pytest.raises(UserError, match="a does not match the sequence: "):
+        read_structure(path, sequence=SEQUENCE[:-5])
+    unknown = SEQUENCE[:9] + "X" + SEQUENCE[10:]
+    assert read_structure(path, sequence=unknown).is_resolved.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("a.pdb", "", "holds no amino acid|cannot be read as a structure"),
+        ("a.pdb", "HETATM    1  O   HOH A   1       0.000   0.000   0.000", "holds no amino acid"),
+        ("a.pdb", "ATOM      1  CA  ALA A   1       x.000   0.000   0.000", "cannot be read as a"),
+        ("a.cif", "data_\nloop_\n_atom_site.id\n1 2", "cannot be read as a structure"),
+        ("a.cif", "\xff\x00", "cannot be read as a structure"),
+        ("a.pdb.gz", "not gzip", "a.pdb.gz cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named(name, content, error, tmp_path):
+    path = tmp_path / name
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=error):
+        read_structure(path)
+
+
+def test_paths_are_files_chains_and_folders(tmp_path):
+    folder = Path(write_structures(tmp_path / "pdbs", [SEQUENCE, SEQUENCE]))
+    (folder / "notes.txt").write_text("")
+    assert find_structures([str(folder)]) == [(folder / "p0.pdb", ""), (folder / "p1.pdb", "")]
+    (tmp_path / "empty").mkdir()
+    for path, error in (
+        (tmp_path / "none.pdb", "does not exist"),
+        (folder / "notes.txt", "no structure by its name"),
+        (tmp_path / "empty", "holds no structure"),
+    ):
+        with pytest.raises(UserError, match=error):
+            find_structures([str(path)])
+
+
+def test_without_biopython_the_extra_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.pdb", pdb_text(SEQUENCE, ALPHA, BETA))
+    monkeypatch.setitem(sys.modules, "Bio", None)
+    with pytest.raises(UserError, match=r"esm1nv_jax\[structures\]"):
+        read_structure(path)
