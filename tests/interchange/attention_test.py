@@ -67,7 +67,7 @@ def test_contacts_are_those_of_transformers_there_and_back(kind, tmp_path):
         short = load(folder, max_residues=40)  # another length of rows
         np.testing.assert_allclose(short.contacts(sequence, "attention"), expected, atol=1e-5)
 
-    convert.from_hf(folder, str(tmp_path / "ours"))
+    convert.import_model(folder, str(tmp_path / "ours"))
     convert.to_hf(str(tmp_path / "ours"), str(tmp_path / "again"))
     again = transformers.EsmForMaskedLM.from_pretrained(
         tmp_path / "again", attn_implementation="eager"
