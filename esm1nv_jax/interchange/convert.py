@@ -112,6 +112,7 @@ def import_model(path: str, out: str, source: str = "hf", vocabulary: str | None
 def measure_difference(exact: Weights, approximated: Weights) -> str:
     """One sentence on how far two models are apart, on proteins of the bundled sample."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from esm1nv_jax.data import pipeline
@@ -120,64 +121,49 @@ def measure_difference(exact: Weights, approximated: Weights) -> str:
 
     residues = min(256, exact.model.positions - 2)
     stream = pipeline.StreamConfig(seed=0, rows=4, row_length=residues + 2, max_residues=residues)
-    max_differences, sums, proteins = np.zeros(2), np.zeros(3), 0
-    encoder_params, head = exact.encoder_params, exact.head
-
-    @jax.jit
-    def compare_heads(params, batch):
-        assert head is not None
-        layout = batch["segment_ids"], batch["positions"]
-        outputs = []
-        for model in (exact.model, approximated.model):
-            tokens = esm2.map_missing_to_unk(model.vocabulary, batch["tokens"])
-            x_BTD = encoder.forward(model, params, tokens, *layout, hidden_layers=(-1,)).hidden[-1]
-            outputs.append(heads.logits(head, exact.params["head"], x_BTD, *layout, residues))
-        difference = abs(outputs[0] - outputs[1])
-        if head.level == "residue":
-            difference *= (batch["segment_ids"] > 0)[..., None]
-        return difference.max()
+    head = exact.head
 
     @jax.jit
     def compare(params, batch):
+        layout = batch["segment_ids"], batch["positions"]
         tokens = esm2.map_missing_to_unk(exact.model.vocabulary, batch["tokens"])
-        masked = masking.mask(
-            masking.recipe("card"), tokens, batch["segment_ids"], batch["mask_bits"]
-        )
-        logits = [
-            encoder.forward(
-                model,
-                params,
-                masked.inputs_BT,
-                batch["segment_ids"],
-                batch["positions"],
-                prediction_positions_BM=masked.prediction_positions_BM,
-            ).logits
-            for model in (exact.model, approximated.model)
-        ]
-        difference_BM = abs(logits[0] - logits[1]).max(axis=-1)
-        before, after = (masking.cross_entropy_sums(part, masked) for part in logits)
-        return (
-            (difference_BM * masked.is_target_BM).max(),
-            (before["loss_mask"], after["loss_mask"], before["num_masked"]),
-        )
+        masked = masking.mask(masking.recipe("card"), tokens, layout[0], batch["mask_bits"])
+        columns = masked.prediction_positions_BM
+        logits, losses, of_head = [], [], []
+        for model in (exact.model, approximated.model):
 
+            def forward(tokens, model=model, **options):
+                return encoder.forward(model, params["encoder"], tokens, *layout, **options)
+
+            output = forward(masked.inputs_BT, prediction_positions_BM=columns)
+            logits.append(output.logits * masked.is_target_BM[..., None])
+            sums = masking.cross_entropy_sums(output.logits, masked)
+            losses.append((sums["loss_mask"], sums["num_masked"]))
+            if head is not None:
+                x_BTD = forward(tokens, hidden_layers=(-1,)).hidden[-1]
+                outputs = heads.logits(head, params["head"], x_BTD, *layout, residues)
+                is_read = layout[0][..., None] > 0 if head.level == "residue" else True
+                of_head.append(jnp.where(is_read, outputs, 0))
+        largest = [jnp.max(abs(a - b)) for a, b in (logits, of_head or (jnp.zeros(1),) * 2)]
+        return jnp.stack(largest), jnp.array(losses)
+
+    differences, losses, proteins = np.zeros(2), np.zeros((2, 2)), 0
+    params = {"encoder": exact.encoder_params, "head": exact.params.get("head")}
     for batch in pipeline.evaluation_batches(open_split("sample", "test"), stream):
         names = ("tokens", "segment_ids", "positions", "mask_bits")
-        arrays = {name: batch[name] for name in names}
-        difference, part = compare(encoder_params, arrays)
-        of_head = compare_heads(encoder_params, arrays) if head else 0.0
-        max_differences = np.maximum(max_differences, (float(difference), float(of_head)))
-        sums = sums + np.array(part, np.float64)
+        largest, sums = compare(params, {name: batch[name] for name in names})
+        differences, losses = np.maximum(differences, largest), losses + np.float64(sums)
         proteins += int(((batch["segment_ids"] > 0) & (batch["positions"] == 0)).sum())
         if proteins >= MEASURED_PROTEINS:
             break
-    before, after = np.exp(sums[:2] / sums[2])
+    before, after = np.exp(losses[:, 0] / losses[:, 1])
+    num_masked = int(losses[0, 1])
     return (
         f"approximate: {approximated.model.ffn_activation} stands for "
-        f"{exact.model.ffn_activation} in the FFN; on {int(sums[2]):,} <mask> positions of the "
-        f"bundled sample logits differ by up to {max_differences[0]:.2g}, perplexity is "
+        f"{exact.model.ffn_activation} in the FFN; on {num_masked:,} <mask> positions of the "
+        f"bundled sample logits differ by up to {differences[0]:.2g}, perplexity is "
         f"{after:.4f} instead of {before:.4f}"
-        + (f"; outputs of the head differ by up to {max_differences[1]:.2g}" if head else "")
+        + (f"; outputs of the head differ by up to {differences[1]:.2g}" if head else "")
     )
 
 

@@ -3,11 +3,14 @@
 import argparse
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from esm1nv_jax import load
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import convert, fair_esm
 from esm1nv_jax.interchange.loader import load_weights
@@ -140,6 +143,46 @@ def test_an_exact_export_is_the_same_model(kind, tmp_path):
     there, tokens = run(kind, path, sequences)
     worst = differences(there, load_weights(str(tmp_path / "hf")), [sequences], 64, tokens)
     assert worst.max() < 1e-5, worst
+
+
+def test_embeddings_and_scores_of_esm1_are_those_of_the_package(tmp_path):
+    """ESM-1 reads no end token, and the commands here give every sequence one."""
+    path, model = save("esm1", tmp_path), str(tmp_path / "model")
+    convert.import_model(path, model, "fair-esm")
+    sequences = ["MKTAYIAKQRQISFV", "GSHMLED", "M_TAYIAKQRQISFV"]
+    there, tokens = run("esm1", path, sequences)
+    opened = load(model)
+    embedded = opened.embed(sequences[:2])
+    for i, sequence in enumerate(sequences[:2]):
+        expected = there[sequence][0][-1][1:]
+        np.testing.assert_allclose(embedded.per_residue[i], expected, atol=1e-5)
+        np.testing.assert_allclose(embedded.mean[i], expected.mean(0), atol=1e-5)
+    logits = there[sequences[2]][1][2].astype(np.float64)
+    expected = logits[tokens.index("W")] - logits[tokens.index("K")]
+    np.testing.assert_allclose(opened.score_variants(sequences[0], ["K2W"]), [expected], atol=1e-5)
+
+
+@pytest.mark.integration
+def test_esm1_can_be_fine_tuned_and_evaluated(tmp_path):
+    """By the command lines: what is trained is read back, and predicts."""
+    model, csv, run_dir = str(tmp_path / "model"), tmp_path / "labels.csv", tmp_path / "run"
+    convert.import_model(save("esm1", tmp_path), model, "fair-esm")
+    splits = ["train"] * 28 + ["valid"] * 6 + ["test"] * 6
+    rows = zip(proteins(1, *[20] * 40), splits, strict=True)
+    lines = ["sequence,label,split", *(f"{s},{s.count('A')},{split}" for s, split in rows)]
+    csv.write_text("\n".join(lines))
+    fasta, out = tmp_path / "some.fasta", tmp_path / "out.csv"
+    fasta.write_text(">a\nMKTAYIAKQR\n")
+    for command in (
+        f"evaluate --checkpoint {model} --fasta {fasta}",
+        f"finetune --checkpoint {model} --csv {csv} --task protein_regression --epochs 1 --batch 8 "
+        f"--out {run_dir}",
+        f"predict --checkpoint {run_dir} --fasta {fasta} --out {out}",
+    ):
+        argv = [sys.executable, "-m", "esm1nv_jax", *command.split()]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(out.read_text().splitlines()) == 2
 
 
 def test_esm1_has_no_equal_in_transformers(tmp_path):
