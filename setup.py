@@ -41,9 +41,12 @@ EXTRAS = {
         "antiberty==0.1.3",
         "fair-esm==2.0.0",
     ],
+    # Drivers from 580, and from 525. They exclude each other.
+    "cuda13": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],
-    # Compilers for chips that are absent: of jax's own version, without any CUDA library.
-    "plan": ["jax[cuda12-local]", "jax[tpu]"],
+    # Compilers for chips that are absent: of jax's own version, without any CUDA library. For GPUs
+    # cuda13 and cuda12 have them, too.
+    "plan": ["jax[cuda13-local]", "jax[tpu]"],
     "tpu": ["jax[tpu]"],
 }
 

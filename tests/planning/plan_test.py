@@ -23,7 +23,7 @@ from tests.planning.run_plan import plan
 
 needs_cuda = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))),
-    reason="compiling for GPUs needs jax-cuda12-plugin (the extra `plan`)",
+    reason="compiling for GPUs needs jax-cuda13-plugin (the extra `plan`)",
 )
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="compiling for TPUs needs libtpu"
@@ -116,7 +116,7 @@ def test_splash_attention_on_a_tpu():
 @pytest.mark.parametrize("attention", ["pallas", "cudnn", "xla"])
 def test_every_backend_compiles_for_gpus(chip, attention):
     if attention == "cudnn" and importlib.util.find_spec("nvidia.cudnn") is None:
-        pytest.skip("compiling with cuDNN needs: pip install --no-deps nvidia-cudnn-cu12")
+        pytest.skip("compiling with cuDNN needs: pip install --no-deps nvidia-cudnn-cu13")
     result = plan(
         "--config=configs/pretrain_small.py:padded",
         *SHORT,
