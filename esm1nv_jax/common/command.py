@@ -61,6 +61,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
+def parse_shard(text: str | None) -> tuple[int, int] | None:
+    """(i, n) of "i/n". Raises UserError for another text."""
+    if text is None:
+        return None
+    numbers = parse_integers("shard", text.split("/"))
+    if len(numbers) != 2:
+        raise UserError(f"--shard={text} is not i/n, such as 1/4")
+    return numbers[0], numbers[1]
+
+
+def parse_integers(name: str, words: list[str]) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, words))
+    except ValueError:
+        raise UserError(f"--{name}={','.join(words)} is not a list of integers") from None
+
+
 def run(verb: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Calls a verb's `main`; a user's mistake becomes one line on stderr and status 2."""
     for stream in (sys.stdout, sys.stderr):

@@ -25,7 +25,7 @@ from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fasta import Proteins, scan
 from esm1nv_jax.inference.model import PRECISIONS, Model
-from esm1nv_jax.inference.partial_results import PartialResults, PartReader
+from esm1nv_jax.inference.partial_results import HASHES, PartialResults, PartReader
 
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
@@ -60,6 +60,9 @@ class FastaRequest:
             i, n = self.shard
             raise UserError(f"--shard={i}/{n} is not i/n with i from 1 to n, such as 1/4")
 
+    def check_ids(self, proteins: Proteins) -> None:
+        """Raises UserError for an id that the file to be written cannot hold."""
+
     def check_choices(self, choices: dict[str, tuple[str, ...]]) -> None:
         """Raises UserError for the first field that has a value of none of its choices."""
         for name, allowed in choices.items():
@@ -76,13 +79,15 @@ class Computation:
     """What is computed of proteins.
 
     run: residue ids of some proteins to arrays, [proteins, ...] or [residues, ...]. settings: all
-    that their contents depend on, as JSON has it. bytes_per_residue: of the arrays.
+    that their contents depend on, as JSON has it. bytes_per_residue: of the arrays. with_hashes:
+    whether parts hold `HASHES`.
     """
 
     model: Model
     run: Callable[[list[np.ndarray]], dict[str, np.ndarray]]
     settings: dict[str, Any]
     bytes_per_residue: int
+    with_hashes: bool = False
 
 
 def run(
@@ -99,6 +104,7 @@ def run(
     advice = "fix it, or pass over such faults with --on-error=skip"
     proteins = scan(request.fasta, request.on_error == "skip", advice)
     console.print(f"{request.fasta}: {proteins}")
+    request.check_ids(proteins)
     job = _Job(request, verb, proteins, load())
     if not request.overwrite:  # other devices would cut it otherwise
         job.part_residues = (results.settings() or {}).get("part_residues") or job.part_residues
@@ -233,6 +239,9 @@ class _Job:
                     f"{name} of some protein from {records[0][0]} to {records[-1][0]} is not "
                     f"finite in {value.dtype}; {advice}check the checkpoint"
                 )
+        if self.computation.with_hashes:
+            named = (s + b"_%d" % len(s) for _, s in records)
+            arrays[HASHES] = np.array([hashlib.sha256(text).hexdigest() for text in named])
         return {
             "lengths": np.array([len(s) for _, s in records], np.int64),
             "checksums": np.array([hashlib.md5(s).hexdigest().encode() for _, s in records]),
@@ -260,23 +269,6 @@ def check_required(parser: Parser, args: Any) -> None:
     for name in ("checkpoint", "fasta"):
         if getattr(args, name) is None:
             parser.error(f"--{name} is missing")
-
-
-def parse_shard(text: str | None) -> tuple[int, int] | None:
-    """(i, n) of "i/n". Raises UserError for another text."""
-    if text is None:
-        return None
-    numbers = parse_integers("shard", text.split("/"))
-    if len(numbers) != 2:
-        raise UserError(f"--shard={text} is not i/n, such as 1/4")
-    return numbers[0], numbers[1]
-
-
-def parse_integers(name: str, words: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(map(int, words))
-    except ValueError:
-        raise UserError(f"--{name}={','.join(words)} is not a list of integers") from None
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from esm1nv_jax.common.errors import UserError
 
 SETTINGS = "settings.json"
 ORIGIN = ("checkpoint", "run", "steps")  # settings on which the contents do not depend
+HASHES = "hashes"  # SHA-256 of SEQUENCE_LENGTH, by which biotrainer names proteins
 PER_PROTEIN = ("ids", "lengths", "checksums", "rows")  # in every part: [proteins]
 _OURS = re.compile(r"settings\.json|part-\d{6,}\.npz|job-\d+-of-\d+\.lock|[\w.-]+\.\d+\.tmp")
 
@@ -185,7 +186,7 @@ class PartReader:
             self.residues += int(arrays["rows"].sum())
             self.longest_id = max(self.longest_id, *map(len, arrays["ids"]))
         first = results.load(0)
-        self.fields = [n for n in first if n not in (*PER_PROTEIN, "of", "id_ends")]
+        self.fields = [n for n in first if n not in (*PER_PROTEIN, "of", "id_ends", HASHES)]
         self.like = {name: (first[name].dtype, first[name].shape[1:]) for name in self.fields}
 
     def parts(self, *names: str) -> Iterator[dict[str, Any]]:

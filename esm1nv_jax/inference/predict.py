@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from esm1nv_jax.common import command
 from esm1nv_jax.common.command import Parser
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import embed, fasta_job
+from esm1nv_jax.inference import embedding_files, fasta_job
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.fasta_job import AS_GIVEN, Computation, FastaRequest, Writer
 from esm1nv_jax.inference.model import load
@@ -103,12 +104,16 @@ def _text(value: object) -> object:
     return f"{value:.9g}" if isinstance(value, float) else value
 
 
-WRITERS: dict[str, Writer] = {".parquet": write_parquet, ".csv": write_csv, ".h5": embed.write_hdf5}
+WRITERS: dict[str, Writer] = {
+    ".parquet": write_parquet,
+    ".csv": write_csv,
+    ".h5": embedding_files.write_hdf5,
+}
 
 
 def writer_for(path: Path) -> Writer:
     """The writer for the name of a file. Raises UserError for an extension that has none."""
-    return embed.writer_for(path, WRITERS)
+    return embedding_files.writer_for(path, WRITERS)
 
 
 def main(argv: list[str]) -> None:
@@ -128,7 +133,7 @@ def main(argv: list[str]) -> None:
         fasta_job.check_required(parser, args)
         request = FastaRequest(
             long=args.long or "window",
-            shard=fasta_job.parse_shard(args.shard),
+            shard=command.parse_shard(args.shard),
             max_residues=args.max_residues,
             **{name: getattr(args, name) for name in AS_GIVEN},
         )

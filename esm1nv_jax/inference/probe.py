@@ -24,7 +24,6 @@ from esm1nv_jax.data.labeled_data import Split, Task
 from esm1nv_jax.inference import layer_record, probe_heads
 from esm1nv_jax.inference.embedding_cache import EmbeddingCache
 from esm1nv_jax.inference.evaluate import to_json
-from esm1nv_jax.inference.fasta_job import parse_integers
 from esm1nv_jax.inference.model import PRECISIONS, Model, check_layers, load
 from esm1nv_jax.inference.perplexity import GroupedMean
 from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, features
@@ -173,7 +172,7 @@ def parse_layers(words: list[str], model: Model) -> tuple[int, ...]:
     words = [word for text in words for word in text.split(",") if word]
     if words == ["all"]:
         return (*range(model.config.layers + 1), -1)
-    layers = tuple(dict.fromkeys(parse_integers("layers", words)))
+    layers = tuple(dict.fromkeys(command.parse_integers("layers", words)))
     if not layers:
         raise UserError("--layers names none; give all, or numbers such as 0 3 -1")
     check_layers(layers, model.config)

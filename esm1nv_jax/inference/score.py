@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax.common import files
-from esm1nv_jax.common.command import Parser
+from esm1nv_jax.common.command import Parser, parse_shard
 from esm1nv_jax.common.console import console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.inference import proteingym, variant_scores
-from esm1nv_jax.inference.fasta_job import parse_shard
 from esm1nv_jax.inference.heat_map import plot_heat_map
 from esm1nv_jax.inference.model import PRECISIONS, load
 from esm1nv_jax.inference.mutants import all_singles, parse_mutants
