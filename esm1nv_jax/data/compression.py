@@ -6,6 +6,7 @@ However far a file expands, a few tens of megabytes of it are held at a time.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import hashlib
 import io
@@ -168,20 +169,29 @@ def regular_file(name: str, folder: Path | None = None) -> tuple[Path, IO[bytes]
         return path, None
     if name != "-" and path.is_dir():
         raise UserError(f"cannot read {name}: it is a folder; give a file")
+    with (
+        temporary_file(name, folder) as copy,
+        open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe,
+    ):
+        shutil.copyfileobj(pipe, copy, BLOCK)
+    return Path(copy.name), copy
+
+
+@contextlib.contextmanager
+def temporary_file(name: str, folder: Path | None) -> Iterator[IO[bytes]]:
+    """A file to be filled from the input `name`, which is removed with that object."""
     try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe:
-            copy = tempfile.NamedTemporaryFile(  # noqa: SIM115
-                prefix="esm1nv-input-", dir=folder, delete=False
-            )
-            # By itself it would complain where the folder was removed before it.
-            weakref.finalize(copy, Path(copy.name).unlink, missing_ok=True)
-            shutil.copyfileobj(pipe, copy, BLOCK)
-            copy.flush()
+        copy = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            prefix="esm1nv-input-", dir=folder, delete=False
+        )
+        # By itself it would complain where the folder was removed before it.
+        weakref.finalize(copy, Path(copy.name).unlink, missing_ok=True)
+        yield copy
+        copy.flush()
     except OSError as error:
         where = folder or tempfile.gettempdir()
         hint = f"; no space is left in {where}" if error.errno == errno.ENOSPC else ""
         raise UserError(f"cannot read {name}: {error.strerror}{hint}") from error
-    return Path(copy.name), copy
 
 
 class _ZstdDecompressor:

@@ -24,8 +24,9 @@ from isal import igzip
 from esm1nv_jax.common.console import count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile, regular_file
+from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile
 from esm1nv_jax.data.splits import digests
+from esm1nv_jax.data.tables import COLUMNS, input_name, protein_file
 
 TEXT_SIZE = 1 << 20  # bytes of text parsed at a time
 MAX_RECORD = 1 << 26  # bytes; the longest known protein, titin, has 4e4 residues
@@ -254,14 +255,17 @@ class Proteins:
         return "; ".join(parts)
 
 
-def scan(path: str, skip: bool = False, advice: str = "fix it") -> Proteins:
-    """Reads the whole of a FASTA file, plain or compressed by gzip, zstd or xz; or a pipe.
+def scan(
+    path: str, skip: bool = False, advice: str = "fix it", columns: tuple[str, str] = COLUMNS
+) -> Proteins:
+    """Reads the whole of a FASTA file, plain or compressed by gzip, zstd or xz; or a pipe; or a
+    table with `columns` of ids and sequences.
 
     Raises UserError at the first fault, with its line and `advice`; with `skip` faults are counted
     instead. A record that repeats an earlier one is left out; one id for two sequences is a fault.
     """
-    source, copy = regular_file(path)
-    name = "standard input" if path == "-" else path
+    source, copy = protein_file(path, columns=columns)
+    name = input_name(path)
     skipped: Counter[str] = Counter()
     normalized: Counter[str] = Counter()
 

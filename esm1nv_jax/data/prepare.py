@@ -1,4 +1,4 @@
-"""`esm1nv prepare`: makes a data set of three splits from FASTA files.
+"""`esm1nv prepare`: makes a data set of three splits from FASTA files or tables.
 
 The data set is made in a folder beside `--out` and renamed when it is whole, so that `--out` is
 either complete or not there.
@@ -27,8 +27,8 @@ from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, first_pass, manifest, splits
-from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.splits import Size, SplitAssignment
+from esm1nv_jax.data.tables import COLUMNS, input_name, parse_columns, protein_file
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4 << 20, 128 << 20  # bytes of text in a chunk, and so in a shard
 _CHUNKS = 256  # enough to keep the workers busy, few enough to list the folder
@@ -53,6 +53,7 @@ class Preparation:
     max_length: int | None = None
     groups: str | None = None
     on_error: str = "stop"
+    columns: tuple[str, str] = COLUMNS  # of ids and of sequences, where a file is a table
 
     def __post_init__(self):
         for name, least in (("validation", 0), ("test", 0), ("workers", 1), ("min_length", 1)):
@@ -75,12 +76,12 @@ def prepare(options: Preparation) -> dict:
     """Makes the data set and returns its manifest. Raises UserError, and then leaves nothing."""
     began = time.monotonic()
     with _unfinished_folder(Path(options.out)) as (folder, lock):
-        sources = [regular_file(name, folder) for name in options.fasta]
+        sources = [protein_file(name, folder, options.columns) for name in options.fasta]
         sizes = [path.stat().st_size for path, _ in sources]
         text = sum(sizes) * _TEXT_PER_BYTE
         task = first_pass.WorkerTask(
             sources=tuple(path for path, _ in sources),
-            names=tuple("standard input" if name == "-" else name for name in options.fasta),
+            names=tuple(map(input_name, options.fasta)),
             folder=folder,
             workers=options.workers,
             chunk_bytes=int(min(max(text / _CHUNKS, _SMALLEST_CHUNK), _LARGEST_CHUNK)),
@@ -284,11 +285,14 @@ def _parse_size(text: str) -> Size:
 def main(argv: list[str]) -> None:
     parser = Parser(
         "prepare",
-        "Make a data set from FASTA files: plain, or compressed by gzip, zstd or xz.",
+        "Make a data set from FASTA files, or tables; plain, or compressed by gzip, zstd or xz.",
         "esm1nv prepare --fasta uniref50.fasta.gz --out data/uniref50",
     )
     add = parser.add_argument
-    add("--fasta", nargs="+", metavar="FILE", help="FASTA files or pipes; - is standard input")
+    add(
+        "--fasta", nargs="+", metavar="FILE", help="FASTA, CSV or Parquet files, or pipes; -: stdin"
+    )
+    add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
     add("--out", metavar="DIR", help="the folder to make")
     for name, size in zip(splits.NAMES[1:], splits.DEFAULT_SIZES, strict=True):
         add(
@@ -314,5 +318,6 @@ def main(argv: list[str]) -> None:
     if not options["fasta"] or not options["out"]:
         raise UserError("--fasta and --out are needed (see esm1nv prepare --help)")
     options["fasta"] = tuple(options["fasta"])
+    options["columns"] = parse_columns(options["columns"])
     content = prepare(Preparation(**options))
     console.print(f"{options['out']}: {manifest.summary(content)}")

@@ -24,12 +24,13 @@ from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fasta import Proteins, scan
+from esm1nv_jax.data.tables import COLUMNS, parse_columns
 from esm1nv_jax.inference.model import PRECISIONS, Model
 from esm1nv_jax.inference.partial_results import HASHES, PartialResults, PartReader
 
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
-AS_GIVEN = "checkpoint fasta out precision deterministic overwrite on_error".split()
+AS_GIVEN = "checkpoint fasta out precision deterministic overwrite on_error columns".split()
 CHOICES = {
     "precision": tuple(PRECISIONS),
     "long": ("window", "truncate", "error"),
@@ -53,6 +54,7 @@ class FastaRequest:
     overwrite: bool = False
     on_error: str = "stop"
     max_residues: int | None = None
+    columns: str = ",".join(COLUMNS)  # of ids and of sequences, where `fasta` is a table
 
     def __post_init__(self):
         self.check_choices(CHOICES)
@@ -102,7 +104,8 @@ def run(
     if results.out.exists() and not results.folder.exists() and not request.overwrite:
         raise UserError(f"{results.out} exists; add --overwrite, or choose another --out")
     advice = "fix it, or pass over such faults with --on-error=skip"
-    proteins = scan(request.fasta, request.on_error == "skip", advice)
+    columns = parse_columns(request.columns)
+    proteins = scan(request.fasta, request.on_error == "skip", advice, columns)
     console.print(f"{request.fasta}: {proteins}")
     request.check_ids(proteins)
     job = _Job(request, verb, proteins, load())
@@ -253,7 +256,8 @@ def add_arguments(parser: Parser, out: str) -> None:
     """The options that a `FastaRequest` is made of."""
     add = parser.add_argument
     add("--checkpoint", help="a run, one of its steps, a model folder or an exported folder")
-    add("--fasta", help="proteins, plain or compressed by gzip, zstd or xz")
+    add("--fasta", help="proteins: FASTA, plain or compressed by gzip, zstd or xz; CSV or Parquet")
+    add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
     add("--out", required=True, help=f"file to write: {out}")
     add("--precision", default="fp32", help="of matrix products: fp32 (default) or bf16")
     add("--long", help="proteins too long: window (default), truncate or error")
