@@ -138,7 +138,7 @@ def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str
     is_pdb = _suffix(path) in PDB
     try:
         parser = PDBParser(QUIET=True) if is_pdb else MMCIFParser(QUIET=True)
-        model = next(iter(parser.get_structure("", io.StringIO(text))))
+        model = next(iter(parser.get_structure("", io.StringIO(text))), ())
         chains = {c.id: c for c in model if any(_is_residue(r, one_letter) for r in c)}
         declared: dict[str, str] = {}
         if is_pdb:

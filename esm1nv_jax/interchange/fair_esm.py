@@ -2,7 +2,8 @@
 
 It is a file of `torch.save` with the weights under `model`. The config is an `argparse.Namespace`
 under `args`, or for ESM-2 under `cfg.model`. Names begin with the module that a model was trained
-in (`encoder.`, `decoder.`), which says nothing here.
+in (`encoder.`, `decoder.`), which says nothing here. The contact head of NAME.pt lies in a file of
+its own, NAME-contact-regression.pt.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from esm1nv_jax.checkpoints.model_folder import Weights, unflatten
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM2, MASK, PAD, vocabulary
-from esm1nv_jax.interchange import tensor_names, tensors, torch_file
+from esm1nv_jax.interchange import head_tensors, tensor_names, tensors, torch_file
 from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.tensor_names import Family
 from esm1nv_jax.model.encoder_config import EncoderConfig
@@ -53,7 +54,7 @@ ESM1B = Family(
     position_embedding="embed_positions.weight",
     lm_head_bias="lm_head.bias",
     decoder="lm_head",
-    ignored=r"contact_head\..*|.*version",
+    ignored=r".*version",
     frequency="rot_emb.inv_freq",
     positions_after_padding=True,
 )
@@ -67,37 +68,49 @@ FAMILIES = {
 
 
 def read(path: str) -> Weights:
-    """Weights of a `.pt` file of `fair-esm`.
+    """Weights of a `.pt` file of `fair-esm`, with the contact head that lies beside it, if any.
 
     Raises UserError that names what is missing, unknown, damaged, or cannot be expressed here.
     """
-    try:
-        with files.open_weights(epath.Path(path)) as file:
-            content = torch_file.read(file, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    content = _read_file(path)
     name, fields = _config_fields(content, path)
-    family = FAMILIES[name]
-    state = content.get("model")
-    if not isinstance(state, dict) or not all(isinstance(x, np.ndarray) for x in state.values()):
-        raise UserError(f"{path} has no table of tensors under `model`, as files of fair-esm have")
-    state = {_without_trainer(str(k)): tensors.to_float32(x) for k, x in state.items()}
+    family, state = FAMILIES[name], _tensors(content, path)
+    regression = path.removesuffix(".pt") + "-contact-regression.pt"
+    if epath.Path(regression).exists():
+        state |= _tensors(_read_file(regression), regression)
     config = _encoder_config(name, fields, state)
     extra = {}
     if name == "ESM-1":
         extra = _convert_esm1(config, state, path)
     elif name == "ESM-1b":
         _clear_mask_row(config, state)
+    contacts = head_tensors.pop_contact_params(config, state, regression, prefix="")
     params, left_out = tensor_names.from_tensors(family, config, state, path)
     params |= extra
-    tensor_names.check_finite(params, path)
+    tensor_names.check_finite(params | contacts, path)
     provenance = {"converted_from": path, "architecture": name, "tensors_left_out": left_out}
-    return Weights(unflatten(params), config, provenance)
+    return Weights(unflatten(params), config, provenance, contact_head=contacts or None)
 
 
-def _config_fields(content: Any, path: str) -> tuple[str, ConfigFields]:
+def _read_file(path: str) -> dict:
+    try:
+        with files.open_weights(epath.Path(path)) as file:
+            content = torch_file.read(file, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _tensors(content: dict, path: str) -> dict[str, np.ndarray]:
+    """The tensors of a file in fp32, by names without that of the trainer."""
+    state = content.get("model")
+    if not isinstance(state, dict) or not all(isinstance(x, np.ndarray) for x in state.values()):
+        raise UserError(f"{path} has no table of tensors under `model`, as files of fair-esm have")
+    return {_without_trainer(str(k)): tensors.to_float32(x) for k, x in state.items()}
+
+
+def _config_fields(content: dict, path: str) -> tuple[str, ConfigFields]:
     """(architecture, fields without the prefix `encoder_` or `decoder_`)."""
-    content = content if isinstance(content, dict) else {}
     args, cfg = content.get("args"), content.get("cfg")
     if isinstance(args, dict) and "arch" in args:
         if args["arch"] not in ARCHITECTURES:

@@ -115,10 +115,7 @@ def pop_params(
     return params
 
 
-CONTACTS = {
-    "kernel": "esm.contact_head.regression.weight",
-    "bias": "esm.contact_head.regression.bias",
-}
+CONTACTS = {"kernel": "contact_head.regression.weight", "bias": "contact_head.regression.bias"}
 
 
 def to_contact_tensors(
@@ -129,16 +126,16 @@ def to_contact_tensors(
     tensors = {}
     for ours, like in contact_head.abstract(config).items():
         value = params[ours] if params else np.zeros(like.shape, np.float32)
-        tensors[CONTACTS[ours]] = np.ascontiguousarray(value.T)
+        tensors[f"esm.{CONTACTS[ours]}"] = np.ascontiguousarray(value.T)
     return tensors
 
 
 def pop_contact_params(
-    config: EncoderConfig, tensors: dict[str, np.ndarray], source: str
+    config: EncoderConfig, tensors: dict[str, np.ndarray], source: str, prefix: str = "esm."
 ) -> dict[str, np.ndarray]:
     """The parameters of a contact head, whose tensors are removed; none where there is
     none or it is zero. Raises UserError for one of another shape."""
-    popped = {ours: tensors.pop(theirs, None) for ours, theirs in CONTACTS.items()}
+    popped = {ours: tensors.pop(prefix + theirs, None) for ours, theirs in CONTACTS.items()}
     if not any(value is not None and value.any() for value in popped.values()):
         return {}
     params = {}
@@ -147,7 +144,7 @@ def pop_contact_params(
         if value is None or value.T.shape != like.shape or value.dtype != np.float32:
             found = "missing" if value is None else f"{value.dtype} {value.shape}"
             raise UserError(
-                f"{source}: tensor {CONTACTS[ours]} is {found}; {config.layers} layers of "
+                f"{source}: tensor {prefix}{CONTACTS[ours]} is {found}; {config.layers} layers of "
                 f"{config.heads} heads have floats of shape {like.shape[::-1]}"
             )
         params[ours] = np.ascontiguousarray(value.T)

@@ -111,6 +111,25 @@ def test_every_layer(kind, tmp_path):
     assert worst.max() < 1e-5, worst
 
 
+@pytest.mark.parametrize("kind", ["esm1b", "esm2"])
+def test_contacts_by_the_head_in_the_file_beside(kind, tmp_path):
+    path = save(kind, tmp_path)
+    names = "contact_head.regression.weight", "contact_head.regression.bias"
+    values = torch.linspace(-20, 30, 12)[None], torch.tensor([-0.5])
+    head = {"model": dict(zip(names, values, strict=True))}
+    torch.save(head, path.replace(".pt", "-contact-regression.pt"))
+    out = str(tmp_path / "model")
+    convert.main(["--from", "fair-esm", path, "--out", out])
+    data = torch.load(path, weights_only=False)
+    there, alphabet = esm.pretrained.load_model_and_alphabet_core(NAMES[kind], data, head)
+    [sequence] = proteins(1, 40)
+    _, _, ids = alphabet.get_batch_converter()([("", sequence)])
+    with torch.no_grad():
+        expected = there.eval().predict_contacts(ids)[0].numpy()
+    assert np.ptp(expected) > 0.1
+    np.testing.assert_allclose(load(out).contacts(sequence, "attention"), expected, atol=1e-5)
+
+
 def test_esm1_at_far_positions(tmp_path):
     """Sines of angles in fp32: at position 1,000 these have errors of 6e-5 themselves."""
     path = save("esm1", tmp_path)
