@@ -24,8 +24,7 @@ THREADS = 64  # a small training run on two cores takes 36
 KEPT_AT_MOST = 1 << 30  # bytes that a program works in
 # Device files of GPUs (/dev/dxg: under Windows) and TPUs.
 _ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
-_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-_CUDA += ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+_CUDA = "jax_cuda12_plugin jax_cuda13_plugin jax_plugins.xla_cuda12 jax_plugins.xla_cuda13".split()
 
 
 class Parser(argparse.ArgumentParser):
