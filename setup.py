@@ -30,6 +30,7 @@ EXTRAS = {
         "scikit-learn>=1.5",
         "nbclient>=0.10",
         "ipykernel>=6.29",
+        "pyyaml>=6",  # launch/jobset.yaml
     ],
     # Linter, formatter, types, import rules, and the hook that runs them before a commit.
     "dev": ["ruff>=0.17", "mypy>=2.4", "import-linter>=2.17", "pre-commit>=4"],
@@ -48,6 +49,8 @@ EXTRAS = {
     # cuda13 and cuda12 have them, too.
     "plan": ["jax[cuda13-local]", "jax[tpu]"],
     "tpu": ["jax[tpu]"],
+    # By which JAX finds the processes of a job of Kubernetes.
+    "k8s": ["jax[k8s]"],
 }
 
 setup(

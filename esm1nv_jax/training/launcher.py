@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -27,7 +28,15 @@ def initialize_arguments(environ: Mapping[str, str] = os.environ) -> dict[str, A
     manual = MANUAL[1:] if managed else MANUAL
     if any(name in environ for name in manual):
         return _manual_arguments(environ)
-    if environ.get("ESM1NV_LAUNCHER") == "tpu_pod":
+    # Set by launch/tpu_pod.sh and launch/jobset.yaml.
+    if launcher := environ.get("ESM1NV_LAUNCHER"):
+        if launcher not in ("tpu_pod", "kubernetes"):
+            raise UserError(f"ESM1NV_LAUNCHER={launcher} is unknown; it may be tpu_pod, kubernetes")
+        if launcher == "kubernetes" and importlib.util.find_spec("kubernetes") is None:
+            raise UserError(
+                "ESM1NV_LAUNCHER=kubernetes needs the package kubernetes, by which JAX asks for "
+                "its job; install the extra k8s"
+            )
         return {}
     if _integer(environ, "OMPI_COMM_WORLD_SIZE", 1) > 1:
         return _open_mpi_arguments(environ)
