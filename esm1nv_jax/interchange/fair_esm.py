@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from esm1nv_jax.checkpoints.model_folder import Weights, unflatten
+from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM2, MASK, PAD, vocabulary
@@ -32,7 +33,7 @@ ARCHITECTURES = {"protein_bert_base": "ESM-1", "roberta_large": "ESM-1b"}  # by 
 ESM2_POSITIONS = 1026  # the longest it was trained on; rotary positions set no limit
 ESM1B = Family(
     architecture="ESM-1b",
-    config_name="its args",
+    config_name="args",
     modules={
         "embedding_norm": "emb_layer_norm_before",
         "final_norm": "emb_layer_norm_after",
@@ -55,6 +56,7 @@ ESM1B = Family(
     lm_head_bias="lm_head.bias",
     decoder="lm_head",
     ignored=r".*version",
+    contact_head="contact_head.regression",
     frequency="rot_emb.inv_freq",
     positions_after_padding=True,
 )
@@ -63,36 +65,31 @@ FAMILIES = {
         ESM1B, architecture="ESM-1", modules={}, lm_head_bias="embed_out_bias", decoder="embed_out"
     ),
     "ESM-1b": ESM1B,
-    "ESM-2": dataclasses.replace(ESM1B, architecture="ESM-2", config_name="its cfg"),
+    "ESM-2": dataclasses.replace(ESM1B, architecture="ESM-2", config_name="cfg.model"),
 }
 
 
 def read(path: str) -> Weights:
-    """Weights of a `.pt` file of `fair-esm`, with the contact head that lies beside it, if any.
+    """Weights of a `.pt` file of `fair-esm`, and those of the contact head in a file beside it.
 
     Raises UserError that names what is missing, unknown, damaged, or cannot be expressed here.
     """
-    content = _read_file(path)
+    content = _load(path)
     name, fields = _config_fields(content, path)
-    family, state = FAMILIES[name], _tensors(content, path)
-    regression = path.removesuffix(".pt") + "-contact-regression.pt"
+    family, state = FAMILIES[name], _state(content, path)
+    regression = f"{path.removesuffix('.pt')}-contact-regression.pt"
     if epath.Path(regression).exists():
-        state |= _tensors(_read_file(regression), regression)
+        state |= _state(_load(regression), regression)
     config = _encoder_config(name, fields, state)
-    extra = {}
+    contacts = head_tensors.pop_contact_params(family, config, state, path)
     if name == "ESM-1":
-        extra = _convert_esm1(config, state, path)
+        _convert_esm1(config, state)
     elif name == "ESM-1b":
         _clear_mask_row(config, state)
-    contacts = head_tensors.pop_contact_params(config, state, regression, prefix="")
-    params, left_out = tensor_names.from_tensors(family, config, state, path)
-    params |= extra
-    tensor_names.check_finite(params | contacts, path)
-    provenance = {"converted_from": path, "architecture": name, "tensors_left_out": left_out}
-    return Weights(unflatten(params), config, provenance, contact_head=contacts or None)
+    return tensor_names.to_weights(family, config, state, path, path, contacts)
 
 
-def _read_file(path: str) -> dict:
+def _load(path: str) -> dict:
     try:
         with files.open_weights(epath.Path(path)) as file:
             content = torch_file.read(file, path)
@@ -101,12 +98,13 @@ def _read_file(path: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _tensors(content: dict, path: str) -> dict[str, np.ndarray]:
-    """The tensors of a file in fp32, by names without that of the trainer."""
+def _state(content: dict, path: str) -> dict[str, np.ndarray]:
+    """The tensors under `model`, floats as fp32, without the names of what trained them."""
     state = content.get("model")
     if not isinstance(state, dict) or not all(isinstance(x, np.ndarray) for x in state.values()):
         raise UserError(f"{path} has no table of tensors under `model`, as files of fair-esm have")
-    return {_without_trainer(str(k)): tensors.to_float32(x) for k, x in state.items()}
+    trainer = re.compile(r"((encoder|decoder)\.)?(sentence_encoder\.)?")
+    return {trainer.sub("", str(k), count=1): tensors.to_float32(x) for k, x in state.items()}
 
 
 def _config_fields(content: dict, path: str) -> tuple[str, ConfigFields]:
@@ -127,12 +125,6 @@ def _config_fields(content: dict, path: str) -> tuple[str, ConfigFields]:
     prefix = "decoder_" if name == "ESM-1" else "encoder_"
     values = args | {str(key).removeprefix(prefix): x for key, x in args.items()}
     return name, ConfigFields(values, f"{path}: {where}")
-
-
-def _without_trainer(name: str) -> str:
-    for prefix in ("encoder.", "decoder.", "sentence_encoder."):
-        name = name.removeprefix(prefix)
-    return name
 
 
 def _encoder_config(name: str, fields: ConfigFields, state: dict) -> EncoderConfig:
@@ -175,26 +167,18 @@ def _clear_mask_row(config: EncoderConfig, state: dict) -> None:
             state[name][vocabulary(config.vocabulary).own_id(MASK)] = 0
 
 
-def _convert_esm1(config: EncoderConfig, state: dict, path: str) -> dict[str, np.ndarray]:
-    """Makes tensors like ESM-1b's of those that ESM-1 has otherwise; returns the parameters that
-    only ESM-1 has."""
-    width, family = config.width, FAMILIES["ESM-1"]
+def _convert_esm1(config: EncoderConfig, state: dict) -> None:
+    """Makes tensors like ESM-1b's of those that ESM-1 has otherwise."""
+    family = FAMILIES["ESM-1"]
     if family.token_embedding in state:
-        state[family.token_embedding] = state[family.token_embedding] * np.float32(width**0.5)
+        state[family.token_embedding] = state[family.token_embedding] * np.float32(
+            config.width**0.5
+        )
     if "embed_out" in state:
-        state["embed_out.weight"] = state.pop("embed_out")
+        state[f"{family.decoder}.weight"] = state.pop("embed_out")
     state.setdefault(family.lm_head_bias, np.zeros(len(ESM1_TOKENS.split(" ")), np.float32))
     state.pop("embed_positions._float_tensor", None)  # it only has a dtype
     state[family.position_embedding] = _sinusoids(config)
-    params = {}
-    for i in range(config.layers):
-        names = [f"layers.{i}.self_attn.bias_{part}" for part in "kv"]
-        for name in names:
-            shape = state[name].shape if name in state else "missing"
-            if shape != (1, 1, width):
-                raise UserError(f"{path}: tensor {name} is {shape}; an ESM-1 has {(1, 1, width)}")
-        params[f"blocks/{i}/bias_kv"] = np.stack([state.pop(name)[0, 0] for name in names])
-    return params
 
 
 def _sinusoids(config: EncoderConfig) -> np.ndarray:

@@ -86,11 +86,7 @@ def to_hf_tensors(
     family: Family, head: HeadConfig, params: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Tensors of a head from its parameters, such as `out_proj/kernel`."""
-    tensors = {}
-    for ours, theirs in _modules(family, head).items():
-        tensors[f"{theirs}.weight"] = params[f"{ours}/kernel"].T
-        tensors[f"{theirs}.bias"] = params[f"{ours}/bias"]
-    return tensors
+    return {theirs: params[ours].T for ours, theirs in _head_names(family, head).items()}
 
 
 def pop_params(
@@ -101,60 +97,59 @@ def pop_params(
     Raises UserError that names the first tensor which is missing or of a wrong shape.
     """
     shapes = {k: v.shape for k, v in flatten(heads.abstract(head, width)).items()}
-    params = {}
-    for ours, theirs in _modules(family, head).items():
-        for part, kind in (("kernel", "weight"), ("bias", "bias")):
-            tensor, shape = tensors.pop(f"{theirs}.{kind}", None), shapes[f"{ours}/{part}"]
-            if tensor is None or tensor.T.shape != shape or tensor.dtype != np.float32:
-                found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
-                raise UserError(
-                    f"{source}: tensor {theirs}.{kind} is {found}; "
-                    f"{architecture(family, head)} has floats of shape {shape[::-1]}"
-                )
-            params[f"{ours}/{part}"] = np.ascontiguousarray(tensor.T)
-    return params
-
-
-CONTACTS = {"kernel": "contact_head.regression.weight", "bias": "contact_head.regression.bias"}
+    return _pop(tensors, _head_names(family, head), shapes, architecture(family, head), source)
 
 
 def to_contact_tensors(
-    config: EncoderConfig, params: dict[str, np.ndarray] | None
+    family: Family, config: EncoderConfig, params: dict[str, np.ndarray] | None
 ) -> dict[str, np.ndarray]:
     """Tensors of ESM's contact head; zero where there is none, for `transformers` would draw them
     at random at every start."""
-    tensors = {}
-    for ours, like in contact_head.abstract(config).items():
-        value = params[ours] if params else np.zeros(like.shape, np.float32)
-        tensors[f"esm.{CONTACTS[ours]}"] = np.ascontiguousarray(value.T)
-    return tensors
+    zeros = {k: np.zeros(v.shape, np.float32) for k, v in contact_head.abstract(config).items()}
+    return {
+        theirs: np.ascontiguousarray((params or zeros)[ours].T)
+        for ours, theirs in _layer_names("", family.contact_head).items()
+    }
 
 
 def pop_contact_params(
-    config: EncoderConfig, tensors: dict[str, np.ndarray], source: str, prefix: str = "esm."
-) -> dict[str, np.ndarray]:
-    """The parameters of a contact head, whose tensors are removed; none where there is
-    none or it is zero. Raises UserError for one of another shape."""
-    popped = {ours: tensors.pop(prefix + theirs, None) for ours, theirs in CONTACTS.items()}
-    if not any(value is not None and value.any() for value in popped.values()):
-        return {}
+    family: Family, config: EncoderConfig, tensors: dict[str, np.ndarray], source: str
+) -> dict[str, np.ndarray] | None:
+    """The parameters of a contact head, whose tensors are removed; None where there is none, or it
+    is zero. Raises UserError for one of another shape."""
+    names = _layer_names("", family.contact_head)
+    present = [tensors[name] for name in names.values() if name in tensors]
+    shapes = {k: v.shape for k, v in contact_head.abstract(config).items()}
+    model = f"a model with {config.layers} layers of {config.heads} heads"
+    params = _pop(tensors, names, shapes, model, source) if present else {}
+    return params if any(value.any() for value in params.values()) else None
+
+
+def _pop(tensors, names, shapes, model: str, source: str) -> dict[str, np.ndarray]:
+    """Parameters by name, whose tensors are removed. `names`: ours to theirs."""
     params = {}
-    for ours, like in contact_head.abstract(config).items():
-        value = popped[ours]
-        if value is None or value.T.shape != like.shape or value.dtype != np.float32:
-            found = "missing" if value is None else f"{value.dtype} {value.shape}"
+    for ours, theirs in names.items():
+        tensor, shape = tensors.pop(theirs, None), shapes[ours]
+        if tensor is None or tensor.T.shape != shape or tensor.dtype != np.float32:
+            found = "missing" if tensor is None else f"{tensor.dtype} {tensor.shape}"
             raise UserError(
-                f"{source}: tensor {prefix}{CONTACTS[ours]} is {found}; {config.layers} layers of "
-                f"{config.heads} heads have floats of shape {like.shape[::-1]}"
+                f"{source}: tensor {theirs} is {found}; {model} has floats of shape {shape[::-1]}"
             )
-        params[ours] = np.ascontiguousarray(value.T)
+        params[ours] = np.ascontiguousarray(tensor.T)
     return params
 
 
-def _modules(family: Family, head: HeadConfig) -> dict[str, str]:
-    """Linear layers: ours to theirs."""
-    if head.level == "residue":
-        return {"out_proj": "classifier"}
-    if family is ESM:
-        return {"dense": "classifier.dense", "out_proj": "classifier.out_proj"}
-    return {"dense": "bert.pooler.dense", "out_proj": "classifier"}
+def _layer_names(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}kernel": f"{theirs}.weight", f"{ours}bias": f"{theirs}.bias"}
+
+
+def _head_names(family: Family, head: HeadConfig) -> dict[str, str]:
+    """Parameters of a head: ours to theirs."""
+    layers = {"out_proj": "classifier"}
+    if head.level == "protein" and family is ESM:
+        layers = {"dense": "classifier.dense", "out_proj": "classifier.out_proj"}
+    elif head.level == "protein":
+        layers |= {"dense": "bert.pooler.dense"}
+    return {
+        k: v for ours, theirs in layers.items() for k, v in _layer_names(f"{ours}/", theirs).items()
+    }

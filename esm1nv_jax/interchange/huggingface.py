@@ -85,10 +85,10 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         hf_tensors |= tensors.read_safetensors(folder / LM_HEAD)
     if (folder / CONTACT_HEAD).exists():
         hf_tensors |= tensors.read_safetensors(folder / CONTACT_HEAD)
-    contacts = head_tensors.pop_contact_params(config, hf_tensors, str(folder))
+    contacts = head_tensors.pop_contact_params(family, config, hf_tensors, str(folder))
     params, left_out = tensor_names.from_tensors(family, config, hf_tensors, str(folder))
     params |= {f"head/{name}": value for name, value in head_params.items()}
-    tensor_names.check_finite(params | contacts, str(folder))
+    tensor_names.check_finite(params | (contacts or {}), str(folder))
     provenance: dict[str, Any] = {
         "converted_from": str(folder),
         "architecture": head_tensors.architecture(family, head),
@@ -108,7 +108,7 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
             f"{folder}: {PROVENANCE} or {PADDING} is damaged ({error}); the model does not need "
             "them, remove them or export it again"
         ) from None
-    return Weights(unflatten(params), config, provenance, head, contacts or None)
+    return Weights(unflatten(params), config, provenance, head, contacts)
 
 
 def write(path: str, weights: Weights, difference: str = "") -> None:
@@ -130,7 +130,7 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
         lm_head = {k: v for k, v in hf_tensors.items() if not k.startswith(of_encoder)}
         hf_tensors = {k: v for k, v in hf_tensors.items() if k.startswith(of_encoder)}
         hf_tensors |= head_tensors.to_hf_tensors(family, head, flatten(weights.params["head"]))
-    contacts = head_tensors.to_contact_tensors(config, weights.contact_head)
+    contacts = head_tensors.to_contact_tensors(family, config, weights.contact_head)
     if family is ESM:
         hf_tensors |= contacts
     else:

@@ -18,7 +18,7 @@ import yaml
 from etils import epath
 from google.protobuf import empty_pb2, message, unknown_fields
 
-from esm1nv_jax.checkpoints.model_folder import Weights, unflatten
+from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import vocabulary
@@ -124,16 +124,9 @@ def _read(archive: tarfile.TarFile, path: str) -> Weights:
     weights = content(WEIGHTS, 8 * parameter_count(config) + 2**24)
     source = f"{path}: {WEIGHTS}"
     state = torch_file.read_table(io.BytesIO(weights), source)
-    params, left_out = tensor_names.from_tensors(
-        MEGATRON, config, _split(state, fields, config, source), source
+    return tensor_names.to_weights(
+        MEGATRON, config, _split(state, fields, config, source), source, path
     )
-    tensor_names.check_finite(params, source)
-    provenance = {
-        "converted_from": path,
-        "architecture": MEGATRON.architecture,
-        "tensors_left_out": left_out,
-    }
-    return Weights(unflatten(params), config, provenance)
 
 
 def _config_fields(content: bytes, source: str) -> ConfigFields:

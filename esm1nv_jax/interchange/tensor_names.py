@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from esm1nv_jax.checkpoints.model_folder import flatten
+from esm1nv_jax.checkpoints.model_folder import Weights, flatten, unflatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import PAD, vocabulary
 from esm1nv_jax.model import encoder
@@ -34,6 +34,7 @@ class Family:
     lm_head_bias: str
     decoder: str  # the output matrix and its bias, which must be the tied ones where it is tied
     ignored: str  # a regular expression of tensors that a masked LM here has no use for
+    contact_head: str = "esm.contact_head.regression"
     token_types: str = ""
     frequency: str = ""  # ends the name of the rotary frequencies, whichever module holds them
     positions_after_padding: bool = False  # position 0 is the row after that of the padding id
@@ -111,6 +112,9 @@ def to_tensors(
         tensors[family.position_embedding] = np.pad(table, ((unread, 0), (0, 0)))
     if not config.tied_head:
         tensors[f"{family.decoder}.weight"] = params["lm_head/decoder/embedding"][rows]
+    for i in range(config.layers if config.bias_kv else 0):
+        for part, bias in zip("kv", params[f"blocks/{i}/bias_kv"], strict=True):
+            tensors[f"{family.layers}.{i}.self_attn.bias_{part}"] = bias[None, None]
     for ours, theirs in module_names(family, config):
         path, _, name = ours.rpartition("/")
         if name in FUSED:
@@ -158,6 +162,28 @@ def from_tensors(
     params = frequency | _params(family, config, tensors)
     left_out = [n for n in ignored if not n.endswith("position_ids") and tensors[n].any()]
     return params, left_out
+
+
+def to_weights(
+    family: Family,
+    config: EncoderConfig,
+    tensors: dict[str, np.ndarray],
+    source: str,
+    path: str,
+    contacts: dict[str, np.ndarray] | None = None,
+) -> Weights:
+    """The model of a file at `path` that holds an encoder and its masked-LM head.
+
+    Raises UserError as `from_tensors` and `check_finite`; `source` is the file for messages.
+    """
+    params, left_out = from_tensors(family, config, tensors, source)
+    check_finite(params | (contacts or {}), source)
+    provenance = {
+        "converted_from": path,
+        "architecture": family.architecture,
+        "tensors_left_out": left_out,
+    }
+    return Weights(unflatten(params), config, provenance, contact_head=contacts)
 
 
 def check_finite(params: dict[str, np.ndarray], source: str) -> None:
@@ -219,6 +245,9 @@ def _params(family, config, tensors) -> dict[str, np.ndarray]:
         for kind in ("kernel", "bias"):
             parts = [params.pop(f"blocks/{i}/{name}/{kind}") for name in FUSED]
             params[f"blocks/{i}/qkv/{kind}"] = np.concatenate(parts, axis=-1)
+        if config.bias_kv:
+            biases = [tensors[f"{family.layers}.{i}.self_attn.bias_{part}"] for part in "kv"]
+            params[f"blocks/{i}/bias_kv"] = np.stack(biases)[:, 0, 0]
     return {name: np.ascontiguousarray(value, np.float32) for name, value in params.items()}
 
 

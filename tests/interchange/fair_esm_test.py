@@ -111,7 +111,7 @@ def test_every_layer(kind, tmp_path):
     assert worst.max() < 1e-5, worst
 
 
-@pytest.mark.parametrize("kind", ["esm1b", "esm2"])
+@pytest.mark.parametrize("kind", ["esm1", "esm1b", "esm2"])
 def test_contacts_by_the_head_in_the_file_beside(kind, tmp_path):
     path = save(kind, tmp_path)
     names = "contact_head.regression.weight", "contact_head.regression.bias"
@@ -253,8 +253,12 @@ ONE, TWO = "decoder.layers.1.self_attn", "encoder.sentence_encoder.layers.1.self
         ("esm2", _put(f"{TWO}.rot_emb.inv_freq", 5), "must hold 6 angles"),
         ("esm1", _pop("decoder.embed_out"), r"embed_out\.weight is missing"),
         ("esm1", _pop(f"{ONE}.bias_k"), r"layers\.1\.self_attn\.bias_k is missing"),
-        ("esm1", _put(f"{ONE}.bias_v", 1, 1, 47), r"bias_v is \(1, 1, 47\)"),
-        ("esm1", _put("decoder.embed_tokens.weight", 33, 48), r"\(33, 48\), its args means"),
+        (
+            "esm1",
+            _put(f"{ONE}.bias_v", 1, 1, 47),
+            r"bias_v has shape \(1, 1, 47\), args means \(1, 1, 48\)",
+        ),
+        ("esm1", _put("decoder.embed_tokens.weight", 33, 48), r"\(33, 48\), args means"),
         ("esm1", _state(lambda s: s[f"{ONE}.bias_v"].fill_(np.nan)), "blocks/1/bias_kv holds NaN"),
     ],
 )
