@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.device_model import DeviceModel
@@ -28,6 +29,10 @@ from esm1nv_jax.model.heads import HeadConfig
 IN_FLIGHT = 2  # batches dispatched before the first is fetched: the device never waits for the host
 KINDS = ("mean", "per_residue", "cls", "logits")
 PROJECTED = 128  # pooled proteins that a head reads at once: one shape, so the same bits for each
+
+
+class MemoryExhausted(UserError):
+    """The device has no memory for a batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,19 +129,29 @@ def run_batches(
 ) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
     """(results on the host, context) of every (arrays for `forward`, context), in order.
 
-    While a batch is computed the next one is prepared and dispatched.
+    While a batch is computed the next one is prepared and dispatched. Raises MemoryExhausted.
     """
     waiting: collections.deque = collections.deque()
-    for arrays, context in batches:
-        batch = jax.device_put(arrays, model.row_sharding)
-        waiting.append(
-            (forward(model.params, batch, model.config, model.compute, outputs), context)
-        )
-        if len(waiting) == IN_FLIGHT:
-            results, context = waiting.popleft()
+    longest = 0
+    try:
+        for arrays, context in batches:
+            longest = max(longest, arrays["tokens_BT"].shape[1])
+            batch = jax.device_put(arrays, model.row_sharding)
+            waiting.append(
+                (forward(model.params, batch, model.config, model.compute, outputs), context)
+            )
+            if len(waiting) == IN_FLIGHT:
+                results, context = waiting.popleft()
+                yield jax.device_get(results), context
+        for results, context in waiting:
             yield jax.device_get(results), context
-    for results, context in waiting:
-        yield jax.device_get(results), context
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryExhausted(
+            f"rows of {longest:,} tokens do not fit into the memory of the device; read fewer at "
+            f"once, as with --max-residues {longest // 2}"
+        ) from None
 
 
 class Segments(NamedTuple):

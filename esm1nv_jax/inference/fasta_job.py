@@ -25,6 +25,7 @@ from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fasta import Proteins, scan
 from esm1nv_jax.data.tables import COLUMNS, parse_columns
+from esm1nv_jax.inference.engine import MemoryExhausted
 from esm1nv_jax.inference.model import PRECISIONS, Model
 from esm1nv_jax.inference.partial_results import HASHES, PartialResults, PartReader
 
@@ -168,6 +169,10 @@ class _Job:
         self.part_residues = min(wanted, PART_BYTES // max(1, computation.bytes_per_residue))
 
     def _report_long_proteins(self) -> None:
+        if self.request.max_residues is not None:
+            longest = int(self.proteins.lengths.max())
+            name = next(name for name, s in self.proteins if len(s) == longest)
+            self.model.check_fits(longest, name)
         limit, long = self.limit, self.request.long
         n = int(np.sum(self.proteins.lengths > limit))
         if not n:
@@ -234,7 +239,11 @@ class _Job:
 
     def _part(self, records: list[tuple[str, bytes]]) -> dict[str, np.ndarray]:
         kept = [s if self.request.long == "window" else s[: self.limit] for _, s in records]
-        arrays = self.computation.run([tokenizer.residue_ids(sequence) for sequence in kept])
+        try:
+            arrays = self.computation.run([tokenizer.residue_ids(sequence) for sequence in kept])
+        except MemoryExhausted as error:
+            name, residues = max(((n, len(s)) for n, s in records), key=lambda record: record[1])
+            raise UserError(f"{name} has {residues:,} residues: {error}") from None
         for name, value in arrays.items():
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 advice = "take --dtype=float32, or " * (value.dtype == np.float16)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.device_model import DeviceModel, place
@@ -23,8 +24,9 @@ from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.model.masking import MaskingConfig, recipe
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
-# Attention scores [heads, T, T] of the longest row, in fp32: some three times this is in use.
-SCORES_BYTES = 1 << 30
+# Attention scores [heads, T, T] of the longest row, in fp32, and how often they are held at once:
+# on a CPU, 3.05 GiB for scores of one.
+SCORES_BYTES, COPIES = 1 << 30, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,24 @@ class LoadedModel:
             return min(room, self.max_residues)
         affordable = math.isqrt(SCORES_BYTES // (4 * self.config.heads)) - SPECIALS
         return min(room, self._data.get("max_residues") or room, affordable)
+
+    def check_fits(self, residues: int, name: str) -> None:
+        """Raises UserError where a protein `name` of so many residues is read at once, because
+        `max_residues` asks for it, and the machine has no memory for that. On accelerators it
+        depends on the kernel; there the engine reports what does not fit."""
+        device = jax.local_devices()[0]
+        if device.platform != "cpu":
+            return
+        at_once = min(residues, self.longest)
+        needed = COPIES * 4 * self.config.heads * (at_once + SPECIALS) ** 2
+        available = command.device_memory(device)
+        if needed > available:
+            enough = math.isqrt(int(available) // (2 * COPIES * 4 * self.config.heads)) - SPECIALS
+            raise UserError(
+                f"{name} has {residues:,} residues: to read {at_once:,} at once takes "
+                f"{needed / 2**30:,.0f} GiB and the machine has {available / 2**30:,.0f}; give "
+                f"--max-residues {enough} or fewer, to read it in windows"
+            )
 
     @property
     def prefixes_only(self) -> bool:

@@ -61,6 +61,8 @@ class Model(LoadedModel):
         if not ids:
             none = np.zeros((0, self.config.width), np.float32)
             return Embeddings([], none, none)
+        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+        self.check_fits(len(ids[longest]), f"sequence {longest}")
         outputs = OutputSpec(("mean", "per_residue", "cls"), (layer,))
         results = embed_sequences(self.on_devices, ids, outputs, self.longest, deterministic)
         return Embeddings(

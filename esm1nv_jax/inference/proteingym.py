@@ -131,6 +131,7 @@ def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overw
     if mode == EXACT:
         settings = {"model": model.digest, "wild_type": wild_type, "precision": model.precision}
         saved = SavedScores(out, settings | {"longest": model.longest}, overwrite)
+    model.check_fits(len(wild_type), assay.name)
     # As the benchmark scores masked language models: the sites of a mutant are masked one by one.
     scores = score_rows(model, wild_type, mutants, rows, mode, mode == MODES[0], saved)
     write_scores(out, columns, rows_of(assay.path), {SCORE: scores})

@@ -156,6 +156,7 @@ def score_mutants(args: argparse.Namespace) -> None:
 
     model = load(args.checkpoint, args.precision, args.max_residues)
     model.check_mode(mode, args.force)
+    model.check_fits(len(wild_type), name)
     if len(wild_type) > model.longest:
         console.print(
             f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "

@@ -112,6 +112,8 @@ def score_table(
 
     Killed and started again, it goes on where it was.
     """
+    longest = int(table.lengths.argmax())
+    model.check_fits(int(table.lengths[longest]), f"row {longest + 2} of {table.path.name}")
     scores = np.full(len(table.lengths), np.nan)
     sequences, passes = int(np.count_nonzero(table.lengths)), int(table.lengths.sum(dtype=np.int64))
     cost = f"{sequences:,} forward passes, one a sequence (exact: {passes:,})"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 
 from esm1nv_jax.common import command
@@ -32,15 +30,6 @@ def least_memory(config: StepConfig, rows: int, row_length: int) -> tuple[float,
     return parameters, row_length * (kept + 16.0 * rows)
 
 
-def device_memory(device: jax.Device) -> float:
-    """Return the bytes a device has; of a CPU the machine's, shared by the devices made of it."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine / jax.local_device_count(device.platform)
-
-
 def check_memory(
     config: StepConfig,
     stream: StreamConfig,
@@ -51,7 +40,7 @@ def check_memory(
     by default what the first of this process has."""
     rows = stream.rows // mesh.size
     if available is None:
-        available = device_memory(mesh.local_devices[0])
+        available = command.device_memory(mesh.local_devices[0])
     parameters, activations = least_memory(config, rows, stream.row_length)
     if parameters + activations > available:
         total, one, other, has = (
