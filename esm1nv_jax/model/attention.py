@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model.kernels.attention_xla import xla_attention
 
-BACKENDS = ("cudnn", "pallas", "splash", "xla")  # in order of preference
+BACKENDS = ("cudnn", "pallas", "pallas_tpu", "splash", "xla")  # in order of preference
+_MAX_TPU_LENGTH = 16384  # of a row: the backward of pallas_tpu keeps 2 KiB a token on the chip
 AUTO = "auto"  # the first that is supported, once the device is known
 
 
@@ -36,14 +37,16 @@ def unsupported_reason(backend: str, spec: AttentionSpec) -> str:
     """Why `backend` cannot compute `spec`; empty if it can."""
     if backend == "xla":
         return ""
-    platform = "tpu" if backend == "splash" else "gpu"
+    platform = "tpu" if backend in ("pallas_tpu", "splash") else "gpu"
     if spec.platform != platform:
         return f"it runs on {platform}, not on {spec.platform}"
     if platform == "gpu" and spec.capability < 8:
         return f"it needs compute capability 8.0 or more, this GPU has {spec.capability}"
     if spec.dtype != "bfloat16":
         return f"its products are in bfloat16, compute.dtype is {spec.dtype}"
-    if backend == "pallas":
+    if backend in ("pallas", "pallas_tpu"):
+        if backend == "pallas_tpu" and spec.row_length > _MAX_TPU_LENGTH:
+            return f"it needs rows of at most {_MAX_TPU_LENGTH}, data.row_length={spec.row_length}"
         if spec.head_size not in (16, 32, 64, 128):
             return f"it needs heads of 16, 32, 64 or 128, not {spec.head_size}"
         return ""
@@ -102,11 +105,16 @@ def attention(
     if backend in (AUTO, "xla"):
         return xla_attention(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B)
     qkv_BTCNH = qkv_BTCNH.astype(dtype)
+    # Pallas takes 0.1 s to import, and a CPU never needs it.
     if backend == "pallas":
-        # Pallas takes 0.1 s to import, and a CPU never needs it.
-        from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention
+        from esm1nv_jax.model.kernels import flash_gpu
 
-        return flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B, Blocks.of(chip))
+        blocks = flash_gpu.Blocks.of(chip)
+        return flash_gpu.flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B, blocks)
+    if backend == "pallas_tpu":
+        from esm1nv_jax.model.kernels import flash_tpu
+
+        return flash_tpu.flash_attention(qkv_BTCNH, segment_ids_BT, rate, row_keys_B)
     if backend not in BACKENDS or rate:
         raise ValueError(f"{backend} attention with dropout {rate}: call select_backend first")
     return {"cudnn": _cudnn, "splash": _splash}[backend](qkv_BTCNH, segment_ids_BT)

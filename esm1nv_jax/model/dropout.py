@@ -67,10 +67,21 @@ def attention_mask(row_keys, head, query, key, length: int, rate: float, first=(
       first: what `query` and `key` are counted from, multiples of 16. What depends on the tile
         alone stays apart, so that compilers find the equal hashes.
     """
+    hashes = attention_hashes(row_keys, head, query, key, length, first)
+    return kept_attention(hashes, query, key, rate)
+
+
+def attention_hashes(row_keys, head, query, key, length: int, first=(0, 0)):
+    """uint32: the hash that a probability shares; arguments as of `attention_mask`."""
     T, bit = np.uint32(length), np.uint32(8)
     start = (head * T + first[0]) * T + first[1]
     element = (query & ~bit) * T + (key & ~bit)
-    hashes = hashing.fold_scaled(row_keys, (start + element) * hashing.GOLDEN)
+    return hashing.fold_scaled(row_keys, (start + element) * hashing.GOLDEN)
+
+
+def kept_attention(hashes, query, key, rate: float):
+    """bool: whether the byte of each probability keeps it; arguments as of `attention_mask`."""
+    bit = np.uint32(8)
     shift = ((query & bit) << np.uint32(1)) | (key & bit)
     limit = np.uint32(round(attention_rate(rate) * 256))
     return (hashes & (np.uint32(255) << shift)) >= (limit << shift)

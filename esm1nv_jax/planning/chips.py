@@ -46,7 +46,9 @@ class Chip:
     link: float = 0.0  # bytes/s in which an all-reduce passes one device within a host
     network: float = 0.0  # and between hosts: of the one network card a device has (assumed)
     launch: float = 0.0  # seconds between two kernels
-    target: str = ""  # of a GPU: text of XLA's GpuTargetConfigProto, as a driver would report it
+    # Of a GPU: text of XLA's GpuTargetConfigProto, as a driver would report it. Of a TPU: the name
+    # of its topologies.
+    target: str = ""
 
 
 _GPU_TARGET = """gpu_device_info {{
@@ -92,17 +94,27 @@ def _gpu(name: str, full: str, bandwidth: int, memory: int) -> Chip:
     return Chip(name, "gpu", *figures, target)
 
 
-_V5E_LOW, _V5E_HIGH = Efficiency(0.60, 0.80, 0.45), Efficiency(0.90, 0.92, 0.80)
-_V5E = (197e12, 819e9, 16 * GIB, _V5E_LOW, _V5E_HIGH, "all assumed", 4e12, 100e9, 0.0, 1e-6)
+def _tpu(name: str, peak: float, bandwidth: float, memory: int, vector: float, link: float) -> Chip:
+    """Vector operations are assumed; links are half of the two-way figure."""
+    low, high = Efficiency(0.60, 0.80, 0.45), Efficiency(0.90, 0.92, 0.80)
+    figures = (peak, bandwidth, memory * GIB, low, high, "all assumed", vector, link, 0.0, 1e-6)
+    return Chip(f"tpu-{name}", "tpu", *figures, {"v7": "tpu7x"}.get(name, name))
+
+
 CHIPS = {
     "a100-80gb": _gpu("a100-80gb", "NVIDIA A100-SXM4-80GB", 2039040000000, 85100068864),
     "a100-40gb": _gpu("a100-40gb", "NVIDIA A100-SXM4-40GB", 1555200000000, 42298834944),
     "h100-80gb": _gpu("h100-80gb", "NVIDIA H100 80GB HBM3", 3352320000000, 85014609920),
     "h200-141gb": _gpu("h200-141gb", "NVIDIA H200", 4800000000000, 141000000000),
-    "tpu-v5e": Chip("tpu-v5e", "tpu", *_V5E),
+    "tpu-v5e": _tpu("v5e", 197e12, 819e9, 16, 4e12, 100e9),
+    "tpu-v6e": _tpu("v6e", 918e12, 1640e9, 32, 6e12, 224e9),
+    # JAX has two devices a chip: half of its figures each.
+    "tpu-v7": _tpu("v7", 1153e12, 3690e9, 96, 6e12, 300e9),
 }
-_TPU_SLICES = {n: f"{a}x{n // a}" for n, a in ((1, 1), (4, 2), (8, 2), (16, 4), (32, 4), (64, 8))}
-_TPU_SLICES |= {128: "8x16", 256: "16x16"}
+_FLAT = {n: f"{a}x{n // a}" for n, a in ((1, 1), (4, 2), (8, 2), (16, 4), (32, 4), (64, 8))}
+_FLAT |= {128: "8x16", 256: "16x16"}
+_CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4"}
+_TPU_SLICES = {"v5e": _FLAT, "v6e": _FLAT, "tpu7x": _CUBES}  # by number of devices
 
 
 def chip(name: str) -> Chip:
@@ -125,6 +137,7 @@ def prepare_environment(name: str) -> str:
         tpu = {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-8"}
         for variable, value in (tpu | {"WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}).items():
             os.environ.setdefault(f"TPU_{variable}", value)
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # two plans at a time
     elif name != THIS_CPU:
         os.environ.setdefault("XLA_FLAGS", " ".join(launch_flags()))
     with _quiet_stderr():
@@ -153,8 +166,8 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
         if count > jax.device_count("cpu"):
             raise UserError(f"{chip.name} is 1 device, asked for {count}: --devices-per-host=1")
         return jax.devices("cpu")[:count]
-    if chip.platform == "tpu" and count not in _TPU_SLICES:
-        slices = ", ".join(map(str, _TPU_SLICES))
+    if chip.platform == "tpu" and count not in _TPU_SLICES[chip.target]:
+        slices = ", ".join(map(str, _TPU_SLICES[chip.target]))
         raise UserError(f"{count} of {chip.name} make no slice; there are slices of {slices}")
     plugins = {"gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu",)}
     if not any(map(importlib.util.find_spec, plugins[chip.platform])):
@@ -168,7 +181,10 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
 
     with _quiet_stderr():
         if chip.platform == "tpu":
-            topology = topologies.get_topology_desc(f"v5e:{_TPU_SLICES[count]}", "tpu")
+            name = f"{chip.target}:{_TPU_SLICES[chip.target][count]}"
+            # One chip is part of a host of four, unless this says otherwise.
+            host: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+            topology = topologies.get_topology_desc(name, "tpu", **host)
         else:
             shape = {"topology": f"1x{hosts}x{per_host}", "target_config": chip.target}
             topology = topologies.get_topology_desc(chip.name, "cuda", **shape)

@@ -23,6 +23,7 @@ from esm1nv_jax.planning.hlo import Kernel, Program
 # Of each probability, each time it is computed: instructions in the PTX of the loops of flash_gpu.
 SOFTMAX_OPERATIONS = 8.5  # mask, scale, maximum, exponential, sum, rounding
 DROPOUT_OPERATIONS = 6  # a quarter of the hash, its comparison, the selection
+TPU_DROPOUT_OPERATIONS = 8.5  # half of the hash in flash_tpu, counted in its source
 SAMPLED_ROWS, SAMPLED_DEVICES = 16_384, 64  # whose mean is the load of a device
 
 
@@ -133,13 +134,16 @@ def attention_seconds(kernel: Kernel, chip: Chip, load: Load, step: Step) -> flo
         forward = backward = load.rows * load.row_length**2
     elif step.attention == "cudnn":  # one sequence a row, by its length
         forward = backward = load.squares
-    operations = SOFTMAX_OPERATIONS + (DROPOUT_OPERATIONS if step.model.attention_dropout else 0)
+    operations = SOFTMAX_OPERATIONS
+    if step.model.attention_dropout:
+        on_tpu = step.attention == "pallas_tpu"
+        operations += TPU_DROPOUT_OPERATIONS if on_tpu else DROPOUT_OPERATIONS
     name = kernel.op.rsplit("/", 2)[-2] if "/" in kernel.op else kernel.op
     if kernel.phase == "backward" and "forward" not in name and "_fwd_" not in name:
         # Products of a score: the scores and dP again, dV, dK, dQ; for flash_gpu the first two
         # twice; splash computes dQ in a kernel of its own.
         products = 3 if "_dq_" in name else 4 if "_dkv_" in name else 7
-        products = 5 if step.attention == "cudnn" else products
+        products = 5 if step.attention in ("cudnn", "pallas_tpu") else products
         passes = 1 if products < 7 else 2
         scores = backward
     else:
@@ -186,14 +190,14 @@ def memory_of(compiled, program, state) -> dict[str, float]:
 
 def stream_load(run, source, rows: int, devices: int, chip: str = "") -> Load:
     """The load of a device with `rows` rows: the mean over many rows of a run's input stream.
-    `chip` is the `device_kind` of a GPU, by which the attention kernel chooses its tiles."""
+    `chip` is its `device_kind`, by which the attention kernel chooses its tiles."""
     from esm1nv_jax.data.packing import stream_config
     from esm1nv_jax.data.pipeline import train_dataset
     from esm1nv_jax.model.kernels.flash_gpu import Blocks
 
     batches = iter(train_dataset(source, stream_config(run, rows)))
     sampled = max(min(SAMPLED_DEVICES, SAMPLED_ROWS // rows), 2)
-    blocks = Blocks.of(chip)
+    blocks = Blocks(128, 128, 128) if chip.startswith("TPU") else Blocks.of(chip)
     loads = [load_of(b, run.masking.rate, blocks) for b in itertools.islice(batches, sampled)]
     return mean_load(loads, devices)
 

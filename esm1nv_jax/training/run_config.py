@@ -263,7 +263,7 @@ class RunConfig:
             # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
             activation_dtype="float32" if device.platform == "cpu" else self.compute.dtype,
             emulate_bfloat16=not multiplies_bf16(device.platform),
-            chip=device.device_kind if device.platform == "gpu" else "",
+            chip=device.device_kind if device.platform != "cpu" else "",
         )
         return StepConfig(
             seed=self.seed,

@@ -188,9 +188,6 @@ def case(**changes):
         ({"capability": 7.5}, "xla"),
         ({"head_size": 48}, "xla"),
         ({"platform": "cpu", "capability": 0}, "xla"),
-        ({"platform": "tpu", "capability": 0}, "xla"),  # dropout
-        ({"platform": "tpu", "capability": 0, "rate": 0.0}, "splash"),
-        ({"platform": "tpu", "capability": 0, "rate": 0.0, "row_length": 1000}, "xla"),
     ],
 )
 def test_auto_takes_the_first_that_is_fit(changes, chosen):
@@ -207,6 +204,8 @@ def test_auto_takes_the_first_that_is_fit(changes, chosen):
         ("pallas", {"platform": "cpu"}, "runs on gpu"),
         ("pallas", {"dtype": "float32"}, "bfloat16"),
         ("pallas", {"capability": 7.0}, "compute capability 8.0"),
+        ("pallas_tpu", {}, "runs on tpu"),
+        ("pallas_tpu", {"platform": "tpu", "row_length": 32768}, "at most 16384"),
         ("flash3", {}, "unknown"),
     ],
 )

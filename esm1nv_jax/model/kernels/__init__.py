@@ -4,7 +4,7 @@
 
 turns it off, to find out whether a kernel is at fault, and `=layer_norm,matmul` only these:
 JAX then derives the gradients, and XLA chooses layouts and schedule. The variable is read when a
-function is traced. Attention kernels (`flash_gpu`, cuDNN, splash) are turned off by
+function is traced. Attention kernels (`flash_gpu`, `flash_tpu` and JAX's own) are turned off by
 `--config.compute.attention=xla`. `tests/model/kernels_test.py` holds both forms against each other.
 """
 
