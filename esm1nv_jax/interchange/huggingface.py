@@ -1,5 +1,5 @@
-"""A folder of `transformers`, read and written without it: EsmForMaskedLM or BertForMaskedLM, or of
-a fine-tuned model For{Token,Sequence}Classification."""
+"""A folder of `transformers`, read and written without it: EsmForMaskedLM, BertForMaskedLM or
+EsmcForMaskedLM, or of a fine-tuned ESM or BERT For{Token,Sequence}Classification."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD, Weights, flatten, unflatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
-from esm1nv_jax.interchange import head_tensors, model_card, tensor_names, tensors, tokenizer_files
+from esm1nv_jax.interchange import (
+    esmc,
+    head_tensors,
+    model_card,
+    tensor_names,
+    tensors,
+    tokenizer_files,
+)
 from esm1nv_jax.interchange.config_fields import ConfigFields
+from esm1nv_jax.interchange.esmc import ESMC
 from esm1nv_jax.interchange.tensor_names import BERT, ESM, Family
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
@@ -32,7 +40,7 @@ LM_HEAD = "lm_head.safetensors"
 CONTACT_HEAD = "contact_head.safetensors"
 # Fields of EncoderConfig that neither EsmForMaskedLM nor BertForMaskedLM has.
 MODERN = ("norm_kind", "bias", "qk_norm", "tied_head", "branch_scale", "bias_kv", "bare_head")
-FAMILIES = {"esm": ESM, "bert": BERT}  # by model_type
+FAMILIES = {"esm": ESM, "bert": BERT, "esmc": ESMC}  # by model_type
 BERT_ACTIVATIONS = {"gelu": "gelu_erf", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -64,8 +72,8 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
             f"{folder / CONFIG}: model_type is {model_type!r}; "
-            f"{', '.join(FAMILIES)} can be converted (EsmForMaskedLM, "
-            "BertForMaskedLM, or For{Token,Sequence}Classification)"
+            f"{', '.join(FAMILIES)} can be converted (EsmForMaskedLM, BertForMaskedLM, "
+            "EsmcForMaskedLM, or Esm or BertFor{Token,Sequence}Classification)"
         )
     family, hf_config = FAMILIES[model_type], ConfigFields(fields, str(folder / CONFIG))
     hf_tensors = tensors.read_tensors(folder)
@@ -73,7 +81,14 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
     has_frequency = any(name.endswith(ESM.frequency) for name in hf_tensors)
     if config.position_kind == "rotary" and not has_frequency:
         theta = hf_config.get("rope_theta", float, esm2.ROPE_THETA)
+        theta = esmc.rope_theta(hf_config) if family is ESMC else theta
         hf_tensors[ESM.frequency] = esm2.rope_frequencies(config.head_size, theta)
+    name = str((fields.get("architectures") or [ESMC.architecture])[0])
+    if family is ESMC and name != ESMC.architecture:
+        raise UserError(
+            f"{folder / CONFIG}: of ESMC {ESMC.architecture} can be converted, not {name}; "
+            "fine-tune that one here"
+        )
     head = head_tensors.read_config(fields, hf_tensors, str(folder))
     head_params = {}
     if head:
@@ -123,6 +138,12 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
         raise UserError(reason)
     config, params = weights.model, flatten(weights.params)
     family = ESM if config.norm == "pre" else BERT
+    if esmc.is_esmc(config):
+        family = ESMC
+        frequency = esm2.rope_frequencies(config.head_size)
+        if head or not np.array_equal(params["rotary_frequency"], frequency):
+            what = "a fine-tuned ESMC" if head else "an ESMC with other rotary frequencies"
+            raise UserError(f"{what} cannot be converted; use it here, by esm1nv predict or embed")
     hf_tensors = tensor_names.to_tensors(family, config, params)
     lm_head = {}
     if head:
@@ -133,9 +154,9 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
     contacts = head_tensors.to_contact_tensors(family, config, weights.contact_head)
     if family is ESM:
         hf_tensors |= contacts
-    else:
+    elif family is BERT:
         hf_tensors[BERT.token_types] = np.zeros((2, config.width), np.float32)
-    if config.position_kind == "rotary":
+    if family is ESM and config.position_kind == "rotary":
         for i in range(config.layers):  # where transformers 4 looks for it, and 5 too
             name = f"esm.encoder.layer.{i}.attention.self.{ESM.frequency}"
             hf_tensors[name] = params["rotary_frequency"]
@@ -148,7 +169,7 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors(hf_tensors, metadata={"format": "pt"})
     (folder / tensors.SAFETENSORS).write_bytes(content)
-    if family is BERT and weights.contact_head:
+    if family is not ESM and weights.contact_head:
         (folder / CONTACT_HEAD).write_bytes(save_safetensors(contacts))
     if lm_head and weights.has_lm_head:
         (folder / LM_HEAD).write_bytes(save_safetensors(lm_head))
@@ -166,7 +187,9 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
 
 
 def inexact_reason(config: EncoderConfig) -> str | None:
-    """What of this architecture neither EsmForMaskedLM nor BertForMaskedLM has, or None."""
+    """What of this architecture no class has that is written here, or None."""
+    if esmc.is_esmc(config):
+        return None
     if reason := _modern_reason(config):
         return reason
     if config.norm == "post" and (config.position_kind == "rotary" or config.token_dropout):
@@ -203,7 +226,10 @@ def _modern_reason(config: EncoderConfig) -> str | None:
     if not differing:
         return None
     values = ", ".join(f"model.{name}={found[name]!r}" for name in differing)
-    return f"{values} cannot be converted: neither EsmForMaskedLM nor BertForMaskedLM has it"
+    return (
+        f"{values} cannot be converted: neither EsmForMaskedLM nor BertForMaskedLM has it, "
+        "and EsmcForMaskedLM only all at once, as esm1nv_jax/interchange/esmc.py lists them"
+    )
 
 
 def approximate_config(config: EncoderConfig) -> EncoderConfig:
@@ -217,6 +243,8 @@ def approximate_config(config: EncoderConfig) -> EncoderConfig:
 
 
 def _to_hf_config(family: Family, config: EncoderConfig) -> dict[str, Any]:
+    if family is ESMC:
+        return esmc.to_config_fields(config) | {"esm1nv_jax_version": __version__}
     known = vocabulary(config.vocabulary)
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
@@ -262,15 +290,18 @@ def _encoder_config(
     kind = fields.choice("position_embedding_type", kinds, "absolute", "no relative positions here")
     for name in ("is_decoder", "add_cross_attention", "is_folding_model"):
         fields.choice(name, (False,), False, "this is an encoder with a masked-LM head")
-    size = fields.get("vocab_size", int)
+    size = fields.get("vocab_size", int, esmc.ROWS if family is ESMC else None)
     text = tokenizer_files.read_vocabulary(folder, size, vocabulary_file, fields.values)
     known = vocabulary(text)
-    pad = fields.get("pad_token_id", int, 0 if family is BERT else None)
+    default = {BERT.architecture: 0, ESMC.architecture: 1}.get(family.architecture)
+    pad = fields.get("pad_token_id", int, default)
     if pad != known.own_id(PAD):
         raise UserError(
             f"{fields.source}: pad_token_id is {pad}, the vocabulary's padding token has id "
             f"{known.own_id(PAD)}; they must agree, for positions are counted by it"
         )
+    if family is ESMC:
+        return esmc.encoder_config(fields, text)
     shared: dict[str, Any] = {
         "layers": fields.get("num_hidden_layers", int),
         "width": fields.get("hidden_size", int),
@@ -308,7 +339,8 @@ def _padding(config: EncoderConfig, params: dict[str, np.ndarray]) -> dict[str, 
     unread = ~vocabulary(config.vocabulary).predicted()
     return {
         name: np.ascontiguousarray(params[name][unread], np.float32)
-        for name in ("token_embedding/embedding", "lm_head/bias")
+        for name in ("token_embedding/embedding", "lm_head/bias", "lm_head/decoder/embedding")
+        if name in params
     }
 
 

@@ -7,6 +7,7 @@ there and one product here; vocabulary rows stand in the order of the model's ow
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -39,6 +40,10 @@ class Family:
     frequency: str = ""  # ends the name of the rotary frequencies, whichever module holds them
     positions_after_padding: bool = False  # position 0 is the row after that of the padding id
 
+
+# Linear layers that are columns of one here: (layer here, which part, of how many).
+PARTS = {name: ("qkv", i, 3) for i, name in enumerate(FUSED)}
+PARTS |= {"gate": ("fc1", 0, 2), "up": ("fc1", 1, 2)}
 
 _HF_BLOCK = {name: f"attention.self.{name}" for name in FUSED} | {
     "out_proj": "attention.output.dense",
@@ -117,15 +122,12 @@ def to_tensors(
             tensors[f"{family.layers}.{i}.self_attn.bias_{part}"] = bias[None, None]
     for ours, theirs in module_names(family, config):
         path, _, name = ours.rpartition("/")
-        if name in FUSED:
-            kernel, bias = (
-                np.split(params[f"{path}/qkv/{kind}"], 3, axis=-1)[FUSED.index(name)]
-                for kind in ("kernel", "bias")
-            )
-        else:
-            kernel = params[f"{ours}/scale" if f"{ours}/scale" in params else f"{ours}/kernel"]
-            bias = params[f"{ours}/bias"]
-        tensors |= {f"{theirs}.weight": kernel.T, f"{theirs}.bias": bias}
+        layer, part, parts = PARTS.get(name, (name, 0, 1))
+        here = f"{path}/{layer}" if path else layer
+        for kind, there in (("scale", "weight"), ("kernel", "weight"), ("bias", "bias")):
+            if f"{here}/{kind}" in params:
+                split = np.split(params[f"{here}/{kind}"], parts, axis=-1)
+                tensors[f"{theirs}.{there}"] = split[part].T
     return tensors
 
 
@@ -240,11 +242,14 @@ def _params(family, config, tensors) -> dict[str, np.ndarray]:
     for ours, theirs in module_names(family, config):
         weight = tensors[f"{theirs}.weight"]
         params[f"{ours}/scale" if weight.ndim == 1 else f"{ours}/kernel"] = weight.T
-        params[f"{ours}/bias"] = tensors[f"{theirs}.bias"]
+        if f"{theirs}.bias" in tensors:
+            params[f"{ours}/bias"] = tensors[f"{theirs}.bias"]
     for i in range(config.layers):
-        for kind in ("kernel", "bias"):
-            parts = [params.pop(f"blocks/{i}/{name}/{kind}") for name in FUSED]
-            params[f"blocks/{i}/qkv/{kind}"] = np.concatenate(parts, axis=-1)
+        for layer, kind in itertools.product(("qkv", "fc1"), ("kernel", "bias")):
+            names = [f"blocks/{i}/{name}/{kind}" for name in PARTS if PARTS[name][0] == layer]
+            if names[0] in params:
+                parts = [params.pop(name) for name in names]
+                params[f"blocks/{i}/{layer}/{kind}"] = np.concatenate(parts, axis=-1)
         if config.bias_kv:
             biases = [tensors[f"{family.layers}.{i}.self_attn.bias_{part}"] for part in "kv"]
             params[f"blocks/{i}/bias_kv"] = np.stack(biases)[:, 0, 0]

@@ -16,6 +16,8 @@ from esm1nv_jax.data.tokenizer import BOS, EOS, ESM1NV, ESM2, MASK, PAD, RESIDUE
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
 MAX_UNUSED_ROWS = 1024  # rows of an embedding that no token has: makers of models round sizes up
+# ESM-2's tokens with a break between chains, in an embedding of 64 rows.
+ESMC_TOKENS = " ".join([ESM2.replace("<null_1>", "|"), *(f"<row_{i}>" for i in range(33, 64))])
 TOKENIZER, VOCABULARY = "tokenizer.json", "vocab.txt"
 
 
@@ -77,7 +79,7 @@ def write_tokenizer(folder: epath.Path, config: EncoderConfig) -> None:
 def read_vocabulary(folder: epath.Path, size: int, file: str | None, hf_config: dict) -> str:
     """The tokens by id, joined by blanks, of `size` rows.
 
-    From `file`, else the folder's tokenizer.json or vocab.txt, else one of the two vocabularies
+    From `file`, else the folder's tokenizer.json or vocab.txt, else one of the vocabularies
     known here, if size, padding and mask id are its own. Raises UserError where there is none.
     """
     candidates = [epath.Path(file)] if file else [folder / TOKENIZER, folder / VOCABULARY]
@@ -86,7 +88,7 @@ def read_vocabulary(folder: epath.Path, size: int, file: str | None, hf_config: 
         raise UserError(f"vocabulary {file} does not exist; give a vocab.txt or a tokenizer.json")
     if path is None:
         ids = (size, hf_config.get("pad_token_id"), hf_config.get("mask_token_id"))
-        for text in (ESM1NV, ESM2):
+        for text in (ESM1NV, ESM2, ESMC_TOKENS):
             known = vocabulary(text)
             if ids == (len(known.tokens), known.own_id(PAD), known.own_id(MASK)):
                 return text
