@@ -69,7 +69,7 @@ def read(file: IO[bytes], source: str) -> Any:
         start = file.read(2)
         file.seek(0)
         value, storage = (_read_zip if start == b"PK" else _read_legacy)(file)
-        return _to_arrays(value, storage)
+        return _to_arrays(value, storage, {})
     except _RefusedError as error:
         raise UserError(
             f"{source} holds more than tensors and is refused ({error}); ask its author for a file "
@@ -155,16 +155,21 @@ def _read_legacy(file: IO[bytes]) -> tuple[Any, Callable[[str], np.ndarray]]:
     return value, storages.__getitem__
 
 
-def _to_arrays(value: Any, storage: Callable[[str], np.ndarray]) -> Any:
+def _to_arrays(value: Any, storage: Callable[[str], np.ndarray], done: dict[int, Any]) -> Any:
+    """The value with arrays for tensors. `done` holds parts by identity, for a small pickle may
+    hold one list a billion times."""
+    if id(value) in done:
+        return done[id(value)]
+    result = value
     if isinstance(value, _Tensor):
-        return _to_array(value, storage(value.key))
-    if isinstance(value, argparse.Namespace):
-        value = vars(value)
-    if isinstance(value, dict):
-        return {key: _to_arrays(part, storage) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_arrays(part, storage) for part in value]
-    return value
+        result = _to_array(value, storage(value.key))
+    elif isinstance(value, (dict, argparse.Namespace)):
+        table = value if isinstance(value, dict) else vars(value)
+        result = {key: _to_arrays(part, storage, done) for key, part in table.items()}
+    elif isinstance(value, (list, tuple)):
+        result = [_to_arrays(part, storage, done) for part in value]
+    done[id(value)] = result
+    return result
 
 
 def _to_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:

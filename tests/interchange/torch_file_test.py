@@ -132,6 +132,17 @@ def test_a_pickle_cannot_change_what_the_next_one_is_given():
     assert fresh == {"width": 1}
 
 
+def test_a_list_that_holds_itself_many_times_is_read_once():
+    value = ["x"]
+    for _ in range(60):
+        value = [value, value]
+    found = read(save(value))
+    for _ in range(60):
+        assert found[0] is found[1]
+        found = found[0]
+    assert found == ["x"]
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_file_cut_anywhere_is_one_line(legacy):
     content = save({"a": torch.ones(30), "b": torch.ones(3)}, legacy)
