@@ -122,12 +122,12 @@ def to_tensors(
             tensors[f"{family.layers}.{i}.self_attn.bias_{part}"] = bias[None, None]
     for ours, theirs in module_names(family, config):
         path, _, name = ours.rpartition("/")
-        layer, part, parts = PARTS.get(name, (name, 0, 1))
+        layer, index, parts = PARTS.get(name, (name, 0, 1))
         here = f"{path}/{layer}" if path else layer
         for kind, there in (("scale", "weight"), ("kernel", "weight"), ("bias", "bias")):
             if f"{here}/{kind}" in params:
                 split = np.split(params[f"{here}/{kind}"], parts, axis=-1)
-                tensors[f"{theirs}.{there}"] = split[part].T
+                tensors[f"{theirs}.{there}"] = split[index].T
     return tensors
 
 
