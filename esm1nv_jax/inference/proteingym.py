@@ -8,7 +8,6 @@ that a job which was killed goes on, and several jobs can share the work.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -78,10 +77,12 @@ def run(
 
     Raises UserError where `out` holds the scores of another model or mode.
     """
+    if any(assay.path.parent.resolve() == out.resolve() for assay in assays):
+        raise UserError(f"--out {out} is the folder of the assays; choose another")
     with files.writing(out):
         out.mkdir(exist_ok=True)
     settings = {"model": model.digest, "precision": model.precision, "longest": model.longest}
-    _write_or_check(out, settings | {"mode": mode}, overwrite)
+    _write_or_check(out, settings | {"mode": mode}, assays, overwrite)
     # Large and small ones are dealt out in turn.
     by_size = sorted(assays, key=lambda assay: (-assay.path.stat().st_size, assay.name))
     mine = by_size[shard[0] - 1 :: shard[1]]
@@ -222,21 +223,35 @@ def _read_reference(path: str) -> Iterator[dict[str, str]]:
         yield entry
 
 
-def _write_or_check(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def _write_or_check(
+    out: Path, settings: dict[str, Any], assays: list[Assay], overwrite: bool
+) -> None:
+    """Raises UserError where scores in `out` are of other settings, or not from here at all; with
+    `overwrite` those of other settings are removed."""
     path, old = out / SETTINGS, None
-    if not overwrite:
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                old = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise UserError(
-                    f"{path} is damaged; remove it, or begin anew with --overwrite"
-                ) from None
-    if old is None:
-        with files.writing(path):
-            files.write_atomically(path, json.dumps(settings, indent=1))
-    elif changed := [name for name in settings if old.get(name) != settings[name]]:
+    written = [score for assay in assays if (score := out / f"{assay.name}.csv").exists()]
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(old, dict):
+            raise ValueError(old)
+    except FileNotFoundError:
+        if written:
+            raise UserError(
+                f"{written[0]} was not written by this command; choose another --out"
+            ) from None
+    except ValueError:
+        if not overwrite:
+            raise UserError(f"{path} is damaged; begin anew with --overwrite") from None
+        old = {}
+    if old == settings:
+        return
+    if old is not None and not overwrite:
+        changed = sorted(name for name in settings if old.get(name) != settings[name])
         raise UserError(
             f"{out} holds scores of other settings ({', '.join(changed)}); choose another --out, "
             "or begin anew with --overwrite"
         )
+    with files.writing(path):
+        for score in written:
+            score.unlink(missing_ok=True)
+        files.write_atomically(path, json.dumps(settings, indent=1))

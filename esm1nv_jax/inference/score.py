@@ -36,8 +36,8 @@ from esm1nv_jax.inference.variant_table import (
 def main(argv: list[str]) -> None:
     parser = Parser(
         "score",
-        "Scores mutants of a protein: higher is likelier, hence fitter. With --all-singles also "
-        "draws a heat map beside --out. With --sequences scores whole sequences of any length, "
+        "Scores mutants of a protein: higher is likelier, hence fitter. With --all-singles also\n"
+        "draws a heat map beside --out. With --sequences scores whole sequences of any length,\n"
         "with --proteingym every assay of a folder.",
         "esm1nv score --checkpoint runs/first --fasta wt.fasta --mutants dms.csv --out scores.csv",
     )

@@ -254,3 +254,30 @@ def test_published_values_stand_beside(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(proteingym_summary, "PUBLISHED_ASSAYS", 1)
     proteingym_summary.summarize([one], tmp_path, "substitutions")
     assert "not these" not in capsys.readouterr().out
+
+
+def test_scores_of_other_settings_never_enter_a_summary(model_path, folder, capsys):
+    out = folder / "out"
+    assert gym(model_path, folder) == 0
+    old = {path.name: path.read_text() for path in out.glob("TOY*.csv")}
+    other = ["--mode", "wt-marginals", "--overwrite", "--shard"]
+    assert gym(model_path, folder, *other, "1/2") == 0
+    assert len(list(out.glob("TOY*.csv"))) == 2  # the third, of the other mode, is gone
+    assert gym(model_path, folder, *other, "2/2") == 0
+    assert "published" in capsys.readouterr().out
+    for path in out.glob("TOY*.csv"):
+        assert path.read_text() != old[path.name]
+
+
+def test_what_was_not_written_here_stays(model_path, folder, capsys):
+    assays = {path: path.read_text() for path in (folder / "gym").iterdir()}
+    assert gym(model_path, folder, "--out", str(folder / "gym"), "--overwrite") == 2
+    assert "is the folder of the assays" in capsys.readouterr().err
+    assert {path: path.read_text() for path in (folder / "gym").iterdir()} == assays
+    (folder / "out").mkdir()
+    mine = folder / "out" / "TOY_HUMAN_Doe_2020.csv"
+    mine.write_text("mine")
+    for options in ([], ["--overwrite"]):
+        assert gym(model_path, folder, *options) == 2
+        assert "was not written by this command" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
