@@ -74,16 +74,16 @@ def to_peft(checkpoint: str, out: str, approximate: bool = False) -> str:
 
 def _convertible(weights: Weights, approximate: bool) -> tuple[Weights, str]:
     """A model as `transformers` can have it, and what is not exact, or ''."""
-    from esm1nv_jax.interchange import head_tensors, huggingface
+    from esm1nv_jax.interchange import head_tensors, hf_config
 
     if reason := head_tensors.inexact_reason(weights.head):
         raise UserError(reason)
-    reason = huggingface.inexact_reason(weights.model)
+    reason = hf_config.inexact_reason(weights.model)
     if not reason:
         return weights, ""
     if not approximate:
         raise UserError(reason)
-    config = huggingface.approximate_config(weights.model)
+    config = hf_config.approximate_config(weights.model)
     approximated = dataclasses.replace(weights, model=config)
     return approximated, measure_difference(weights, approximated)
 

@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
 from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.tensor_names import ESM, Family
 from esm1nv_jax.model import esm2
@@ -108,24 +107,14 @@ def rope_theta(fields: ConfigFields) -> float:
     return ConfigFields(kind, fields.source).get("rope_theta", float, esm2.ROPE_THETA)
 
 
-def to_config_fields(config: EncoderConfig) -> dict[str, Any]:
-    """Fields of config.json, but for what every folder has."""
-    known = vocabulary(config.vocabulary)
+def to_fields(config: EncoderConfig) -> dict[str, Any]:
+    """The fields of config.json that are not those of every folder."""
     return {
-        "model_type": "esmc",
-        "vocab_size": len(known.tokens),
-        "pad_token_id": known.own_id(PAD),
-        "mask_token_id": known.own_id(MASK),
-        "bos_token_id": known.own_id(BOS),
-        "eos_token_id": known.own_id(EOS),
         "num_hidden_layers": config.layers,
         "hidden_size": config.width,
         "num_attention_heads": config.heads,
         "intermediate_size": config.ffn,
         "hidden_act": "silu",
-        "max_position_embeddings": config.positions,
         "attention_dropout": config.attention_dropout,
         "rope_parameters": {"rope_theta": esm2.ROPE_THETA, "rope_type": "default"},
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
     }

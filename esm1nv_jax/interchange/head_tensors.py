@@ -8,7 +8,7 @@ import numpy as np
 
 from esm1nv_jax.checkpoints.model_folder import flatten
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.interchange.tensor_names import ESM, Family
+from esm1nv_jax.interchange.tensor_names import ESM, Family, check_finite
 from esm1nv_jax.model import contact_head, heads
 from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
@@ -136,6 +136,7 @@ def _pop(tensors, names, shapes, model: str, source: str) -> dict[str, np.ndarra
                 f"{source}: tensor {theirs} is {found}; {model} has floats of shape {shape[::-1]}"
             )
         params[ours] = np.ascontiguousarray(tensor.T)
+    check_finite(params, source)
     return params
 
 

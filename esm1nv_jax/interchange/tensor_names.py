@@ -118,8 +118,8 @@ def to_tensors(
     if not config.tied_head:
         tensors[f"{family.decoder}.weight"] = params["lm_head/decoder/embedding"][rows]
     for i in range(config.layers if config.bias_kv else 0):
-        for part, bias in zip("kv", params[f"blocks/{i}/bias_kv"], strict=True):
-            tensors[f"{family.layers}.{i}.self_attn.bias_{part}"] = bias[None, None]
+        for letter, bias in zip("kv", params[f"blocks/{i}/bias_kv"], strict=True):
+            tensors[f"{family.layers}.{i}.self_attn.bias_{letter}"] = bias[None, None]
     for ours, theirs in module_names(family, config):
         path, _, name = ours.rpartition("/")
         layer, index, parts = PARTS.get(name, (name, 0, 1))
@@ -179,7 +179,7 @@ def to_weights(
     Raises UserError as `from_tensors` and `check_finite`; `source` is the file for messages.
     """
     params, left_out = from_tensors(family, config, tensors, source)
-    check_finite(params | (contacts or {}), source)
+    check_finite(params, source)
     provenance = {
         "converted_from": path,
         "architecture": family.architecture,

@@ -18,7 +18,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.interchange.huggingface import inexact_reason
+from esm1nv_jax.interchange.hf_config import inexact_reason
 from esm1nv_jax.model import baselines, masking
 from esm1nv_jax.model.dropout import attention_rate
 from esm1nv_jax.model.encoder import parameter_count

@@ -225,7 +225,7 @@ def test_users_mistakes_are_one_line_and_status_2(tmp_path):
 
 
 def test_post_norm_with_rotary_is_no_architecture_there():
-    from esm1nv_jax.interchange.huggingface import approximate_config, inexact_reason
+    from esm1nv_jax.interchange.hf_config import approximate_config, inexact_reason
 
     model = encoder.EncoderConfig(norm="post", position_kind="rotary", head_activation="gelu_tanh")
     assert "no architecture" in inexact_reason(model)

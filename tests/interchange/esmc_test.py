@@ -10,7 +10,7 @@ from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import config_file
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import convert, esmc
-from esm1nv_jax.interchange.huggingface import inexact_reason
+from esm1nv_jax.interchange.hf_config import inexact_reason
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 

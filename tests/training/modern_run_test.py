@@ -5,7 +5,7 @@ import json
 import pytest
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
-from esm1nv_jax.interchange.huggingface import approximate_config, inexact_reason
+from esm1nv_jax.interchange.hf_config import approximate_config, inexact_reason
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.run_config import flat_with_defaults
 from tests.training.processes import assert_same, lines, params
