@@ -20,6 +20,7 @@ from esm1nv_jax.inference.row_shapes import RowBatch
 from esm1nv_jax.model import contact_head
 
 METHODS = ("jacobian", "attention")
+LENGTH_STEP = 32  # tokens; so many passes are worth a row that is no longer than it must be
 ARRAY_BYTES = 4 << 30  # the most that attention maps or a Jacobian may take on the host
 AMINO_ACIDS = slice(FIRST_RESIDUE, FIRST_RESIDUE + STANDARD)  # columns of the standard amino acids
 
@@ -86,7 +87,7 @@ def categorical_jacobian(
     """Logits [i, a, j, b] of amino acid b at residue j where residue i is a: float32
     [residues, 20, residues, 20], in the order of `tokenizer.RESIDUES`."""
     L, tokens = len(ids), tokenizer.add_specials(ids)
-    T = model.shapes.length(len(tokens))
+    T = -(-len(tokens) // LENGTH_STEP) * LENGTH_STEP
     B, total = model.shapes.rows(T), STANDARD * L
     jacobian = np.empty((total, L, STANDARD), np.float32)
 

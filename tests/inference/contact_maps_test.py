@@ -39,12 +39,11 @@ def test_the_jacobian_is_that_of_mutants_one_by_one(model):
 
 
 def test_proteins_of_one_length_bucket_share_one_program(model):
-    shapes = dataclasses.replace(model.on_devices.shapes, lengths=(32, 66))
-    small = dataclasses.replace(model.on_devices, shapes=shapes)
-    before = engine.forward._cache_size()
-    for sequence in ("MKV", "MKTVRQERLK", "LASGVERTDIPKNFQYHMCWLAS"):
-        contact_maps.predict_contacts(small, np.arange(5, 5 + len(sequence)) % 20 + 5, "jacobian")
-    assert engine.forward._cache_size() == before + 1
+    before, on_devices = engine.forward._cache_size(), model.on_devices
+    for residues in (35, 48, 62):
+        ids = np.arange(residues) % 20 + 5
+        contact_maps.predict_contacts(on_devices, ids, "jacobian")
+    assert engine.forward._cache_size() <= before + 1  # compiled here, or by another test
 
 
 def test_a_coupled_pair_stands_out():
