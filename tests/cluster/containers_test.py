@@ -164,6 +164,7 @@ def test_the_image_for_a_cpu_runs():
 
 def test_what_an_image_holds_is_enough_to_install(tmp_path):
     """setup.py with the files of .dockerignore alone."""
+    pytest.importorskip("setuptools")
     sent = (processes.ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     for path in (line[1:] for line in sent if line.startswith("!")):
         source, target = processes.ROOT / path, tmp_path / path
