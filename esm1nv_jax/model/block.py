@@ -1,0 +1,111 @@
+"""A block of the encoder: self-attention and a feed-forward network. Axes of names: `encoder`."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from esm1nv_jax.model import dropout as drop
+from esm1nv_jax.model import esm2
+from esm1nv_jax.model.attention import attention
+from esm1nv_jax.model.dropout import DropoutKey
+from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
+from esm1nv_jax.model.kernels import remat
+from esm1nv_jax.model.kernels.attention_xla import attention_weights
+from esm1nv_jax.model.layers import LayerNorm, Linear, activate, add_residual
+from esm1nv_jax.model.lora import LoraBlock
+
+
+class Block(nnx.Module):
+    """Self-attention and a feed-forward network, each added to the residual stream."""
+
+    def __init__(self, config: EncoderConfig, compute: ComputeConfig, layer: int, rngs: nnx.Rngs):
+        D, F, bias = config.width, config.ffn, config.bias
+        # Before a product a norm returns its operand, after a sum the residual.
+        norm_dtype = compute.activation_dtype if config.norm == "pre" else "float32"
+        self.attention_norm = LayerNorm(config, norm_dtype, rngs)
+        self.qkv = Linear(D, 3 * D, compute, rngs, bias)
+        if config.qk_norm:
+            self.q_norm = LayerNorm(config, compute.activation_dtype, rngs, bias=False)
+            self.k_norm = LayerNorm(config, compute.activation_dtype, rngs, bias=False)
+        if config.bias_kv:
+            self.bias_kv = nnx.Param(jnp.zeros((2, D)))
+        self.out_proj = Linear(D, D, compute, rngs, bias)
+        self.ffn_norm = LayerNorm(config, norm_dtype, rngs)
+        self.fc1 = Linear(D, config.fc1_width, compute, rngs, bias)
+        self.fc2 = Linear(F, D, compute, rngs, bias)
+        self.config, self.compute, self.layer = config, compute, layer
+
+    def linear(self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None):
+        y_BTN = getattr(self, name)(x_BTK)
+        if lora is None:
+            return y_BTN
+        return lora.add(name, y_BTN, x_BTK, key, self.layer, self.compute.operand_dtype)
+
+    def queries_keys_values(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
+        """Queries, keys and values of each head, [B, T, C, N, H]."""
+        (B, T, D), N = x_BTD.shape, self.config.heads
+        qkv_BTCD = self.linear("qkv", x_BTD, key, lora).reshape(B, T, 3, D)
+        qkv_BTCD = checkpoint_name(qkv_BTCD, remat.QKV)
+        if self.config.qk_norm:
+            q_BTD, k_BTD, v_BTD = (qkv_BTCD[:, :, c] for c in range(3))
+            qkv_BTCD = jnp.stack([self.q_norm(q_BTD), self.k_norm(k_BTD), v_BTD], axis=2)
+        if self.config.bias_kv:
+            qkv_BTCD = esm2.replace_end(qkv_BTCD, segment_ids_BT, self.bias_kv[...])
+        qkv_BTCNH = qkv_BTCD.reshape(B, T, 3, N, D // N)
+        return qkv_BTCNH if rope is None else esm2.apply_rope(qkv_BTCNH, rope)
+
+    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
+        (B, T, D), dtype = x_BTD.shape, self.compute.operand_dtype
+        rate = self.config.attention_dropout
+        qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, key, lora)
+        keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
+        backend, chip = self.compute.attention, self.compute.chip
+        out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend, chip)
+        return self.linear("out_proj", out_BTNH.reshape(B, T, D), key, lora)
+
+    def attention_weights(self, x_BTD, segment_ids_BT, rope, lora):
+        """fp32 [B, N, T, S], of the block's input and without dropout, whatever the backend."""
+        if self.config.norm == "pre":
+            x_BTD = self.attention_norm(x_BTD)
+        qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, None, lora)
+        return attention_weights(qkv_BTCNH, segment_ids_BT, self.compute.operand_dtype)
+
+    def ffn(self, x_BTD, key: DropoutKey | None, lora):
+        x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
+        return self.linear("fc2", activate(self.config.ffn_activation, x_BTF), key, lora)
+
+    def __call__(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora=None):
+        def add(x_BTD, branch_BTD, site):
+            if self.config.branch_scale != 1:
+                branch_BTD = branch_BTD.astype(jnp.float32) * self.config.branch_scale
+            return add_residual(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
+
+        if self.config.norm == "pre":
+            branch_BTD = self.attention(self.attention_norm(x_BTD), segment_ids_BT, rope, key, lora)
+            x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
+            return add(x_BTD, self.ffn(self.ffn_norm(x_BTD), key, lora), drop.FFN_OUTPUT)
+        branch_BTD = self.attention(x_BTD, segment_ids_BT, rope, key, lora)
+        x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
+        return self.ffn_norm(add(x_BTD, self.ffn(x_BTD, key, lora), drop.FFN_OUTPUT))
+
+
+def run_block(
+    block: Block, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora: LoraBlock | None = None
+):
+    """The block's output; the backward computes again what `compute.remat` does not keep.
+
+    With `lora` the block's own parameters get no gradient.
+    """
+    graph, params = nnx.split(block)
+
+    def run(differentiable, others):
+        (trained, x_BTD, rope), (frozen, segment_ids_BT, key) = differentiable, others
+        params, lora = (trained, None) if frozen is None else (frozen, trained)
+        return nnx.merge(graph, params)(x_BTD, segment_ids_BT, rope, key, lora)
+
+    if block.compute.remat != "none":
+        run = remat.checkpoint_block(run, block.compute.remat)
+    trained, frozen = (params, None) if lora is None else (lora, params)
+    return run((trained, x_BTD, rope), (frozen, segment_ids_BT, key))
