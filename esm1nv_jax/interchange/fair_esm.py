@@ -161,10 +161,11 @@ def _encoder_config(name: str, fields: ConfigFields, state: dict) -> EncoderConf
 
 def _clear_mask_row(config: EncoderConfig, state: dict) -> None:
     """As `fair-esm` does when it loads ESM-1b: under token dropout nothing has trained that row."""
+    row = vocabulary(config.vocabulary).own_id(MASK)
     for name in (ESM1B.token_embedding, f"{ESM1B.decoder}.weight"):
-        if name in state:
+        if name in state and state[name].ndim and len(state[name]) > row:
             state[name] = state[name].copy()
-            state[name][vocabulary(config.vocabulary).own_id(MASK)] = 0
+            state[name][row] = 0
 
 
 def _convert_esm1(config: EncoderConfig, state: dict) -> None:
@@ -186,7 +187,7 @@ def _sinusoids(config: EncoderConfig) -> np.ndarray:
     position 1,000 their rounding is 6e-5."""
     half = config.width // 2
     rows = 1 + vocabulary(config.vocabulary).own_id(PAD) + config.positions
-    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10_000) / (half - 1))
+    exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10_000) / max(half - 1, 1))
     rates = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = (np.arange(rows, dtype=np.float32)[:, None] * rates).astype(np.float64)
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -207,7 +207,8 @@ def _split(state, fields: ConfigFields, config: EncoderConfig, source: str) -> d
                 split[f"{name}.{part}.{kind}"] = values.reshape(D, *shape[1:])
     tokens = len(vocabulary(config.vocabulary).tokens)
     for name in (MEGATRON.token_embedding, MEGATRON.lm_head_bias):
-        if name in split and tokens <= len(split[name]) <= tokens + tokenizer_files.MAX_UNUSED_ROWS:
+        rows = split[name].shape[:1] if name in split else ()
+        if rows and tokens <= rows[0] <= tokens + tokenizer_files.MAX_UNUSED_ROWS:
             split[name] = split[name][:tokens]
     if not fields.get("bert_binary_head", bool, True):
         split[MEGATRON.token_types] = np.zeros((1, D), np.float32)

@@ -286,7 +286,7 @@ def _merge_derived(family, config, tensors, source) -> dict[str, np.ndarray]:
                 f"{source}: tensor {family.token_types} is {shape}; a {family.architecture} has "
                 f"(token types, {config.width})"
             )
-        if positions is not None and positions.shape[-1] == config.width:
+        if positions is not None and positions.shape[-1:] == (config.width,):
             # A single sequence is all of token type 0. Into the positions, for tokens are tied.
             tensors[family.position_embedding] = positions + types[0]
     if config.position_kind != "rotary":
@@ -296,6 +296,10 @@ def _merge_derived(family, config, tensors, source) -> dict[str, np.ndarray]:
     names = [name for name in tensors if name.endswith(family.frequency)]
     frequencies = [tensors.pop(name) for name in names]
     size = config.head_size // 2
+    if not names:
+        raise UserError(
+            f"{source}: no tensor {family.frequency} is there; {family.architecture} has it"
+        )
     for name, frequency in zip(names, frequencies, strict=True):
         if frequency.shape != (size,) or not np.array_equal(frequency, frequencies[0]):
             raise UserError(

@@ -251,6 +251,12 @@ ONE, TWO = "decoder.layers.1.self_attn", "encoder.sentence_encoder.layers.1.self
         ("esm2", _pop(f"{TWO}.k_proj.bias"), r"layers\.1\.self_attn\.k_proj\.bias is missing"),
         ("esm2", _put(f"{TWO}.q_proj.weight", 48, 47), r"q_proj\.weight has shape \(48, 47\)"),
         ("esm2", _put(f"{TWO}.rot_emb.inv_freq", 5), "must hold 6 angles"),
+        ("esm2", _state(lambda s: [s.pop(k) for k in list(s) if "inv_freq" in k]), "no tensor rot"),
+        (
+            "esm1b",
+            _put("encoder.sentence_encoder.embed_tokens.weight", ()),
+            r"has shape \(\)|differs",
+        ),
         ("esm1", _pop("decoder.embed_out"), r"embed_out\.weight is missing"),
         ("esm1", _pop(f"{ONE}.bias_k"), r"layers\.1\.self_attn\.bias_k is missing"),
         (

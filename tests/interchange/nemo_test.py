@@ -159,6 +159,8 @@ PIECES = "0123abcd_protein_sequence_sentencepiece.model"
             _put("language_model.embedding.word_embeddings.weight", 29, 48),
             r"\(29, 48\).*\(30, 48\)",
         ),
+        (_put("lm_head.bias", ()), r"lm_head\.bias has shape \(\)"),
+        (_put("language_model.embedding.position_embeddings.weight", ()), r"has shape \(\)"),
         (_pop("lm_head.dense.bias"), "lm_head.dense.bias is missing"),
         (_put("lm_head.extra", 3), "lm_head.extra is unknown"),
         (_state(lambda state: state.update({"model.lm_head.bias": torch.ones(128) / 0})), "NaN"),
