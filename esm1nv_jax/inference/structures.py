@@ -150,9 +150,11 @@ def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str
                 fields.get(f"_pdbx_poly_seq_scheme.{name}", [])
                 for name in ("pdb_strand_id", "seq_id", "mon_id")
             ]
-            residues = {(c, n): name for c, n, name in reversed(list(zip(*columns, strict=True)))}
-            for (c, _), name in reversed(residues.items()):  # of alternatives, the first
-                declared[c] = declared.get(c, "") + one_letter.get(name, "X")
+            residues: dict[tuple[str, str], str] = {}
+            for c, number, residue in zip(*columns, strict=False):  # any may be absent
+                residues.setdefault((c, number), residue)  # of alternatives the first
+            for (c, _), residue in residues.items():
+                declared[c] = declared.get(c, "") + one_letter.get(residue, "X")
     except Exception as error:  # Biopython raises many kinds for what it cannot parse
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path} cannot be read as a structure: {reason}") from None

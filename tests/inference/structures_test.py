@@ -52,6 +52,11 @@ def test_without_a_declared_sequence_it_is_that_of_the_atoms_or_the_one_given(tm
     np.testing.assert_array_equal(found.is_contact, contacts_of(SEQUENCE, ALPHA, BETA, MISSING))
     cif = write(tmp_path / "a.cif", cif_text(SEQUENCE, ALPHA, BETA, MISSING, scheme=False))
     assert len(read_structure(cif).sequence) == 46
+    text = cif_text(SEQUENCE, ALPHA, BETA, MISSING)
+    lines = text.replace("_pdbx_poly_seq_scheme.pdb_strand_id", "_pdbx_poly_seq_scheme.other")
+    assert len(read_structure(write(tmp_path / "b.cif", lines)).sequence) == 46
+    twice = text.replace("Z 5 VAL A\n", "Z 5 VAL A\nZ 5 ILE A\n")
+    assert read_structure(write(tmp_path / "c.cif", twice)).sequence == SEQUENCE
 
 
 def test_selenomethionine_is_methionine_and_other_chains_can_be_named(tmp_path):
