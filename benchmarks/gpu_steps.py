@@ -264,10 +264,10 @@ def profile(folder: str, program) -> tuple[list[dict], list[dict]]:
                 if not gpus and op is None:
                     continue
                 kernel = known.get(plain(str(op))) or known.get(plain(event.name))
-                key = (kernel.phase, kernel.kind) if kernel else ("unknown", kind_of(event.name))
+                key = (kernel.phase, kernel.kind) if kernel else by_name(event.name)
                 classes[key][0] += 1
                 classes[key][1] += event.duration_ns * 1e-9
-                named[f"{key[1]}: {op or event.name}"] += event.duration_ns * 1e-9
+                named[f"{key[1]}: {event.name}"] += event.duration_ns * 1e-9
     rows = [
         {"phase": phase, "kind": kind, "kernels": count / STEPS, "ms": 1e3 * seconds / STEPS}
         for (phase, kind), (count, seconds) in classes.items()
@@ -280,8 +280,11 @@ def plain(name: str) -> str:
     return re.sub(r"\W", "_", name)
 
 
-def kind_of(name: str) -> str:
-    """The class of a kernel by its name."""
+def by_name(name: str) -> tuple[str, str]:
+    """Phase and kind of a kernel that no instruction of the program names."""
+    phase = next(
+        (phase for phase in ("forward", "backward") if f"flash_{phase}" in name), "unknown"
+    )
     for pattern, kind in (
         ("flash_|fmha|sdpa", "attention"),
         ("gemm|nvjet|cutlass|xmma|cublas|dot", "gemm"),
@@ -291,8 +294,8 @@ def kind_of(name: str) -> str:
         ("fusion|loop|wrapped", "elementwise"),
     ):
         if re.search(pattern, name, re.IGNORECASE):
-            return kind
-    return "other"
+            return phase, kind
+    return phase, "other"
 
 
 def plan(record, rehearse: bool) -> None:

@@ -267,7 +267,7 @@ def _product_flops(it: _Instruction, scope: _Computation) -> float:
     """FLOPs of a dot, a cuBLAS call or a convolution, as which TPUs compute products."""
     if it.opcode == "convolution":
         return _convolution_flops(it, scope)
-    if it.opcode == "custom-call" and "gemm" in it.rest[:200]:
+    if it.opcode == "custom-call" and re.search(r"gemm|cublas", it.rest[:200]):
         contracting = _find(r'"lhs_contracting_dimensions":\[([^\]]*)', it.rest)
     elif it.opcode == "dot":
         contracting = _find(r"lhs_contracting_dims=\{([^}]*)", it.rest)

@@ -31,6 +31,25 @@ def test_flops_and_bytes_of_a_product():
     assert sum(k.bytes for k in result.of_kind("gemm")) == 4 * (64 * 256 + 256 * 32 + 64 * 32)
 
 
+# As a live GPU prints a product that its autotuning gave to cuBLASLt.
+CUBLAS = """
+ENTRY %main (a: bf16[64,256], b: bf16[256,32]) -> bf16[64,32] {
+  %a = bf16[64,256]{1,0} parameter(0)
+  %b = bf16[256,32]{1,0} parameter(1)
+  %c = (bf16[64,32]{1,0}, s8[0]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(train_step)/jit(shmap_body)/transpose(jvp(Encoder))/fc1/dot_general" \
+source_file="/a/folder/with/a/rather/long/path/esm1nv_jax/model/kernels/matmul.py"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %d = bf16[64,32]{1,0} get-tuple-element(%c), index=0
+}
+"""
+
+
+def test_a_product_of_cublas_is_one():
+    (product,) = Program(CUBLAS).of_kind("gemm")
+    assert product.flops == 2 * 64 * 256 * 32
+
+
 def looped_program():
     def looped(x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=7)[0]

@@ -54,8 +54,8 @@ class Blocks:
 
 
 # By `jax.Device.device_kind`: the line `best` of `benchmarks/gpu.py --parts blocks`, rows and
-# dropout of the card, heads of 64.
-MEASURED: dict[str, Blocks] = {}
+# dropout of the card, heads of 64. Forward and backward of 32 rows, defaults and these, in ms:
+MEASURED = {"NVIDIA H200": Blocks(64, 64, 64, backward_stages=3)}  # 1.063, 0.959
 
 
 @dataclasses.dataclass(frozen=True)
