@@ -38,7 +38,8 @@ ENTRY %main (a: bf16[64,256], b: bf16[256,32]) -> bf16[64,32] {
   %b = bf16[256,32]{1,0} parameter(1)
   %c = (bf16[64,32]{1,0}, s8[0]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
 metadata={op_name="jit(train_step)/jit(shmap_body)/transpose(jvp(Encoder))/fc1/dot_general" \
-source_file="/a/folder/with/a/rather/long/path/esm1nv_jax/model/kernels/matmul.py"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
+source_file="/a/folder/with/a/rather/long/path/esm1nv_jax/model/kernels/matmul.py"}, \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
 "lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
   ROOT %d = bf16[64,32]{1,0} get-tuple-element(%c), index=0
 }
