@@ -280,6 +280,14 @@ def test_advice_is_compiled_before_it_is_given(monkeypatch):
     assert "--config.compute.remat=block fits" in plan_module.advice(config, ("a100-80gb", 1, 8))
     assert tried == [(2, "none"), (4, "none"), (1, "block")]
 
+    def plan_that_fits_with_few_rows_at_a_time(config, *target):
+        peak = 800 / config.batch.microbatches
+        return {"peak": peak, "fits": plan_module.fits(peak, budget=100)}
+
+    monkeypatch.setattr(plan_module, "plan", plan_that_fits_with_few_rows_at_a_time)
+    advice = plan_module.advice(config, ("tpu-v5e", 1, 8))
+    assert "--config.batch.microbatches=16 --config.compute.remat=block fits" in advice
+
 
 def write_run(folder, model, **fields):
     lines = [
