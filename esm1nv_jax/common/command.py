@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from glob import glob
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 
@@ -225,15 +225,9 @@ def keeps(working_bytes: float) -> bool:
     return not has_accelerator() and wish != "0" and (wish == "1" or working_bytes <= KEPT_AT_MOST)
 
 
-def device_memory(device: Any) -> float:
-    """Return the bytes a device has; of a CPU the machine's, shared by the devices made of it."""
-    import jax  # which is set up by this module before it is imported
-
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit:
-        return limit
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine / jax.local_device_count(device.platform)
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def return_freed_memory() -> None:

@@ -56,14 +56,13 @@ class LoadedModel:
         """Raises UserError where a protein `name` of so many residues is read at once, because
         `max_residues` asks for it, and the machine has no memory for that. On accelerators it
         depends on the kernel; there the engine reports what does not fit."""
-        device = jax.local_devices()[0]
-        if device.platform != "cpu":
+        if jax.local_devices()[0].platform != "cpu":
             return
         at_once = min(residues, self.longest)
         needed = COPIES * 4 * self.config.heads * (at_once + SPECIALS) ** 2
-        available = command.device_memory(device)
+        available = command.machine_memory()
         if needed > available:
-            enough = math.isqrt(int(available) // (2 * COPIES * 4 * self.config.heads)) - SPECIALS
+            enough = math.isqrt(available // (2 * COPIES * 4 * self.config.heads)) - SPECIALS
             raise UserError(
                 f"{name} has {residues:,} residues: to read {at_once:,} at once takes "
                 f"{needed / 2**30:,.0f} GiB and the machine has {available / 2**30:,.0f}; give "

@@ -30,6 +30,12 @@ def least_memory(config: StepConfig, rows: int, row_length: int) -> tuple[float,
     return parameters, row_length * (kept + 16.0 * rows)
 
 
+def device_memory(device: jax.Device) -> float:
+    """Return the bytes a device has; of a CPU the machine's, shared by the devices made of it."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or command.machine_memory() / jax.local_device_count(device.platform)
+
+
 def check_memory(
     config: StepConfig,
     stream: StreamConfig,
@@ -40,7 +46,7 @@ def check_memory(
     by default what the first of this process has."""
     rows = stream.rows // mesh.size
     if available is None:
-        available = command.device_memory(mesh.local_devices[0])
+        available = device_memory(mesh.local_devices[0])
     parameters, activations = least_memory(config, rows, stream.row_length)
     if parameters + activations > available:
         total, one, other, has = (

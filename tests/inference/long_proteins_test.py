@@ -47,7 +47,7 @@ def test_windows_are_the_default_where_one_pass_is_too_large(
 def test_a_protein_that_does_not_fit_is_named_before_the_work(
     long_model, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(command, "device_memory", lambda device: 3 * 4 * 4 * 300**2)
+    monkeypatch.setattr(command, "machine_memory", lambda: 3 * 4 * 4 * 300**2)
     assert embed(long_model, tmp_path, "--max-residues", "400") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: TITIN_PART has 400 residues: to read 400 at once takes")
