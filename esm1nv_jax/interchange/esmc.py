@@ -9,7 +9,7 @@ from typing import Any
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange.config_fields import ConfigFields
-from esm1nv_jax.interchange.tensor_names import ESM, Family
+from esm1nv_jax.interchange.tensor_names import Family
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
@@ -40,7 +40,7 @@ ESMC = Family(
     lm_head_bias="lm_head.decoder.bias",
     decoder="lm_head.decoder",
     ignored="",
-    frequency=ESM.frequency,
+    frequency="rotary_embeddings.inv_freq",
 )
 ROWS = 64  # of its embedding, for 33 tokens
 

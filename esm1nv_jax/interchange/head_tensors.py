@@ -8,7 +8,8 @@ import numpy as np
 
 from esm1nv_jax.checkpoints.model_folder import flatten
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.interchange.tensor_names import ESM, Family, check_finite
+from esm1nv_jax.interchange.hf_config import ESM
+from esm1nv_jax.interchange.tensor_names import Family, check_finite
 from esm1nv_jax.model import contact_head, heads
 from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig

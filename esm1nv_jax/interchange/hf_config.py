@@ -1,4 +1,5 @@
-"""config.json of `transformers`, from and to an EncoderConfig; what it cannot express."""
+"""Architectures of `transformers`: names of their tensors, and config.json from and to an
+EncoderConfig; what it cannot express."""
 
 from __future__ import annotations
 
@@ -13,9 +14,52 @@ from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
 from esm1nv_jax.interchange import esmc, tokenizer_files
 from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.esmc import ESMC
-from esm1nv_jax.interchange.tensor_names import BERT, ESM, Family, first_position
+from esm1nv_jax.interchange.tensor_names import Family, first_position
 from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.model.lora import FUSED
 
+_HF_BLOCK = {name: f"attention.self.{name}" for name in FUSED} | {
+    "out_proj": "attention.output.dense",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+}
+ESM = Family(
+    architecture="EsmForMaskedLM",
+    config_name="config.json",
+    modules={
+        "embedding_norm": "esm.embeddings.layer_norm",
+        "final_norm": "esm.encoder.emb_layer_norm_after",
+        "lm_head/dense": "lm_head.dense",
+        "lm_head/layer_norm": "lm_head.layer_norm",
+    },
+    layers="esm.encoder.layer",
+    block_modules=_HF_BLOCK | {"attention_norm": "attention.LayerNorm", "ffn_norm": "LayerNorm"},
+    token_embedding="esm.embeddings.word_embeddings.weight",
+    position_embedding="esm.embeddings.position_embeddings.weight",
+    lm_head_bias="lm_head.bias",
+    decoder="lm_head.decoder",
+    ignored=r"esm\.pooler\..*|.*\.position_ids",
+    frequency="rotary_embeddings.inv_freq",
+    positions_after_padding=True,
+)
+BERT = Family(
+    architecture="BertForMaskedLM",
+    config_name="config.json",
+    modules={
+        "embedding_norm": "bert.embeddings.LayerNorm",
+        "lm_head/dense": "cls.predictions.transform.dense",
+        "lm_head/layer_norm": "cls.predictions.transform.LayerNorm",
+    },
+    layers="bert.encoder.layer",
+    block_modules=_HF_BLOCK
+    | {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"},
+    token_embedding="bert.embeddings.word_embeddings.weight",
+    position_embedding="bert.embeddings.position_embeddings.weight",
+    lm_head_bias="cls.predictions.bias",
+    decoder="cls.predictions.decoder",
+    ignored=r"bert\.pooler\..*|.*\.position_ids|cls\.(?!predictions\.).*",
+    token_types="bert.embeddings.token_type_embeddings.weight",
+)
 FAMILIES = {"esm": ESM, "bert": BERT, "esmc": ESMC}  # by model_type
 # Fields that ESM and BERT share: (name there, type, default there).
 SHARED: dict[str, tuple[str, type, Any]] = {

@@ -26,7 +26,7 @@ from esm1nv_jax.interchange import (
 )
 from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.esmc import ESMC
-from esm1nv_jax.interchange.tensor_names import BERT, ESM
+from esm1nv_jax.interchange.hf_config import BERT, ESM
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
 

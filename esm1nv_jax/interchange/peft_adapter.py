@@ -12,7 +12,7 @@ from safetensors.numpy import save as save_safetensors
 from esm1nv_jax.checkpoints.model_folder import Weights, flatten
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import head_tensors, huggingface
-from esm1nv_jax.interchange.tensor_names import BERT, ESM
+from esm1nv_jax.interchange.hf_config import BERT, ESM
 from esm1nv_jax.model.lora import LoraConfig
 
 CONFIG, ADAPTER, BASE = "adapter_config.json", "adapter_model.safetensors", "base"

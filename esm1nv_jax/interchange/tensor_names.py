@@ -1,4 +1,5 @@
-"""Which tensor of another tool is which parameter here: one table a tool, for both directions.
+"""Which tensor of another tool is which parameter here: by one table, in the tool's own module, for
+both directions.
 
 Linear layers are [outputs, inputs] there and [inputs, outputs] here; query, key and value are three
 there and one product here; vocabulary rows stand in the order of the model's own ids there.
@@ -44,49 +45,6 @@ class Family:
 # Linear layers that are columns of one here: (layer here, which part, of how many).
 PARTS = {name: ("qkv", i, 3) for i, name in enumerate(FUSED)}
 PARTS |= {"gate": ("fc1", 0, 2), "up": ("fc1", 1, 2)}
-
-_HF_BLOCK = {name: f"attention.self.{name}" for name in FUSED} | {
-    "out_proj": "attention.output.dense",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-}
-ESM = Family(
-    architecture="EsmForMaskedLM",
-    config_name="config.json",
-    modules={
-        "embedding_norm": "esm.embeddings.layer_norm",
-        "final_norm": "esm.encoder.emb_layer_norm_after",
-        "lm_head/dense": "lm_head.dense",
-        "lm_head/layer_norm": "lm_head.layer_norm",
-    },
-    layers="esm.encoder.layer",
-    block_modules=_HF_BLOCK | {"attention_norm": "attention.LayerNorm", "ffn_norm": "LayerNorm"},
-    token_embedding="esm.embeddings.word_embeddings.weight",
-    position_embedding="esm.embeddings.position_embeddings.weight",
-    lm_head_bias="lm_head.bias",
-    decoder="lm_head.decoder",
-    ignored=r"esm\.pooler\..*|.*\.position_ids",
-    frequency="rotary_embeddings.inv_freq",
-    positions_after_padding=True,
-)
-BERT = Family(
-    architecture="BertForMaskedLM",
-    config_name="config.json",
-    modules={
-        "embedding_norm": "bert.embeddings.LayerNorm",
-        "lm_head/dense": "cls.predictions.transform.dense",
-        "lm_head/layer_norm": "cls.predictions.transform.LayerNorm",
-    },
-    layers="bert.encoder.layer",
-    block_modules=_HF_BLOCK
-    | {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"},
-    token_embedding="bert.embeddings.word_embeddings.weight",
-    position_embedding="bert.embeddings.position_embeddings.weight",
-    lm_head_bias="cls.predictions.bias",
-    decoder="cls.predictions.decoder",
-    ignored=r"bert\.pooler\..*|.*\.position_ids|cls\.(?!predictions\.).*",
-    token_types="bert.embeddings.token_type_embeddings.weight",
-)
 
 
 def module_names(family: Family, config: EncoderConfig) -> Iterator[tuple[str, str]]:

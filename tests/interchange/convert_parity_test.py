@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.interchange import convert, tensor_names
+from esm1nv_jax.interchange import convert, hf_config, tensor_names
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
 from tests.model.rows import pack
@@ -101,13 +101,13 @@ def test_gradients(kind, tmp_path):
         return -jnp.sum(jnp.where(batch["tokens"] == 4, chosen, 0)) / (2 * len(asked))
 
     ours = model_folder.flatten(jax.jit(jax.grad(loss))(weights.params))
-    family = tensor_names.ESM if model.config.model_type == "esm" else tensor_names.BERT
+    family = hf_config.ESM if model.config.model_type == "esm" else hf_config.BERT
     ours = tensor_names.to_tensors(
         family, weights.model, {k: np.asarray(v) for k, v in ours.items()}
     )
     theirs = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
-    if family is tensor_names.BERT:
-        theirs.pop(tensor_names.BERT.token_types)  # the sum of the positions' gradients
+    if family is hf_config.BERT:
+        theirs.pop(hf_config.BERT.token_types)  # the sum of the positions' gradients
     # The key's bias moves all scores of a query alike: its gradient is 0 but for rounding.
     compared = {name for name in theirs if not name.endswith("key.bias")}
     assert compared == {name for name in ours if not name.endswith("key.bias")}
