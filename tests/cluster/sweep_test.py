@@ -19,7 +19,8 @@ baseline pretrain_small
 other    ablations/rotary:layers=1 --config.steps=7
 """
 NAMES = ["baseline-0", "baseline-1", "other-0", "other-1"]
-# Makes the workdir, appends its arguments to `calls`, and ends with the status in `RUN.status`.
+# Makes the workdir, appends its arguments to `calls`, waits for SIGTERM where there is `RUN.slow`,
+# and ends with the status in `RUN.status`.
 PYTHON = """#!{python}
 import os, signal, sys, time
 here, arguments = {folder!r}, sys.argv[1:]
@@ -29,13 +30,13 @@ else:
     run = [a for a in arguments if a.startswith("--workdir=")][0].split("=", 1)[1]
     os.makedirs(run, exist_ok=True)
 open(here + "/calls", "a").write(" ".join(arguments) + "\\n")
-if os.path.exists(here + "/slow"):
+if os.path.exists(here + "/" + os.path.basename(run) + ".slow"):
     def stop(*_):
         open(run + "/saved", "w")
         sys.exit(75)
     signal.signal(signal.SIGTERM, stop)
     open(run + "/started", "w")
-    time.sleep(60)
+    time.sleep(600)
 path = here + "/" + os.path.basename(run) + ".status"
 sys.exit(int(open(path).read()) if os.path.exists(path) else 0)
 """
@@ -128,7 +129,7 @@ def test_a_run_that_is_stopped_stops_the_sweep(sweep):
 
 @pytest.mark.parametrize("script", ["launch/sweep.sh", "launch/sweep.sbatch"])
 def test_sigterm_reaches_the_run_which_saves(sweep, script):
-    (sweep.folder / "slow").touch()
+    (sweep.folder / "baseline-0.slow").touch()
     ids = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "9"}
     process = sweep.start(script, **ids)
     deadline = time.monotonic() + 30

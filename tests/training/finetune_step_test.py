@@ -257,3 +257,4 @@ def test_mfu_counts_what_the_method_computes(method):
     flops = metrics["mfu"] * metrics["seconds_per_step"] * 2e12
     head = 2 * (3 * MODEL.width + MODEL.width) * 5  # three classes, and the scores of the pooling
     assert flops == pytest.approx(training_flops(MODEL, 90, 1800, head, settings.tuning))
+    assert metrics["flops_per_step"] == pytest.approx(flops)
