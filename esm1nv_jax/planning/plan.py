@@ -27,7 +27,9 @@ VARIANTS = {
     "attention": ("compute.attention", ("auto", "xla")),
     "row_length": ("data.row_length", (1152, 1536, 2048)),
 }
-SAVING = (  # changes that save memory, tried in this order where a plan does not fit
+SAVING: tuple[
+    dict[str, Any], ...
+] = (  # changes that save memory, tried in this order where a plan does not fit
     {"batch.microbatches": 2},
     {"batch.microbatches": 4},
     {"compute.remat": "block"},
