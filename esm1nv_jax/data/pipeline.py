@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import grain
@@ -163,12 +164,15 @@ class _TrainIterator(grain.DatasetIterator):
         self._dataset = dataset
         self._state: State = iter(dataset.planned).get_state()
         self._rows: grain.DatasetIterator | None = None
+        self._workers: list[BaseProcess] = []
 
     def __next__(self) -> Batch:
         if self._rows is None:
+            before = multiprocessing.active_children()
             with _signals_blocked() if self._dataset.workers else contextlib.nullcontext():
                 self._rows = self._dataset.from_state(self._state)
                 rows, self._state = next(self._rows)
+            self._workers = [p for p in multiprocessing.active_children() if p not in before]
         else:
             rows, self._state = next(self._rows)
         return batch_of(rows)
@@ -192,6 +196,9 @@ class _TrainIterator(grain.DatasetIterator):
 
     def _stop(self) -> None:
         if self._rows is not None:
+            # What they have read is not wanted, and Grain would wait 25 s for each to hand it over.
+            for worker in self._workers:
+                worker.kill()
             self._rows.close()
             self._rows = None
 

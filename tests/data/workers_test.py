@@ -1,6 +1,7 @@
 """Worker processes make the batches and states that one process makes, and end with it."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -49,6 +50,16 @@ def test_workers_make_the_same_batches_and_states(folder):
     iterator = prefetch(train_dataset(source, CONFIG, rows, workers=2), expected[2][1])
     assert_same(taken(iterator, 15), expected[3:])
     iterator.close()
+
+
+def test_workers_are_not_asked_for_what_they_have_read(folder):
+    """Grain waits 25 s for each whose last batches fill the pipe, at the end of every run."""
+    iterator = prefetch(train_dataset(open_split(folder, "train"), CONFIG, workers=1))
+    before = multiprocessing.active_children()
+    next(iterator)
+    (worker,) = (p for p in multiprocessing.active_children() if p not in before)
+    iterator.close()
+    assert worker.exitcode == -signal.SIGKILL
 
 
 class Unreadable(MemorySource):
