@@ -4,6 +4,7 @@
 
 Rotary positions (Su et al. 2021) enter every attention as angles and have no parameters; a learned
 table has 768 a position, and sees the last ones only in the longest proteins.
+Answer (docs/ablations.md): yes, 16.48 against 16.98 with a million parameters and 15M tokens.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
 """
 
