@@ -42,7 +42,7 @@ def get_config(arg=""):
         (["--config.model.width=1000000000001"], "heads may be 1"),
         (["--config.model.heads=3"], "model.heads=3 does not divide model.width=16"),
         (["--config.modle.heads=4"], "config has no field config.modle.heads; config has batch"),
-        (["--config.model.head=4"], "config.model has attention_dropout, dropout"),
+        (["--config.model.head=4"], "config.model has attention_dropout, bare_head"),
         (["--config.model.width=wide"], "config.model.width is int, such as 16"),
         (["--config.model=4"], "config.model is a group; set one of attention_dropout"),
         (["--config.steps"], "no value"),
