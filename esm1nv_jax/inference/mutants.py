@@ -14,7 +14,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import RESIDUES, STANDARD
 
 AMINO_ACIDS = RESIDUES[:STANDARD]
-_SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d+)([A-Za-z])")
+_SUBSTITUTION = re.compile(r"([A-Za-z])(-?\d{1,9})([A-Za-z])")
 
 Sites = tuple[tuple[int, str, str], ...]  # ascending: (index from 0, old letter, new letter)
 
@@ -120,6 +120,12 @@ def parse_mutants(
 def is_mutant(name: str) -> bool:
     """Whether a name has the form of `A4G:L10P`."""
     return all(_SUBSTITUTION.fullmatch(text.strip()) for text in name.split(":"))
+
+
+def kind_of(name: str) -> str:
+    """What a name that is no mutant stands for: "wild type", "synonymous", "stop", "blank", or else
+    "no substitution"."""
+    return _not_a_substitution(name.strip())[0]
 
 
 def undo(name: str, mutated: str) -> str:

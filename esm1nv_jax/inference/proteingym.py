@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tables import open_csv
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.mutants import is_mutant, parse_mutants, undo
+from esm1nv_jax.inference.mutants import is_mutant, kind_of, parse_mutants, undo
 from esm1nv_jax.inference.proteingym_summary import summarize
 from esm1nv_jax.inference.sequence_scores import EXACT, ONE_PASS, SequenceTable, score_table
 from esm1nv_jax.inference.variant_scores import MODES
@@ -47,6 +48,9 @@ REFERENCE = {
     "wild_type": ("target_seq", "sequence"),
 }
 LOOKED_AT = 100  # rows by which an assay of indels is told from one of substitutions
+NEITHER = ("wild type", "synonymous", "stop", "blank")  # rows that say nothing of that
+_FILE = re.compile(r"(.+)\.csv(\.(gz|zst|xz))?", re.DOTALL)
+LONGEST_NAME = 200  # bytes of the name of an assay, which names a file
 SETTINGS = "settings.json"
 
 
@@ -147,7 +151,11 @@ def _wild_type(assay: Assay, columns: list[str]) -> str:
     at = columns.index(COLUMN), columns.index(MUTATED)
     for fields in rows_of(assay.path):
         if is_mutant(fields[at[0]]):
-            return undo(fields[at[0]], fields[at[1]].upper())
+            try:
+                mutated = tokenizer.normalize(fields[at[1]]).sequence.decode()
+            except tokenizer.InvalidResidueError as error:
+                raise UserError(f"{assay.path}, {fields[at[0]]}: {error}") from None
+            return undo(fields[at[0]], mutated)
     raise UserError(f"{assay.path} names no mutant such as A4G")
 
 
@@ -158,7 +166,13 @@ def read_assays(folder: str, reference: str | None) -> list[Assay]:
     """
     if not Path(folder).is_dir():
         raise UserError(f"--proteingym {folder} is no folder; give the one that holds the assays")
-    paths = {path.name.split(".csv")[0]: path for path in sorted(Path(folder).glob("*.csv*"))}
+    paths: dict[str, Path] = {}
+    for path in sorted(Path(folder).iterdir()):
+        if not (match := _FILE.fullmatch(path.name)) or path.is_dir():
+            continue
+        if other := paths.get(match[1]):
+            raise UserError(f"{other} and {path.name} are one assay by their names; remove one")
+        paths[match[1]] = path
     if reference is None:
         assays = [
             Assay(name, path, _is_indels(path), "_".join(name.split("_")[:2]))
@@ -197,7 +211,8 @@ def _is_indels(path: Path) -> bool:
     if COLUMN not in columns:
         return True
     at = columns.index(COLUMN)
-    return not any(is_mutant(fields[at]) for _, fields in itertools.islice(rows, LOOKED_AT))
+    names = (fields[at] for _, fields in rows if kind_of(fields[at]) not in NEITHER)
+    return not any(map(is_mutant, itertools.islice(names, LOOKED_AT)))
 
 
 def _read_reference(path: str) -> Iterator[dict[str, str]]:
@@ -212,10 +227,15 @@ def _read_reference(path: str) -> Iterator[dict[str, str]]:
             f"{path} has no column DMS_id or UniProt_ID; give a reference file of ProteinGym, such "
             "as DMS_substitutions.csv"
         )
+    lines: dict[str, int] = {}
     for line, fields in rows:
         entry = {field: "" if i is None else fields[i] for field, i in at.items()}
-        if Path(entry["name"]).name != entry["name"]:
-            raise UserError(f"{path}, line {line}: DMS_id {entry['name']!r} is no file name")
+        name = entry["name"]
+        is_file = name and Path(name).name == name and name.isprintable()
+        if not is_file or len(name.encode()) > LONGEST_NAME:
+            raise UserError(f"{path}, line {line}: DMS_id {name[:80]!r} is no file name")
+        if (first := lines.setdefault(name, line)) != line:
+            raise UserError(f"{path}, line {line}: DMS_id {name!r} is in line {first}, too")
         try:
             entry["wild_type"] = tokenizer.normalize(entry["wild_type"]).sequence.decode()
         except tokenizer.InvalidResidueError as error:

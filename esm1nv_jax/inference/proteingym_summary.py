@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -63,8 +64,8 @@ def metrics_of(measured: np.ndarray, is_fit: np.ndarray, scores: np.ndarray) -> 
         return values
     values["Spearman"] = spearman(measured, scores)
     values["NDCG"] = ndcg(measured, scores)
-    is_top, is_high = (x > np.percentile(x, 100 * (1 - TOP)) for x in (measured, scores))
-    values["Top_recall"] = float((is_top & is_high).sum() / max(1, is_top.sum()))
+    is_top, is_high = (x >= np.percentile(x, 100 * (1 - TOP)) for x in (measured, scores))
+    values["Top_recall"] = float((is_top & is_high).sum() / is_top.sum())
     if np.isfinite(is_fit).all() and np.ptp(is_fit):
         values["AUC"] = auc(is_fit > 0, scores)
         predicted = (scores >= np.median(scores)).astype(int)
@@ -171,8 +172,10 @@ def summarize(assays: Sequence[Grouped], out: Path, kind: str) -> None:
                 grouped["Without_viruses"] = average(assays, kept)[2]
             line |= {name: f"{x:.3f}" for name, x in grouped.items()}
             if grouped and not groups.columns:
-                for column in ("", *(name.partition("_")[2] for name in grouped)):
-                    groups.add_column(column, justify="right" if column else "left")
+                groups.add_column("")
+                for name in grouped:
+                    column = re.sub("^(Function|Taxa)_", "", name).replace("_", " ")
+                    groups.add_column(column, justify="right")
             if grouped:
                 groups.add_row(score, *(f"{x:.3f}" for x in grouped.values()))
         table.add_row(score, *cells, style="bold")
@@ -186,6 +189,11 @@ def summarize(assays: Sequence[Grouped], out: Path, kind: str) -> None:
         stdout.print(groups)
     if kind == "substitutions" and len(assays) != PUBLISHED_ASSAYS:
         stdout.print(f"The published values are over {PUBLISHED_ASSAYS} assays, not these.")
+    for name in [row["DMS_id"] for row in rows if row[f"Spearman_{SCORE}"] == "nan"]:
+        stdout.print(
+            f"{name} takes no part in the mean of Spearman: it has fewer than two mutants with a "
+            "measurement and a score, or all of these are equal."
+        )
     if not any(assay.function for assay in assays):
         stdout.print("Without functions, which a reference file has, the mean is over proteins.")
     console.print(f"{out}/{kind}_summary.csv, {kind}_assays.csv")

@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
         ("additive", of_mutants),
         ("reference", bool(args.proteingym)),
         ("shard", bool(args.proteingym)),
+        ("target", not args.proteingym),
     ):
         if getattr(args, option) and not belongs:
             raise UserError(f"--{option} has no meaning here (see esm1nv score --help)")
