@@ -18,6 +18,7 @@ from esm1nv_jax.inference.device_model import DeviceModel
 from esm1nv_jax.inference.engine import OutputSpec, fill_rows, run_batches
 from esm1nv_jax.inference.row_shapes import RowBatch
 from esm1nv_jax.model import contact_head
+from esm1nv_jax.model.encoder_config import EncoderConfig
 
 METHODS = ("jacobian", "attention")
 LENGTH_STEP = 32  # tokens; so many passes are worth a row that is no longer than it must be
@@ -31,9 +32,8 @@ def attention_maps(model: DeviceModel, ids: np.ndarray) -> np.ndarray:
 
     Raises UserError where they would not fit into memory.
     """
+    check_size(model.config, len(ids), "attention")
     T = len(ids) + 2
-    size = 4 * model.config.layers * model.config.heads * T**2
-    check_size("the attention weights", len(ids), size)
     [results] = _run(model, ids, "attention")
     return results["attention"][0, :, :, :T, :T]
 
@@ -50,14 +50,14 @@ def predict_contacts(
     for each residue). `on_progress` is called with how many passes are done.
 
     Raises UserError where the method is unknown, the model has no contact head, or the Jacobian
-    would not fit into memory.
+    or the attention maps would not fit into memory.
     """
     check_method(method, contact_head.NAME in model.params)
+    check_size(model.config, len(ids), method)
     if method == "attention":
         [results] = _run(model, ids, "contacts")
         on_progress(1)
         return results["contacts"][0, 1 : len(ids) + 1, 1 : len(ids) + 1]
-    check_size("the Jacobian", len(ids), 4 * (STANDARD * len(ids)) ** 2)
     return coupling_strength(categorical_jacobian(model, ids, on_progress))
 
 
@@ -126,10 +126,16 @@ def coupling_strength(jacobian: np.ndarray) -> np.ndarray:
     return scores
 
 
-def check_size(what: str, residues: int, size: int) -> None:
-    """Raises UserError where an array of a protein would take more than ARRAY_BYTES."""
+def check_size(
+    config: EncoderConfig, residues: int, method: str, name: str = "the sequence"
+) -> None:
+    """Raises UserError where the Jacobian or the attention maps of a protein `name` would take more
+    than ARRAY_BYTES."""
+    what, size = "Jacobian", 4 * (STANDARD * residues) ** 2
+    if method == "attention":
+        what, size = "attention maps", 4 * config.layers * config.heads * (residues + 2) ** 2
     if size > ARRAY_BYTES:
         raise UserError(
-            f"{what} of {residues:,} residues would take {size / 2**30:.1f} GiB, the limit is "
-            f"{ARRAY_BYTES >> 30} GiB; cut the sequence into domains"
+            f"{name} has {residues:,} residues, its {what} would take {size / 2**30:.1f} GiB, the "
+            f"limit is {ARRAY_BYTES >> 30} GiB; cut it into domains"
         )

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
     args = parser.parse_args(argv)
     formats = [name for name in re.split(r"[,\s]+", args.formats) if name]
-    if unknown := [name for name in formats if name not in WRITERS]:
+    if unknown := [name for name in formats or [""] if name not in WRITERS]:
         raise UserError(f"--formats={unknown[0]} is unknown; there are {', '.join(WRITERS)}")
     if args.save_model and not args.fit:
         parser.error("--save-model goes with --fit")
@@ -99,8 +99,13 @@ def main(argv: list[str]) -> None:
     method = args.method or ("attention" if args.fit else "jacobian")
     if method == "attention" and not args.fit:
         contact_maps.check_method(method, model.contact_head_params is not None)
-    for protein in [*proteins, *(Protein(s.name, s.sequence) for s in training)]:
-        model.read_whole(protein.sequence, f"protein {protein.name}")
+    if method == "jacobian" and proteins:
+        model.require_lm_head()
+    checked = [(protein.name, protein.sequence, method) for protein in proteins]
+    checked += [(structure.name, structure.sequence, "attention") for structure in training]
+    for name, sequence, by in checked:
+        ids = model.read_whole(sequence, f"protein {name}")
+        contact_maps.check_size(model.config, len(ids), by, f"protein {name}")
     if training:
         model = fit(model, training)
     if args.save_model:

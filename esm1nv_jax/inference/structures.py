@@ -49,6 +49,8 @@ def find_structures(paths: list[str]) -> list[tuple[Path, str]]:
             head, _, chain = text.rpartition(":")
             path = Path(head)
         if path.is_dir():
+            if chain:
+                raise UserError(f"{text} names a chain of a folder; give FILE:{chain}")
             inside = sorted(p for p in path.iterdir() if _suffix(p) in FORMATS)
             if not inside:
                 raise UserError(f"{path} holds no structure; there are {', '.join(FORMATS)}")
@@ -114,7 +116,7 @@ def _read_pairs(text: str, residues: int, source: str) -> np.ndarray:
         fields = line.partition("#")[0].split()
         if not fields or (number == 1 and not fields[0].isdecimal()):
             continue
-        pair = [int(f) for f in fields[:2] if f.isdecimal()]
+        pair = [int(f) for f in fields[:2] if f.isdecimal() and len(f) < 10]
         if len(pair) != 2 or not all(1 <= i <= residues for i in pair):
             raise UserError(
                 f"{source}: line {number} is {line[:40]!r}; each line names two residues from 1 to "

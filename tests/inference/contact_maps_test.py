@@ -65,7 +65,7 @@ def test_what_cannot_be_computed_is_refused(model, monkeypatch):
         model.contacts("M" * 65)
     monkeypatch.setattr(contact_maps, "ARRAY_BYTES", 1 << 16)
     for call in (model.contacts, model.attention):
-        with pytest.raises(UserError, match=r"of 60 residues would take .* cut the sequence into"):
+        with pytest.raises(UserError, match=r"has 60 residues, its .* would take .* cut it into"):
             call("M" * 60)
     without = dataclasses.replace(model, provenance={"lm_head": "none"})
     with pytest.raises(UserError, match="came without a masked-LM head"):

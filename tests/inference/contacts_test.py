@@ -1,6 +1,7 @@
 """`esm1nv contacts` from structures on disk to maps, tables and a model with a contact head."""
 
 import csv
+import dataclasses
 import math
 import shutil
 
@@ -9,9 +10,10 @@ import pytest
 from matplotlib.image import imread
 
 from esm1nv_jax import load
+from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference import contact_metrics
+from esm1nv_jax.inference import contact_maps, contact_metrics
 from esm1nv_jax.inference.contacts import main
 from tests.inference.made_structures import write_structures
 from tests.inference.models import make_proteins, write_fasta
@@ -98,6 +100,24 @@ def test_a_fitted_head_is_used_saved_and_used_again(model_path, folders, tmp_pat
     assert load(str(saved)).digest == load(model_path).digest  # that of the encoder
 
 
+@pytest.mark.parametrize("method", ["jacobian", "attention"])
+def test_a_protein_too_large_for_its_maps_is_named_before_any_work(
+    method, model_path, folders, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(contact_maps, "ARRAY_BYTES", 1 << 12)
+    fasta = write_fasta(tmp_path / "p.fasta", [("a", "M"), ("longer", SEQUENCES[3])])
+    arguments = ["--checkpoint", model_path, "--fasta", fasta, "--out", str(tmp_path / "out")]
+    if method == "attention":
+        saved = tmp_path / "model"
+        weights = model_folder.read(model_path)
+        head = {"kernel": np.ones((8, 1), np.float32), "bias": np.zeros(1, np.float32)}
+        model_folder.write(str(saved), dataclasses.replace(weights, contact_head=head))
+        arguments[1] = str(saved)
+    assert command.run(main, [*arguments, "--method", method]) == 2
+    assert f"protein longer has {len(SEQUENCES[3])} residues, its" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -115,6 +135,8 @@ def test_a_fitted_head_is_used_saved_and_used_again(model_path, folders, tmp_pat
         ("--fasta FASTA --out OUT --max-residues 20", "protein b has .* and the model reads 20"),
         ("--structures FIT TEST --out OUT", "two structures of --structures have one name"),
         ("--structures none.pdb --out OUT", "structure none.pdb does not exist"),
+        ("--structures FIT:A --out OUT", "FIT:A names a chain of a folder; give FILE:A"),
+        ("--fasta FASTA --out OUT --formats ,", "--formats= is unknown; there are npz"),
     ],
 )
 def test_mistakes_are_answered_by_one_line(

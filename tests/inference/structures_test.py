@@ -79,6 +79,9 @@ def test_a_list_of_contacts_needs_the_sequence(tmp_path):
     assert found.is_resolved.all()
     with pytest.raises(UserError, match="give the sequence of a by --fasta"):
         read_structure(path)
+    path.write_text("1\t" + "9" * 5000)
+    with pytest.raises(UserError, match="line 1 is"):
+        read_structure(path, sequence=SEQUENCE)
     for line in ("2\t99", "0\t4", "2", "2 x"):
         write(path, f"1 7\n{line}\n")
         with pytest.raises(UserError, match=r"line 2 is .* two residues from 1 to 52"):
