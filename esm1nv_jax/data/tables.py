@@ -135,7 +135,7 @@ def _read_parquet(path: Path, name: str, columns: tuple[str, str]) -> Iterator[t
                 texts = (batch[column].cast(pa.string()).to_pylist() for column in columns)
                 for identifier, sequence in zip(*texts, strict=True):
                     yield identifier or "", sequence or ""
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} cannot be read as Parquet: {reason}") from None
 
@@ -146,3 +146,5 @@ def _check_columns(name: str, names: list[str], columns: tuple[str, str]) -> Non
             f"{name} has no column {', '.join(missing)}; it has {', '.join(names)}: name those of "
             "ids and sequences by --columns=ID,SEQUENCE"
         )
+    if twice := [column for column in columns if names.count(column) > 1]:
+        raise UserError(f"{name} has two columns {twice[0]!r}; rename one")

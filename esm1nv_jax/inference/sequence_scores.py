@@ -140,7 +140,7 @@ def score_table(
                 pll = one_pass_log_likelihood(model.on_devices, block, model.longest, copied)[1]
                 progress.advance(sum(map(len, block)))
             scores[rows] = pll
-            saved.write("a", dict(zip(map(str, rows), pll.tolist(), strict=True)))
+            saved.append(dict(zip(map(str, rows), pll.tolist(), strict=True)))
     per_residue = scores / np.where(table.lengths, table.lengths, 1)
     columns = {SCORE: scores, PER_RESIDUE: per_residue}
     write_scores(out, table.columns, rows_of(table.path), columns)

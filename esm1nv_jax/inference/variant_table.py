@@ -156,22 +156,25 @@ class SavedScores:
         self.path = out.with_name(out.name + ".partial")
         lines = []
         if self.path.exists() and not overwrite:
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # cut short by a crash
                     lines.append(json.loads(line))
-            if lines[:1] != [settings]:
+            if lines and lines[0] != settings:
                 raise UserError(
                     f"{self.path} holds unfinished work with other settings; finish it with those, "
                     "or begin anew with --overwrite"
                 )
-        self.scores: dict[str, float] = dict(pair for line in lines[1:] for pair in line.items())
+        blocks = [line for line in lines[1:] if isinstance(line, dict)]
+        self.scores: dict[str, float] = dict(pair for block in blocks for pair in block.items())
         if self.scores:
             console.print(f"going on with {self.path}: {count(len(self.scores), 'mutant')} done")
-        self.write("w", settings, self.scores)
+        with files.writing(self.path):  # whole or not at all: a full disk takes nothing away
+            text = f"{json.dumps(settings)}\n{json.dumps(self.scores)}\n"
+            files.write_atomically(self.path, text)
 
-    def write(self, mode: str, *lines: dict) -> None:
-        with files.writing(self.path), open(self.path, mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+    def append(self, block: dict) -> None:
+        with files.writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(block) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -208,7 +211,7 @@ def score_rows(
             )
             if saved:
                 values = scores[block.rows].tolist()
-                saved.write("a", {m.name: x for m, x in zip(block, values, strict=True)})
+                saved.append({m.name: x for m, x in zip(block, values, strict=True)})
             start += len(block)
     return scores
 

@@ -91,6 +91,14 @@ def test_what_is_no_table_of_proteins(tmp_path):
     refused(b"PAR1 is not enough", "cannot be read as Parquet", "x.parquet")
     pq.write_table(pa.table({"id": [1, 2], "sequence": ["MK", None]}), tmp_path / "n.parquet")
     refused((tmp_path / "n.parquet").read_bytes(), "no sequence for '2'", "m.parquet")
+    refused(b"id,sequence,sequence\nA,MK,MV\n", "has two columns 'sequence'; rename one")
+    arrays = [pa.array(["A"]), pa.array(["B"]), pa.array(["MK"])]
+    pq.write_table(pa.Table.from_arrays(arrays, ["id", "id", "sequence"]), tmp_path / "n.parquet")
+    refused((tmp_path / "n.parquet").read_bytes(), "has two columns 'id'", "m.parquet")
+    offsets, latin = pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")
+    arrays = [pa.StringArray.from_buffers(1, offsets, latin), pa.array(["MK"])]
+    pq.write_table(pa.Table.from_arrays(arrays, ["id", "sequence"]), tmp_path / "n.parquet")
+    refused((tmp_path / "n.parquet").read_bytes(), "cannot be read as Parquet", "m.parquet")
     with pytest.raises(UserError, match="is not ID,SEQUENCE"):
         parse_columns("id")
     assert parse_columns(" a , b") == ("a", "b")

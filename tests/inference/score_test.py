@@ -1,6 +1,7 @@
 """Scores against a slow, literal reading of their definitions over the NumPy reference."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from matplotlib.image import imread
 from scipy.stats import spearmanr
 
 from esm1nv_jax import cli, load
-from esm1nv_jax.common import command
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import mutants as mutants_lib
 from esm1nv_jax.inference import variant_scores, variant_table
+from esm1nv_jax.inference.variant_table import SavedScores
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
 
@@ -294,6 +296,26 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
     assert scored == MUTANTS[:4] and calls == MUTANTS[4:]
     assert "4 mutants done" in capsys.readouterr().err
     assert (tmp_path / "s.csv").read_text() == whole and not partial.exists()
+
+
+def test_saved_scores_survive_a_disk_that_refuses(tmp_path, monkeypatch):
+    out, settings = tmp_path / "s.csv", {"model": "a"}
+    path = tmp_path / "s.csv.partial"
+    SavedScores(out, settings, overwrite=False).append({"A1G": 0.5})
+    whole = path.read_text()
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "write_atomically", full)
+        with pytest.raises(UserError, match="no space left to write"):
+            SavedScores(out, settings, overwrite=False)
+    assert path.read_text() == whole
+    path.write_bytes(path.read_bytes() + b"7\n\xff\n")  # damage is passed over
+    assert SavedScores(out, settings, overwrite=False).scores == {"A1G": 0.5}
+    path.write_text("")  # killed before the first line
+    assert SavedScores(out, settings, overwrite=False).scores == {}
 
 
 def test_many_mutants_share_one_table_of_log_probabilities(model):
