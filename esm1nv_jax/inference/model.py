@@ -228,6 +228,9 @@ class Model(LoadedModel):
         if segment_ids_BT is None:
             segment_ids_BT = soft_tokens.is_real(tokens_BT).astype(jnp.int32)
         if positions_BT is None:
+            T, room = tokens_BT.shape[1], self.config.positions
+            if room < T and self.config.position_kind == "learned":
+                raise UserError(f"rows of {T:,} tokens: this model has {room:,} positions")
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape[:2])
         return encoder.forward(
             self.config,

@@ -217,11 +217,12 @@ def score_rows(
 
 
 def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
-    """Rank correlation, and over how many rows. NaN where all scores are equal."""
+    """Rank correlation, and over how many rows. NaN where all scores or all measurements of these
+    are equal."""
     from scipy.stats import spearmanr
 
     used = np.isfinite(measured) & np.isfinite(scores)
-    if not used.any() or not np.ptp(scores[used]):
+    if not used.any() or not (np.ptp(scores[used]) and np.ptp(measured[used])):
         return math.nan, int(used.sum())
     return float(spearmanr(scores[used], measured[used]).statistic), int(used.sum())
 

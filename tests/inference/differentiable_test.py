@@ -6,7 +6,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
 
@@ -31,6 +33,16 @@ def test_the_pseudo_log_likelihood_of_one_hot_vectors_is_that_of_the_sequence(mo
     assert residues[0] == 7
     value = jax.jit(without_x.pseudo_log_likelihood)(without_x.params, one_hot)
     np.testing.assert_allclose(value, -nats[0], rtol=1e-5)
+
+
+def test_more_tokens_than_positions_are_refused(model):
+    tokens = np.full((1, 67), tokenizer.encode("M")[1])
+    with pytest.raises(UserError, match="rows of 67 tokens: this model has 66 positions"):
+        jax.jit(model.apply)(model.params, tokens)
+    with pytest.raises(UserError, match="rows of 67 tokens"):
+        model.pseudo_log_likelihood(model.params, jax.nn.one_hot(tokens[0], tokenizer.VOCABULARY))
+    positions = np.arange(67)[None] % 50
+    assert np.isfinite(model.apply(model.params, tokens, positions_BT=positions).logits).all()
 
 
 def test_the_design_in_the_documents_raises_the_pseudo_log_likelihood(model):

@@ -298,6 +298,12 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
     assert (tmp_path / "s.csv").read_text() == whole and not partial.exists()
 
 
+def test_a_rank_correlation_needs_two_values():
+    scores, equal = np.array([1.0, 2, 3, np.nan]), np.array([2.0, 2, 2, 5])
+    for some in (variant_table.spearman(scores, equal), variant_table.spearman(equal, scores)):
+        assert np.isnan(some[0]) and some[1] == 3
+
+
 def test_saved_scores_survive_a_disk_that_refuses(tmp_path, monkeypatch):
     out, settings = tmp_path / "s.csv", {"model": "a"}
     path = tmp_path / "s.csv.partial"
