@@ -54,7 +54,8 @@ def write(checkpoint: str, digest: str, task: str, choice: dict[str, Any]) -> No
     except (OSError, ValueError):
         record = {}
     record = record if isinstance(record, dict) else {}
-    record[digest] = record.get(digest, {}) | {task: choice}
+    others = record.get(digest)
+    record[digest] = (others if isinstance(others, dict) else {}) | {task: choice}
     try:
         with files.writing(path):
             files.write_atomically(path, json.dumps(record, indent=1))

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from esm1nv_jax.inference.model import PRECISIONS, Model, check_layers, load
 from esm1nv_jax.inference.perplexity import GroupedMean
 from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, features
 from esm1nv_jax.inference.probe_heads import GRIDS
-from esm1nv_jax.inference.probe_report import plot_layers, print_layers, print_results
+from esm1nv_jax.inference.probe_report import PLOTS, plot_layers, print_layers, print_results
 from esm1nv_jax.model import label_metrics
 
 NETWORK = {"secondary_structure": "cnn"}  # the head beside the linear one; else mlp
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     choice = "all, or some as of embed (default -1): the best on validation is probed"
     add("--layers", nargs="+", default=["-1"], metavar="K", help=choice)
-    add("--plot", metavar="FILE", help="draw the validation score of each of --layers")
+    add("--plot", metavar="FILE", help="draw the validation scores of --layers: PNG, SVG, PDF")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
@@ -73,6 +74,8 @@ def main(argv: list[str]) -> None:
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} {value} must be {least} or more")
     files.check(options.json, options.plot)
+    if options.plot and Path(options.plot).suffix not in PLOTS:
+        raise UserError(f"--plot {options.plot} must end in {', '.join(PLOTS)}")
     name = older.get(options.task, options.task)
     task = labeled_data.read(options.csv, name, options.limit)
     folder = None if options.no_cache else command.cache_folder()

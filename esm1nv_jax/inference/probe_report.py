@@ -11,6 +11,8 @@ from esm1nv_jax.common.console import count, stdout
 from esm1nv_jax.common.html import BLUE, new_figure, plus_minus
 from esm1nv_jax.inference.probe_features import TRAINED
 
+PLOTS = (".png", ".svg", ".pdf")  # endings of the plot of layers
+
 
 def print_results(results: dict[str, Any]) -> None:
     rows, counts, seeds = results["rows"], results["proteins"], results["seeds"]
@@ -54,7 +56,7 @@ def print_layers(results: dict[str, Any]) -> None:
 
 
 def plot_layers(path: str, results: dict[str, Any]) -> None:
-    """Draws the score of each layer on the validation split as a PNG, SVG or PDF."""
+    """Draws the score of each layer on the validation split, in a format of PLOTS."""
     layers = results["layers"]
     curve, chosen = layers["curve"], layers["layer"]
     names = [str(layer) for layer in curve]

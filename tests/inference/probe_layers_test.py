@@ -80,6 +80,9 @@ def test_a_record_is_of_one_model_and_of_every_task(tmp_path, capsys):
     for damaged in ("", "[]", '{"aa": 3}', '{"aa": {"x": {"layer": "y"}}}'):
         (tmp_path / "model" / "layers.json").write_text(damaged)
         assert layer_record.read(path, "aa") == {}
+    (tmp_path / "model" / "layers.json").write_text('{"aa": 3}')
+    layer_record.write(path, "aa", "localisation", choice)
+    assert layer_record.read(path, "aa") == {"localisation": choice}
     assert load(path).config.layers == 2  # it is no part of the model
 
 
@@ -88,6 +91,13 @@ def test_a_place_that_cannot_be_written_costs_the_record_only(tmp_path, capsys):
     choice = {"layer": 1, "metric": "accuracy", "curve": {1: 0.75}}
     layer_record.write(str(tmp_path), "aa", "localisation", choice)
     assert "not recorded: " in capsys.readouterr().err
+
+
+def test_a_plot_of_another_format_is_refused_before_any_work(tmp_path, capsys):
+    argv = ["probe", "--checkpoint", "none", "--task", "regression", "--csv", "none"]
+    plot = str(tmp_path / "layers.xyz")
+    assert command.run(cli.dispatch, [*argv, "--layers", "all", "--plot", plot]) == 2
+    assert "layers.xyz must end in .png, .svg, .pdf" in capsys.readouterr().err
 
 
 @pytest.mark.integration
