@@ -96,6 +96,7 @@ def run(
         for number, assay in enumerate(mine, 1):
             path = out / f"{assay.name}.csv"
             if path.exists() and not overwrite:
+                _check_rows(path, assay)
                 continue
             console.print(f"{assay.name}, {number} of {len(mine)}")
             if assay.is_indels:
@@ -114,6 +115,18 @@ def run(
         some = [assay for assay in assays if assay.is_indels == (kind == "indels")]
         if some:
             summarize(some, out, kind)
+
+
+def _check_rows(path: Path, assay: Assay) -> None:
+    """Raises UserError where a file of scores has other columns or rows than its assay."""
+    tables = [open_csv(str(file)) for file in (assay.path, path)]
+    (columns, rows), (scored_columns, scored_rows) = tables
+    n = len(columns)
+    pairs = itertools.zip_longest((r for _, r in rows), (r[:n] for _, r in scored_rows))
+    if scored_columns[:n] != columns or any(row != scored for row, scored in pairs):
+        raise UserError(
+            f"{path} has other rows than {assay.path}; remove it, and the same command scores it"
+        )
 
 
 def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overwrite: bool) -> None:

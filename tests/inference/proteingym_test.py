@@ -261,7 +261,7 @@ def test_an_assay_is_one_file_and_one_line_of_the_reference(model_path, folder, 
     path.with_name(f"{path.name}.bak").write_text("an older file")
     (folder / "gym" / "more.csv").mkdir()
     assert gym(model_path, folder, "--shard", "9/9") == 0
-    assert "0 assays of 3" not in capsys.readouterr().err
+    assert "3 assays of 3 left to other shards" in capsys.readouterr().err
     header, first, *_ = text = reference.read_text().splitlines()
     name = first.partition(",")[0]
     for lines, expected in [
@@ -326,6 +326,27 @@ def test_scores_of_other_settings_never_enter_a_summary(model_path, folder, caps
     assert "published" in capsys.readouterr().out
     for path in out.glob("TOY*.csv"):
         assert path.read_text() != old[path.name]
+
+
+def test_scores_of_an_assay_that_has_changed_are_refused(model_path, folder, capsys):
+    assert gym(model_path, folder) == 0
+    path, scores = (folder / f / "TOY_HUMAN_Doe_2020.csv" for f in ("gym", "out"))
+    whole, scored = path.read_text(), scores.read_text()
+    *most, last = whole.splitlines(keepends=True)
+    for table, done in [
+        ("".join(most), scored),
+        (whole + last.replace("_wt", "K2A"), scored),
+        (whole.replace("DMS_score_bin", "bin"), scored),
+        (whole.replace("K2W:R5A", "K2W:R5G"), scored),
+        (whole, scored[: scored.rindex("_wt")]),
+    ]:
+        path.write_text(table)
+        scores.write_text(done)
+        assert gym(model_path, folder) == 2
+        assert "TOY_HUMAN_Doe_2020.csv has other rows than" in capsys.readouterr().err
+    scores.unlink()
+    path.write_text(whole)
+    assert gym(model_path, folder) == 0 and scores.read_text() == scored
 
 
 def test_what_was_not_written_here_stays(model_path, folder, capsys):
