@@ -165,10 +165,20 @@ def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str
     if chain and chain not in chains:
         raise UserError(f"{path} has no chain {chain!r} of protein; there are {', '.join(chains)}")
     found = chains[chain or next(iter(chains))]
-    residues_of = [r for r in found if _is_residue(r, one_letter)]
+    residues_of = _without_ligands([r for r in found if _is_residue(r, one_letter)])
     letters = "".join(one_letter[r.get_resname()] for r in residues_of)
     atoms = [r["CB" if "CB" in r and r.get_resname() != "GLY" else "CA"] for r in residues_of]
     return letters, np.array([atom.coord for atom in atoms], np.float64), declared.get(found.id, "")
+
+
+def _without_ligands(residues: list) -> list:
+    """Residues of a chain without free amino acids, which follow it under numbers of their own."""
+    is_atom = [r.id[0] == " " for r in residues]
+    first = len(residues) - is_atom[::-1].index(True) if any(is_atom) else len(residues)
+    for k in range(first, len(residues)):
+        if residues[k].id[1] > residues[k - 1].id[1] + 1:
+            return residues[:k]
+    return residues
 
 
 def _is_residue(residue, one_letter: dict[str, str]) -> bool:

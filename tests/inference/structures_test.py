@@ -72,6 +72,28 @@ def test_selenomethionine_is_methionine_and_other_chains_can_be_named(tmp_path):
         read_structure(path, "C")
 
 
+@pytest.mark.parametrize("text", [pdb_text, cif_text], ids=["pdb", "cif"])
+def test_a_free_amino_acid_is_no_residue_of_the_chain(text, tmp_path):
+    if text is pdb_text:
+        lines = [
+            f"HETATM 900{k}  CA  GLU A 90{k}       1.000   2.000   3.000  1.00  0.00           C"
+            for k in range(2)
+        ]
+        chain = text(SEQUENCE, ALPHA, BETA, MISSING)
+    else:
+        lines = [
+            f"HETATM 900{k} C CA . GLU Y . ? 1.0 2.0 3.0 1.0 0.0 90{k} GLU A CA 1" for k in range(2)
+        ]
+        chain = text(SEQUENCE, ALPHA, BETA, MISSING).rstrip().removesuffix("#")
+    path = write(tmp_path / f"a.{text.__name__[:3]}", chain + "\n".join([*lines, ""]))
+    found = read_structure(path)
+    assert (found.sequence, [*np.flatnonzero(~found.is_resolved)]) == (SEQUENCE, [*MISSING])
+    np.testing.assert_array_equal(found.is_contact, contacts_of(SEQUENCE, ALPHA, BETA, MISSING))
+    modified = pdb_text(SEQUENCE + "M", *make_coordinates(53), names=NAMES | {"M": "MSE"})
+    path = write(tmp_path / "b.pdb", modified)  # the last residue is a HETATM, too
+    assert read_structure(path).is_resolved.all()
+
+
 def test_a_list_of_contacts_needs_the_sequence(tmp_path):
     path = write(tmp_path / "a.tsv", "i\tj\tdistance\n2\t9\t5.1\n# none\n\n12,3\n")
     found = read_structure(path, sequence=SEQUENCE)
