@@ -115,7 +115,9 @@ def main(argv: list[str]) -> None:
     Path(args.out).mkdir(exist_ok=True)
     results = predict(model, proteins, method, Path(args.out), formats)
     console.print(f"{args.out}: contact maps of {count(len(proteins), 'protein')} by {method}")
-    if results:
+    if not results:  # of an earlier run, which --overwrite replaces
+        (Path(args.out) / TABLE).unlink(missing_ok=True)
+    else:
         write_table(Path(args.out) / TABLE, results)
         print_summary(results)
 

@@ -78,6 +78,15 @@ def test_maps_and_precision_of_structures_by_the_jacobian(
     assert f"{mean:.3f} ± {error:.3f}" in shown
 
 
+def test_maps_without_structures_leave_no_precision_of_an_earlier_run(model_path, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/precision.tsv").write_text("of other maps")
+    fasta = write_fasta(tmp_path / "p.fasta", [("a", "MKTV")])
+    arguments = ["--checkpoint", model_path, "--fasta", fasta, "--out", tmp_path / "out"]
+    contacts(*arguments, "--formats", "npz", "--overwrite")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.npz"]
+
+
 def test_a_fitted_head_is_used_saved_and_used_again(model_path, folders, tmp_path, capsys):
     saved = tmp_path / "model"
     contacts(
