@@ -23,6 +23,7 @@ from esm1nv_jax.inference.engine import (
 )
 from esm1nv_jax.inference.mutants import MutantTable
 from esm1nv_jax.inference.row_shapes import split_into_windows
+from esm1nv_jax.inference.sequence_input import letter_ids
 from esm1nv_jax.model.masking import RECIPES, MaskingConfig
 
 
@@ -122,7 +123,7 @@ def one_pass_log_likelihood(
 ) -> tuple[np.ndarray, np.ndarray]:
     """An approximation of `pseudo_log_likelihood` from one forward pass of each sequence with
     nothing masked: `copied`, of `copy_log_odds`, is taken off the log-odds of each residue."""
-    ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
+    ids = [letter_ids(sequence) for sequence in sequences]
     if not ids:
         return np.zeros(0, np.int64), np.zeros(0)
     logits = embed_sequences(model, ids, OutputSpec(("logits",), ()), limit)["logits"]
@@ -154,4 +155,4 @@ def one_masked(tokens: np.ndarray, columns: Iterable[int], key: Any) -> Iterator
 
 def add_specials(window: bytes) -> np.ndarray:
     """Token ids of a part of a normalized sequence, of which a `*` at its end is no final stop."""
-    return tokenizer.add_specials(tokenizer.residue_ids(window))
+    return tokenizer.add_specials(letter_ids(window))

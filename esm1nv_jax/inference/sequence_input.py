@@ -50,7 +50,11 @@ def residue_letters(sequence: object, name: str) -> bytes:
 
 def residue_ids(sequence: object, name: str) -> np.ndarray:
     """uint8 ids of the residues, `<mask>` included; no specials."""
-    letters = residue_letters(sequence, name)
+    return letter_ids(residue_letters(sequence, name))
+
+
+def letter_ids(letters: bytes) -> np.ndarray:
+    """uint8 ids of what `residue_letters` returns, or of a part of it."""
     ids = tokenizer.residue_ids(letters)
     ids[np.frombuffer(letters, np.uint8) == ord("?")] = tokenizer.MASK
     return ids

@@ -148,6 +148,17 @@ def test_sequences_that_cannot_be_scored(model_path, tmp_path, capsys):
     assert "there are pseudo-perplexity, one-pass" in capsys.readouterr().err
 
 
+def test_a_mask_in_a_sequence_stays_a_mask(model):
+    p = [log_p(model, "MKAV", [2, i])[i] for i in range(4)]
+    expected = sum(take(p[i], "MKAV"[i]) for i in (0, 1, 3))
+    assert model.score_sequences(["MK<mask>V"])[0] == pytest.approx(expected, abs=1e-4)
+    once = model.score_sequences(["MK<mask>V"], exact=False)
+    assert once != model.score_sequences(["MKJV"], exact=False)
+    change = p[1][tokenizer.TOKENS.index("R")] - take(p[1], "K")
+    found = model.score_variants("MK<mask>V", ["K2R"])
+    assert found[0] == pytest.approx(change, abs=1e-4)
+
+
 def test_unknown_letters_are_not_predicted(model):
     known = model.score_sequences(["MKJV"])[0]
     p = [log_p(model, "MKJV", [i])[i] for i in range(4)]
