@@ -56,8 +56,8 @@ SETTINGS = "settings.json"
 
 @dataclasses.dataclass(frozen=True)
 class Assay:
-    """What was measured of one protein. Unknown: `function` and `taxon` are empty, `wild_type` is
-    taken from the first mutant."""
+    """What was measured of one protein; `function`, `taxon` and, of indels, `wild_type` are empty
+    where they are not known."""
 
     name: str
     path: Path
@@ -131,7 +131,7 @@ def _check_rows(path: Path, assay: Assay) -> None:
 
 def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overwrite: bool) -> None:
     columns, _ = open_csv(str(assay.path))
-    wild_type = assay.wild_type or _wild_type(assay, columns)
+    wild_type = assay.wild_type
     at, rows = columns.index(COLUMN), 0
 
     def names() -> Iterator[str]:
@@ -157,8 +157,9 @@ def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overw
         saved.path.unlink()
 
 
-def _wild_type(assay: Assay, columns: list[str]) -> str:
-    """The sequence that the first mutant of an assay is one of."""
+def _with_wild_type(assay: Assay) -> Assay:
+    """An assay of substitutions with the sequence that its first mutant is one of."""
+    columns, _ = open_csv(str(assay.path))
     if MUTATED not in columns:
         raise UserError(f"{assay.path} has no column {MUTATED!r}; give the wild types: --reference")
     at = columns.index(COLUMN), columns.index(MUTATED)
@@ -166,9 +167,9 @@ def _wild_type(assay: Assay, columns: list[str]) -> str:
         if is_mutant(fields[at[0]]):
             try:
                 mutated = tokenizer.normalize(fields[at[1]]).sequence.decode()
-            except tokenizer.InvalidResidueError as error:
-                raise UserError(f"{assay.path}, {fields[at[0]]}: {error}") from None
-            return undo(fields[at[0]], mutated)
+                return dataclasses.replace(assay, wild_type=undo(fields[at[0]], mutated))
+            except UserError as error:
+                raise UserError(f"{assay.path}: {error}") from None
     raise UserError(f"{assay.path} names no mutant such as A4G")
 
 
@@ -209,7 +210,8 @@ def read_assays(folder: str, reference: str | None) -> list[Assay]:
             f"{folder}: {len(assays)} of {listed} assays of {reference}"
             + f"; {count(unlisted, 'other file')} left out" * (unlisted > 0)
         )
-    return assays
+    # Before any is scored, so that a fault in one ends no long run.
+    return [a if a.is_indels or a.wild_type else _with_wild_type(a) for a in assays]
 
 
 def _is_indels(path: Path) -> bool:

@@ -9,6 +9,7 @@ import pytest
 
 from esm1nv_jax import cli
 from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import proteingym_summary, variant_scores
 from esm1nv_jax.inference.proteingym import read_assays
 from esm1nv_jax.inference.proteingym_summary import METRICS, average, metrics_of
@@ -243,7 +244,7 @@ def test_mistakes_are_one_line(model_path, folder, capsys):
         (whole.replace("DMS_score,", "fitness,"), [], "is no assay: it needs DMS_score"),
         (whole.replace("DMS_score_bin", "score"), [], "column 'score' already"),
         (whole.replace(mutated(WILD, "K2R"), "MMMM"), [], "does not fit its mutated sequence"),
-        (whole.replace(mutated(WILD, "K2R"), "MRéV"), [], "K2R: character '\\xe9' at index 2 of"),
+        (whole.replace(mutated(WILD, "K2R"), "MRéV"), [], "csv: character '\\xe9' at index 2 of"),
         (whole, ["--reference", str(reference)], "names no mutant of TOY_HUMAN"),
     ]:
         path.write_text(text)
@@ -277,6 +278,14 @@ def test_an_assay_is_one_file_and_one_line_of_the_reference(model_path, folder, 
     path.with_name(f"{path.name}.gz").write_bytes(path.read_bytes())
     assert gym(model_path, folder) == 2
     assert "Doe_2020.csv.gz are one assay by their names" in capsys.readouterr().err
+
+
+def test_a_wild_type_that_cannot_be_found_is_told_before_any_assay_is_scored(folder):
+    path = folder / "gym" / "TOY_VIRUS_Poe_2022.csv"
+    path.write_text(path.read_text().replace(mutated(OTHER, "G1A"), "MKTV"))
+    with pytest.raises(UserError, match=r"Poe_2022\.csv: G1A does not fit its mutated sequence"):
+        read_assays(str(folder / "gym"), None)
+    read_assays(str(folder / "gym"), str(folder / "reference.csv"))  # which has the wild types
 
 
 def test_an_assay_that_begins_with_stops_is_one_of_substitutions(folder):
