@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
-import operator
+import io
+import math
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -67,9 +69,13 @@ def read(file: IO[bytes], source: str) -> Any:
     """
     try:
         start = file.read(2)
+        size = file.seek(0, 2)
         file.seek(0)
-        value, storage = (_read_zip if start == b"PK" else _read_legacy)(file)
-        return _to_arrays(value, storage, {})
+        if start == b"PK":
+            value, storage = _read_zip(file, size)
+        else:
+            value, storage = _read_legacy(file)
+        return _to_arrays(value, storage, size)
     except _RefusedError as error:
         raise UserError(
             f"{source} holds more than tensors and is refused ({error}); ask its author for a file "
@@ -111,65 +117,88 @@ class _Unpickler(pickle.Unpickler):
         if module in ("torch", "torch.storage") and name in STORAGES:
             return name
         if (module, name) not in self.allowed:
-            raise _RefusedError(f"it names {module}.{name}"[:100])
+            raise _RefusedError(f"it names {ascii(f'{module}.{name}')[1:-1]}"[:100])
         return self.allowed[module, name]
 
     def persistent_load(self, pid: Any) -> str:
-        kind, storage_class, key, *_ = pid
-        if kind != "storage":
+        kind, storage_class, key, *more = pid
+        if kind != "storage" or any(more[2:]):  # of torch before 0.4, a part of another storage
             raise _RefusedError("it names something outside the file")
         self.dtypes[key] = STORAGES[storage_class]
         return key
 
 
-def _read_zip(file: IO[bytes]) -> tuple[Any, Callable[[str], np.ndarray]]:
+def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, np.dtype]]:
+    """(value, dtypes of its storages) of the pickle that begins here."""
+    start, entries = file.tell(), 0
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT") and isinstance(argument, int):
+            entries += 1
+            # The memo is an array, and a pickle of ten bytes may ask for 64 GiB of it.
+            if argument > 2 * entries + 1000:
+                raise ValueError(f"entry {argument} of its memo comes after {entries}")
+    file.seek(start)
+    unpickler = _Unpickler(file)
+    return unpickler.load(), unpickler.dtypes
+
+
+def _read_zip(file: IO[bytes], size: int) -> tuple[Any, Callable[[str], np.ndarray]]:
     archive = zipfile.ZipFile(file)
     names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
-    # Without compression no record is larger than the file.
-    if len(names) != 1 or any(record.compress_type for record in archive.infolist()):
+    records = archive.infolist()
+    # Without compression, and where records do not overlap, all are no larger than the file.
+    is_larger = sum(record.file_size for record in records) > size
+    if len(names) != 1 or is_larger or any(record.compress_type for record in records):
         raise ValueError("it is a zip archive, but not of torch.save")
-    with archive.open(names[0]) as content:
-        unpickler = _Unpickler(content)
-        value = unpickler.load()
+    value, dtypes = _unpickle(io.BytesIO(archive.read(names[0])))
 
     @functools.cache
     def storage(key: str) -> np.ndarray:
         name = names[0].removesuffix("data.pkl") + f"data/{key}"
-        return np.frombuffer(archive.read(name), unpickler.dtypes[key])
+        return np.frombuffer(archive.read(name), dtypes[key])
 
     return value, storage
 
 
 def _read_legacy(file: IO[bytes]) -> tuple[Any, Callable[[str], np.ndarray]]:
-    if _Unpickler(file).load() != LEGACY_MAGIC:
+    if _unpickle(file)[0] != LEGACY_MAGIC:
         raise ValueError("it is not a file of torch.save")
     for _ in range(2):  # version; sizes of C types
-        _Unpickler(file).load()
-    unpickler = _Unpickler(file)
-    value = unpickler.load()
+        _unpickle(file)
+    value, dtypes = _unpickle(file)
     storages = {}
-    for key in _Unpickler(file).load():
-        (count,) = struct.unpack("<q", file.read(8))
-        dtype = unpickler.dtypes[key]
+    for key in _unpickle(file)[0]:
+        (count,) = struct.unpack("<Q", file.read(8))
+        dtype = dtypes[key]
         storages[key] = np.frombuffer(file.read(count * dtype.itemsize), dtype, count)
     return value, storages.__getitem__
 
 
-def _to_arrays(value: Any, storage: Callable[[str], np.ndarray], done: dict[int, Any]) -> Any:
-    """The value with arrays for tensors. `done` holds parts by identity, for a small pickle may
-    hold one list a billion times."""
-    if id(value) in done:
-        return done[id(value)]
-    result = value
-    if isinstance(value, _Tensor):
-        result = _to_array(value, storage(value.key))
-    elif isinstance(value, (dict, argparse.Namespace)):
-        table = value if isinstance(value, dict) else vars(value)
-        result = {key: _to_arrays(part, storage, done) for key, part in table.items()}
-    elif isinstance(value, (list, tuple)):
-        result = [_to_arrays(part, storage, done) for part in value]
-    done[id(value)] = result
-    return result
+def _to_arrays(value: Any, storage: Callable[[str], np.ndarray], size: int) -> Any:
+    """The value with arrays for tensors, of a file of `size` bytes."""
+    # Parts by identity, for a small pickle may hold one list a billion times.
+    done: dict[int, Any] = {}
+    numbers = 0
+
+    def convert(value: Any) -> Any:
+        nonlocal numbers
+        if id(value) in done:
+            return done[id(value)]
+        result = value
+        if isinstance(value, _Tensor):
+            result = _to_array(value, storage(value.key))
+            numbers += result.size
+            if numbers > 2 * size:  # tied tensors share a storage, but not all with all
+                raise ValueError("its tensors are many times larger than the file")
+        elif isinstance(value, (dict, argparse.Namespace)):
+            table = value if isinstance(value, dict) else vars(value)
+            result = {key: convert(part) for key, part in table.items()}
+        elif isinstance(value, (list, tuple)):
+            result = [convert(part) for part in value]
+        done[id(value)] = result
+        return result
+
+    return convert(value)
 
 
 def _to_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
@@ -177,7 +206,7 @@ def _to_array(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
     if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)):
         raise ValueError("offset, shape and strides of a tensor must be positive integers")
     end = offset + 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-    count = functools.reduce(operator.mul, shape, 1)
+    count = math.prod(shape)
     if count > len(numbers) or (count and end > len(numbers)):
         raise ValueError(f"a tensor of shape {shape} is larger than its storage")
     in_bytes = [stride * numbers.itemsize for stride in strides]

@@ -111,6 +111,8 @@ def test_the_programs_of_these_tests_are_what_torch_writes():
         (tensor_program(0, b"J\xff\xff\xff\x7f\x85", b"K\x00\x85"), "larger than its storage"),
         (tensor_program(0, b"J\xff\xff\xff\xff\x85", b"K\x01\x85"), "must be positive"),
         (tensor_program(0, b"K\x02K\x02\x86", b"K\x01\x85"), "cannot be read"),
+        (b"Nr\xff\xff\xff\xff.", "entry 4294967295 of its memo comes after 1"),
+        (b"\x80\x04\x8c\x03o\x1bs\x8c\x02x\n\x93.", r"names o\\x1bs\.x\\n\)"),
         (tensor_program(0, b"X\x01\x00\x00\x00a\x85", b"K\x01\x85"), "must be positive"),
     ],
 )
@@ -150,6 +152,42 @@ def test_a_file_cut_anywhere_is_one_line(legacy):
         with pytest.raises(UserError, match="cannot be read") as error:
             read(content[:end])
         assert "\n" not in str(error.value)
+
+
+def test_a_storage_is_not_copied_a_thousand_times():
+    """Each tensor is a transposed view of one storage, and would be a copy of it."""
+    t = torch.zeros(200, 200)
+    assert read(save([t.t() for _ in range(2)]))[1].shape == (200, 200)
+    with pytest.raises(UserError, match="many times larger than the file"):
+        read(save([t.t() for _ in range(20)]))
+
+
+def test_records_do_not_overlap():
+    """A thousand entries of the directory may name one record."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        archive.writestr("archive/data/0", bytes(10_000))
+        archive.filelist += [archive.filelist[1]] * 3
+    with pytest.raises(UserError, match=r"a zip archive, but not of torch\.save"):
+        read(file.getvalue())
+
+
+def legacy_file(view: bytes, count: int) -> bytes:
+    """Of torch before 1.6; `view` is the pickled part of a storage that its tensor lies in."""
+    head = [pickle.dumps(x, 2) for x in (torch_file.LEGACY_MAGIC, 1001, {})]
+    program = tensor_program(0, b"K\x02\x85", b"K\x01\x85").replace(
+        b"K\x04tQ", b"K\x04" + view + b"tQ"
+    )
+    tail = [pickle.dumps(["0"], 2), count.to_bytes(8, "little", signed=True)]
+    return b"".join([*head, program, *tail, np.arange(4, dtype="<f4").tobytes()])
+
+
+def test_older_files_are_read_or_refused():
+    np.testing.assert_array_equal(read(legacy_file(b"N", 4)), [0, 1])
+    for view, count in ((b"N", -5), (b"N", 2**62), (b"(X\x01\x00\x00\x001K\x02K\x02t", 4)):
+        with pytest.raises(UserError, match=r"weights\.pt (cannot|holds)"):
+            read(legacy_file(view, count))
 
 
 def test_a_compressed_archive_is_refused():
