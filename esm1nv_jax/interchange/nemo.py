@@ -7,7 +7,9 @@ limit, and nothing is unpacked onto the disk.
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import lzma
 import posixpath
 import tarfile
 import zlib
@@ -32,6 +34,10 @@ from esm1nv_jax.model.lora import FUSED
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 MAX_TEXT = 2**20  # bytes of a config or a tokenizer
 MAX_MEMBERS = 10_000
+HEADER_TYPES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 CLASSES = ("ESM1nvModel", "MegatronBertModel")
 FUSED_QKV = "self_attention.query_key_value"
 # What NeMo's model may do otherwise, and this one does not.
@@ -78,21 +84,36 @@ def read(path: str) -> Weights:
     try:
         with (
             files.open_weights(epath.Path(path)) as file,
-            tarfile.open(fileobj=file, mode="r:*") as archive,
+            tarfile.open(fileobj=file, mode="r:*", tarinfo=_Member) as archive,
         ):
             return _read(archive, path)
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged, or no tar"
         raise UserError(
             f"{path} cannot be read as a .nemo file ({reason}); fetch it again"
         ) from None
 
 
+class _Member(tarfile.TarInfo):
+    """A member, or a header before it, which `tarfile` reads whole whatever its size."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0 or (member.type in HEADER_TYPES and member.size > MAX_TEXT):
+            raise tarfile.ReadError(f"a header of {member.size} bytes")
+        if member.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError("a sparse file")
+        return member
+
+
 def _read(archive: tarfile.TarFile, path: str) -> Weights:
     members: dict[str, tarfile.TarInfo] = {}
-    for member in archive:
+    for number, member in enumerate(archive):
         members[posixpath.normpath(member.name)] = member
-        if len(members) > MAX_MEMBERS:
+        if number >= MAX_MEMBERS:
             raise UserError(f"{path} has more than {MAX_MEMBERS:,} members; it is no .nemo file")
 
     def content(name: str, limit: int) -> bytes:
@@ -120,8 +141,9 @@ def _read(archive: tarfile.TarFile, path: str) -> Weights:
     name = posixpath.basename(tokenizer.get("model", str).removeprefix("nemo:"))
     tokens = _sentence_pieces(content(name, MAX_TEXT), f"{path}: {name}")
     config = _encoder_config(fields, " ".join(tokens))
-    # Eight bytes a parameter, and names.
-    weights = content(WEIGHTS, 8 * parameter_count(config) + 2**24)
+    # Eight bytes a parameter, and names. Of one layer, for the config may mean a billion.
+    count = config.layers * parameter_count(dataclasses.replace(config, layers=1))
+    weights = content(WEIGHTS, 8 * count + 2**24)
     source = f"{path}: {WEIGHTS}"
     state = torch_file.read_table(io.BytesIO(weights), source)
     return tensor_names.to_weights(
@@ -131,8 +153,11 @@ def _read(archive: tarfile.TarFile, path: str) -> Weights:
 
 def _config_fields(content: bytes, source: str) -> ConfigFields:
     try:
+        # A text of one line may repeat a part of it a billion times; NeMo writes none that does.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content)):
+            raise ValueError("it has aliases")
         values = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{source} is not YAML ({reason})") from None
     if not isinstance(values, dict):

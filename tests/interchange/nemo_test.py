@@ -1,6 +1,8 @@
 """`.nemo` files: the numbers of an independent model of Megatron, and every way to be wrong."""
 
+import gzip
 import io
+import lzma
 import os
 import subprocess
 import sys
@@ -146,6 +148,14 @@ PIECES = "0123abcd_protein_sequence_sentencepiece.model"
         (_member("model_config.yaml", b"{"), "is not YAML"),
         (_member("model_config.yaml", b"- 1"), "not a table of fields"),
         (_member("model_config.yaml", b"!!python/object/apply:os.system ['x']"), "is not YAML"),
+        (_member("model_config.yaml", b"a: &a [1]\nb: *a"), r"is not YAML \(it has aliases"),
+        (_member("model_config.yaml", b"a: !!int ''"), "is not YAML"),
+        (_member("model_config.yaml", b"a: !!bool x"), "is not YAML"),
+        (_member("model_config.yaml", b"a: !!timestamp x"), "is not YAML"),
+        (_config(num_layers=10**6), r"layers\.3\.\S+query_key_value\.weight is missing"),
+        (_config(max_position_embeddings=10**9), r"model_config\.yaml means \(1000000000, 48\)"),
+        (_config(hidden_size=10**10), "hidden_size is 10000000000, which no model has"),
+        (_config(layernorm_epsilon=float("nan")), "norm_epsilon=nan must be above 0"),
         (_member("model_config.yaml", b"#" * 2**21), "more than the 1,048,576"),
         (_without("model_weights.ckpt"), "no file model_weights.ckpt"),
         (_without("model_config.yaml"), "no file model_config.yaml"),
@@ -183,6 +193,8 @@ def test_what_is_no_archive_is_one_line(tmp_path):
         Path(megatron.save(tmp_path / f"of_{mode[2:]}", files, mode)).read_bytes()
         for mode in ("w:", "w:gz")
     )
+    damaged = bytearray(lzma.compress(plain))
+    damaged[len(damaged) // 2] ^= 255
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
     for data, message in (
         (b"", "cannot be read as a .nemo file"),
@@ -191,11 +203,29 @@ def test_what_is_no_archive_is_one_line(tmp_path):
         (zipped[:200], "cannot be read as a .nemo file"),
         (zipped[: len(zipped) // 2], "cannot be read as a .nemo file|truncated"),
         (plain[: len(plain) // 2], "cannot be read as a .nemo file"),
+        (damaged, "cannot be read as a .nemo file"),
     ):
         path.write_bytes(data)
         with pytest.raises(UserError, match=message) as error:
             nemo.read(str(path))
         assert "\n" not in str(error.value)
+
+
+def test_headers_do_not_fill_the_memory(tmp_path):
+    """`tarfile` keeps all members it has met and reads headers whole; a gzip of both is small."""
+    path = str(tmp_path / "m.nemo")
+    with gzip.open(path, "wb", 1) as file:
+        file.write(tarfile.TarInfo("a").tobuf() * (nemo.MAX_MEMBERS + 1))
+    with pytest.raises(UserError, match="more than 10,000 members"):
+        nemo.read(path)
+    for kind, size in ((tarfile.XHDTYPE, 2**21), (tarfile.GNUTYPE_LONGNAME, 2**40)):
+        header = tarfile.TarInfo("x")
+        header.type, header.size = kind, size
+        Path(path).write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(2**21))
+        with pytest.raises(tarfile.ReadError, match="a header of"):
+            tarfile.open(path, tarinfo=nemo._Member)  # noqa: SIM115  # it does not open
+        with pytest.raises(UserError, match=r"cannot be read as a \.nemo file"):
+            nemo.read(path)
 
 
 def test_names_and_links_lead_nowhere(tmp_path):
