@@ -77,6 +77,11 @@ def encoder_config(fields: ConfigFields, text: str) -> EncoderConfig:
     """
     layers, heads = fields.get("num_hidden_layers", int), fields.get("num_attention_heads", int)
     width = fields.get("hidden_size", int)
+    if min(layers, heads) < 1:
+        raise UserError(
+            f"{fields.source}: num_hidden_layers={layers} and num_attention_heads={heads} must be "
+            "at least 1"
+        )
     fields.choice("hidden_act", ("silu",), "silu", "its FFN is SwiGLU")
     fields.choice("num_key_value_heads", (heads,), heads, "no grouped queries here")
     fields.choice("head_dim", (width // heads,), width // heads, "heads divide the width")

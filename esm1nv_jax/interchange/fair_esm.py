@@ -21,7 +21,7 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM2, MASK, PAD, vocabulary
 from esm1nv_jax.interchange import head_tensors, tensor_names, tensors, torch_file
-from esm1nv_jax.interchange.config_fields import ConfigFields
+from esm1nv_jax.interchange.config_fields import ConfigFields, shown
 from esm1nv_jax.interchange.tensor_names import Family
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
@@ -30,6 +30,7 @@ ESM1_TOKENS = (
     "<cls> <mask> <sep>"
 )
 ARCHITECTURES = {"protein_bert_base": "ESM-1", "roberta_large": "ESM-1b"}  # by `args.arch`
+MAX_POSITIONS = 2**16  # a table of sinusoids is made of them
 ESM2_POSITIONS = 1026  # the longest it was trained on; rotary positions set no limit
 ESM1B = Family(
     architecture="ESM-1b",
@@ -111,11 +112,10 @@ def _config_fields(content: dict, path: str) -> tuple[str, ConfigFields]:
     """(architecture, fields without the prefix `encoder_` or `decoder_`)."""
     args, cfg = content.get("args"), content.get("cfg")
     if isinstance(args, dict) and "arch" in args:
-        if args["arch"] not in ARCHITECTURES:
-            raise UserError(
-                f"{path}: arch is {args['arch']!r}; there are {', '.join(ARCHITECTURES)}"
-            )
-        name, where = ARCHITECTURES[args["arch"]], "args"
+        arch = args["arch"]
+        if not isinstance(arch, str) or arch not in ARCHITECTURES:
+            raise UserError(f"{path}: arch is {shown(arch)}; there are {', '.join(ARCHITECTURES)}")
+        name, where = ARCHITECTURES[arch], "args"
     elif isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
         name, where, args = "ESM-2", "cfg.model", cfg["model"]
     else:
@@ -145,6 +145,10 @@ def _encoder_config(name: str, fields: ConfigFields, state: dict) -> EncoderConf
             positions=ESM2_POSITIONS, position_kind="rotary", vocabulary=ESM2, **shared
         )
     positions = fields.get("max_positions", int, 1024)
+    if positions > MAX_POSITIONS:
+        raise UserError(
+            f"{fields.source}: max_positions is {positions:,}; it may be at most {MAX_POSITIONS:,}"
+        )
     if name == "ESM-1":
         return EncoderConfig(
             positions=positions,
@@ -179,16 +183,27 @@ def _convert_esm1(config: EncoderConfig, state: dict) -> None:
         state[f"{family.decoder}.weight"] = state.pop("embed_out")
     state.setdefault(family.lm_head_bias, np.zeros(len(ESM1_TOKENS.split(" ")), np.float32))
     state.pop("embed_positions._float_tensor", None)  # it only has a dtype
-    state[family.position_embedding] = _sinusoids(config)
+    # Where the width is another's, `from_tensors` says so, and the table might be of any size.
+    table = state.get(family.token_embedding)
+    if table is not None and table.shape[1:] == (config.width,):
+        state[family.position_embedding] = _sinusoids(config)
+    else:
+        shape = _position_rows(config), config.width
+        state[family.position_embedding] = np.broadcast_to(np.float32(0), shape)
+
+
+def _position_rows(config: EncoderConfig) -> int:
+    return 1 + vocabulary(config.vocabulary).own_id(PAD) + config.positions
 
 
 def _sinusoids(config: EncoderConfig) -> np.ndarray:
     """fp32 [rows, width]: sines, then cosines. The angles are products in fp32, as there: at
     position 1,000 their rounding is 6e-5."""
     half = config.width // 2
-    rows = 1 + vocabulary(config.vocabulary).own_id(PAD) + config.positions
     exponents = np.arange(half, dtype=np.float32) * np.float32(-math.log(10_000) / max(half - 1, 1))
     rates = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = (np.arange(rows, dtype=np.float32)[:, None] * rates).astype(np.float64)
+    angles = (np.arange(_position_rows(config), dtype=np.float32)[:, None] * rates).astype(
+        np.float64
+    )
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.pad(table, ((0, 0), (0, config.width % 2))).astype(np.float32)

@@ -72,6 +72,8 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         )
     family, source = hf_config.FAMILIES[model_type], str(folder)
     config_fields = ConfigFields(fields, str(folder / CONFIG))
+    for field, kind in (("architectures", list), ("id2label", dict)):
+        config_fields.get(field, kind, kind())
     hf_tensors = tensors.read_tensors(folder)
     config = hf_config.encoder_config(family, config_fields, folder, vocabulary_file)
     has_frequency = any(name.endswith(ESM.frequency) for name in hf_tensors)

@@ -99,8 +99,20 @@ def from_tensors(
     tensors = {_current_name(name): value for name, value in tensors.items()}
     frequency = _merge_derived(family, config, tensors, source)
     ignored = sorted(name for name in tensors if re.fullmatch(family.ignored, name))
-    expected = _expected(family, config)
     model, config_name = f"{family.architecture} with {config.layers} layers", family.config_name
+    # Before `_expected`, which takes as long as the config means, and fails at a width of 2**30.
+    if config.layers > len(tensors):
+        raise UserError(
+            f"{source}: there are {len(tensors):,} tensors, too few for {config.layers:,} layers; "
+            f"{config_name} or weights belong to another model"
+        )
+    table = tensors.get(family.token_embedding)
+    if table is not None and table.shape[1:] != (config.width,):
+        raise UserError(
+            f"{source}: tensor {family.token_embedding} has shape {table.shape}, {config_name} "
+            f"means (tokens, {config.width})"
+        )
+    expected = _expected(family, config)
     for name in sorted((expected.keys() | tensors.keys()) - set(ignored)):
         if name not in tensors:
             raise UserError(f"{source}: tensor {name} is missing; {model} has it")
@@ -167,11 +179,18 @@ def fresh_lm_head(family: Family, config: EncoderConfig) -> dict[str, np.ndarray
 
 def _expected(family: Family, config: EncoderConfig) -> dict[str, np.ndarray]:
     """Tensors of a model, all zero, without memory behind them."""
+    # `to_tensors` copies the table of positions, and a config may mean any size: here a small one.
     shapes = {
         name: np.broadcast_to(np.float32(0), leaf.shape)
-        for name, leaf in flatten(encoder.abstract(config)).items()
+        for name, leaf in flatten(
+            encoder.abstract(dataclasses.replace(config, positions=3))
+        ).items()
     }
-    return to_tensors(family, config, shapes)
+    tensors = to_tensors(family, config, shapes)
+    if config.position_kind == "learned":
+        shape = config.positions + first_position(family, config), config.width
+        tensors[family.position_embedding] = np.broadcast_to(np.float32(0), shape)
+    return tensors
 
 
 def first_position(family: Family, config: EncoderConfig) -> int:
@@ -238,7 +257,7 @@ def _merge_derived(family, config, tensors, source) -> dict[str, np.ndarray]:
     if family.token_types:
         types = tensors.pop(family.token_types, None)
         positions = tensors.get(family.position_embedding)
-        if types is None or types.ndim != 2 or types.shape[1] != config.width:
+        if types is None or types.ndim != 2 or types.shape[1] != config.width or not len(types):
             shape = "missing" if types is None else f"of shape {types.shape}"
             raise UserError(
                 f"{source}: tensor {family.token_types} is {shape}; a {family.architecture} has "

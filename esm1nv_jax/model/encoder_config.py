@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +100,8 @@ class EncoderConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} is not in [0, 1)")
         for name in ("norm_epsilon", "branch_scale"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"model.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name}={getattr(self, name)} must be above 0, and finite")
         if self.position_kind == "rotary" and self.head_size % 2:
             raise UserError(
                 f"model.position_kind='rotary' rotates pairs: the head size {self.head_size} "

@@ -158,6 +158,7 @@ def _whole(name):
         ("esm2", _put("esm.rotary_embeddings.inv_freq", 6), "12 angles|6 angles"),
         ("bert", _pop("bert.embeddings.token_type_embeddings.weight"), "token_type.*missing"),
         ("bert", _put("bert.embeddings.token_type_embeddings.weight", 2, 47), r"of shape \(2, 47"),
+        ("bert", _put("bert.embeddings.token_type_embeddings.weight", 0, 48), r"of shape \(0, 48"),
         ("bert", _put("cls.predictions.decoder.bias", 25), "decoder.bias differs from"),
     ],
 )
@@ -185,6 +186,11 @@ def test_wrong_tensors_are_named(kind, edit, message, copy):
         ("esm", {"pad_token_id": 1}, "pad_token_id is 1.*has id 3"),
         ("esm", {"mask_token_id": 9}, "mask_token_id is 9.*has id 4"),
         ("esm", {"vocab_size": 10**9}, "30 tokens, config.json says vocab_size=1000000000"),
+        ("esm", {"architectures": "EsmForMaskedLM"}, "architectures is 'EsmForMaskedLM'"),
+        ("esm", {"id2label": ["A", "B"]}, r"id2label is \['A', 'B'\]; it must be of type dict"),
+        ("bert", {"num_hidden_layers": 10**6}, "tensors, too few for 1,000,000 layers"),
+        ("esm", {"max_position_embeddings": 10**9}, r"config\.json means \(1000000000, 48\)"),
+        ("esm", {"layer_norm_eps": float("nan")}, "norm_epsilon=nan must be above 0"),
         ("esm", {"vocab_size": 29}, "30 tokens, config.json says vocab_size=29"),
     ],
 )

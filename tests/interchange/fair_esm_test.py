@@ -238,6 +238,11 @@ ONE, TWO = "decoder.layers.1.self_attn", "encoder.sentence_encoder.layers.1.self
     ("kind", "edit", "message"),
     [
         ("esm1b", _args(arch="msa_transformer"), "arch is 'msa_transformer'; there are protein_b"),
+        ("esm1b", _args(arch=["x"]), r"arch is \['x'\]; there are"),
+        ("esm1", _args(max_positions=10**8), "max_positions is 100,000,000; it may be at most"),
+        ("esm1", _args(decoder_embed_dim=2**29), r"embed_tokens\.weight has shape \(35, 48\)"),
+        ("esm1b", _args(encoder_layers=10**6), "tensors, too few for 1,000,000 layers"),
+        ("esm1b", _args(encoder_attention_heads=10**5000), "attention_heads is beyond"),
         ("esm1b", _args(encoder_layers="x"), "args: layers is 'x'; it must be of type int"),
         ("esm1b", _args(encoder_layers=2), r"layers\.2\.\S+ is unknown in ESM-1b with 2 layers"),
         ("esm1b", _args(encoder_layers=4), r"layers\.3\.\S+ is missing"),

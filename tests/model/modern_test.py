@@ -160,6 +160,7 @@ def test_flops_are_six_times_the_kernels_a_token():
     [
         ({"norm_kind": "batchnorm"}, "layernorm, layernorm_no_bias, rmsnorm"),
         ({"branch_scale": 0.0}, "above 0"),
+        ({"norm_epsilon": float("nan")}, "above 0"),
         ({"head_activation": "swiglu"}, "gelu_tanh, gelu_erf"),
     ],
 )
