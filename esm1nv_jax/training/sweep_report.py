@@ -38,8 +38,8 @@ class SweepRow:
     """The runs of one recipe. `losses` are by seed, in nats at `<mask>`.
 
     `difference` is the mean over shared seeds of what they lie above the baseline, `difference_se`
-    its standard error, `half_width` that of its interval; NaN where there are too few seeds, or
-    where the runs were asked for other residues.
+    its standard error, `half_width` that of its interval; NaN where there are too few seeds, where
+    the runs were asked for other residues, or where one diverged.
     """
 
     name: str
@@ -106,7 +106,8 @@ def runs_in(path: str) -> list[str]:
 
 
 def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
-    """Read the runs of a folder. Raises UserError where none is finished, or none is `baseline`."""
+    """Read the runs of a folder. Raises UserError where none that is finished is a `baseline`, for
+    two runs of one recipe and seed, or where runs without evaluation share no validated step."""
     evaluated = [path for path in paths if (Path(path) / EVALUATION).exists()]
     runs, left_out = [], []
     for path in paths:
@@ -119,13 +120,17 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
         except UserError:
             left_out.append(name)
             continue
-        is_measured = evaluated or any(line["step"] for line in run.validation)
-        if run.is_finetuned or not is_measured:
+        if run.is_finetuned or not (evaluated or _is_finished(run)):
             left_out.append(name)
         else:
             runs.append(dataclasses.replace(run, name=name))
-    steps = [max(line["step"] for line in run.validation) for run in runs]
-    step = int(min(steps, default=0))
+    steps = [{line["step"] for line in run.validation} - {0} for run in runs]
+    step = int(max(set.intersection(*steps), default=0)) if steps else 0
+    if runs and not evaluated and not step:
+        raise UserError(
+            "there is no step after which all of the runs validated; ask them the same at their "
+            "ends: EVALUATE of launch/sweep.sh"
+        )
     measured: dict[str, tuple[float, Any]] = {}
     for run in runs:
         folder = Path(paths[0]).parent / run.name
@@ -134,7 +139,14 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
         )
     by_recipe: dict[str, list[Run]] = {}
     for run in runs:
-        by_recipe.setdefault(run.name.rpartition("-")[0] or run.name, []).append(run)
+        same = by_recipe.setdefault(run.name.rpartition("-")[0] or run.name, [])
+        for other in same:
+            if _seed(other) == _seed(run):
+                raise UserError(
+                    f"{other.name} and {run.name} are one recipe with one seed, {_seed(run)}; move "
+                    "one to another folder"
+                )
+        same.append(run)
     if baseline not in by_recipe:
         raise UserError(
             f"no finished run is called {baseline}-SEED; --baseline names another: "
@@ -142,7 +154,8 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
         )
     reference = {_seed(run): measured[run.name] for run in by_recipe[baseline]}
     rows = [_row(name, same, measured, reference) for name, same in by_recipe.items()]
-    rows.sort(key=lambda row: (row.name != baseline, statistics.fmean(row.losses.values())))
+    means = {row.name: statistics.fmean(row.losses.values()) for row in rows}
+    rows.sort(key=lambda row: (row.name != baseline, math.isnan(means[row.name]), means[row.name]))
     rows[0] = dataclasses.replace(
         rows[0], difference=math.nan, difference_se=math.nan, half_width=math.nan
     )
@@ -154,6 +167,12 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
         else f"validation after {step:,} steps"
     )
     return Sweep(rows, by_recipe, question, left_out)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether it has validated after its last step."""
+    last = max((line["step"] for line in run.validation), default=0)
+    return bool(last and (run.fields.get("minutes") or last >= run.fields["steps"]))
 
 
 def _evaluated(folder: Path) -> tuple[float, dict[str, Any]]:
@@ -211,7 +230,9 @@ def _cost(run: Run) -> tuple[float, float, float]:
 
 
 def _standard_error(x: Sequence[float]) -> float:
-    return statistics.stdev(x) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    """Return that of the mean; NaN of one value, or where one is not finite."""
+    is_known = len(x) > 1 and all(map(math.isfinite, x))
+    return statistics.stdev(x) / math.sqrt(len(x)) if is_known else math.nan
 
 
 def _student(degrees: int) -> float:
@@ -250,7 +271,7 @@ def terminal_table(sweep: Sweep) -> Table:
 def plot_sweep(sweep: Sweep):
     """Plot the differences with their intervals, and the mean validation perplexity of recipes."""
     figure, (left, right) = new_figure(width=11.0, height=0.3 * len(sweep.rows) + 2.4, columns=2)
-    compared = [row for row in sweep.rows[1:] if not math.isnan(row.difference)]
+    compared = [row for row in sweep.rows[1:] if math.isfinite(row.difference)]
     for y, row in enumerate(reversed(compared)):
         error = 0.0 if math.isnan(row.half_width) else row.half_width
         colour = "#d9731a" if row.exceeds_noise else "#777777"

@@ -25,7 +25,8 @@ def make(folder, losses=LOSSES, evaluated=True):
     for name, values in losses.items():
         for seed, loss in enumerate(values):
             figures = {0: 30.0, 100: math.exp(loss + 0.1), 200: math.exp(loss)}
-            run = Path(write(folder / f"{name}-{seed}", f"seed={seed}", figures, lr=lrs[name]))
+            arg = f"seed={seed},steps=200"
+            run = Path(write(folder / f"{name}-{seed}", arg, figures, lr=lrs[name]))
             train = {"kind": "train", "tokens_per_second": 50.0, "seconds_per_step": 2.0}
             lines = [{"step": step, "flops_per_step": 1e6} | train for step in (50, 200)]
             with open(run / "metrics.jsonl", "w", encoding="utf-8") as file:
@@ -85,6 +86,43 @@ def test_what_is_not_finished_is_named_and_another_baseline_is_taken(tmp_path, c
     assert "1,000 <mask> positions of t:test" in shown.out
     assert command.run(cli.dispatch, ["compare", str(folder), "--baseline", "none"]) == 2
     assert "--baseline names another: baseline, better, equal" in capsys.readouterr().err
+
+
+def edit_lines(run, edit):
+    path = run / "metrics.jsonl"
+    lines = [edit(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if line))
+
+
+def test_a_run_that_diverged_is_shown_and_not_judged(tmp_path, capsys):
+    def diverge(line):
+        last = line["kind"] == "validation" and line["step"] == 200
+        return line | {"perplexity_mask": math.nan} if last else line
+
+    folder = make(tmp_path / "s", evaluated=False)
+    edit_lines(folder / "better-1", diverge)
+    sweep = read_sweep(runs_in(str(folder)))
+    assert [row.name for row in sweep.rows] == ["baseline", "equal", "better"]
+    assert math.isnan(sweep.rows[2].difference) and sweep.rows[2].exceeds_noise is None
+    page = str(tmp_path / "page.html")
+    assert command.run(cli.dispatch, ["compare", str(folder), "--out", page]) == 0
+    capsys.readouterr()
+
+
+def test_a_run_under_way_is_left_out(tmp_path):
+    """It would have all runs compared at its last step."""
+    folder = make(tmp_path / "s", evaluated=False)
+    edit_lines(folder / "better-1", lambda line: line if line["step"] <= 100 else None)
+    sweep = read_sweep(runs_in(str(folder)))
+    assert sweep.question == "validation after 200 steps" and sweep.left_out == ["better-1"]
+
+
+def test_two_runs_of_one_seed_are_refused(tmp_path):
+    folder = make(tmp_path / "s")
+    path = folder / "better-1" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
+    with pytest.raises(UserError, match="better-0 and better-1 are one recipe with one seed, 0"):
+        read_sweep(runs_in(str(folder)))
 
 
 def test_one_page_and_the_table_as_json_and_csv(tmp_path, capsys):
