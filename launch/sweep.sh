@@ -62,7 +62,7 @@ run() { # number of a run, options of every run; its status is that of training,
   local folder=$out/$name log=$out/$name.log
   command="$options $* ${EVALUATE-}"
   if [ -f "$folder/done" ] && [ "$(cat "$folder/done")" = "$command" ]; then return 0; fi
-  rm -f "$folder/done"
+  rm -f "$folder/done" "$folder/evaluation.json" # of another command
   "$python" -m esm1nv_jax.main $options --workdir="$folder" "$@" >>"$log" 2>&1 &
   trap "kill -TERM $! 2>/dev/null" TERM
   wait $!; status=$?

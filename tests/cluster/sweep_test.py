@@ -109,6 +109,14 @@ def test_runs_are_evaluated_alike(sweep):
     ]
 
 
+def test_results_of_another_command_do_not_stay(sweep):
+    assert sweep.run(EVALUATE="--data D:test")[0] == 0
+    old = sweep.out / "baseline-0" / "evaluation.json"
+    old.touch()
+    (sweep.folder / "baseline-0.status").write_text("1")
+    assert sweep.run(EVALUATE="--data D:other")[0] == 1 and not old.exists()
+
+
 def test_a_run_that_fails_is_named_and_tried_again(sweep):
     (sweep.folder / "baseline-1.status").write_text("1")
     status, out, _ = sweep.run()
