@@ -273,7 +273,8 @@ def table_of(rows: list[RecipeRow]) -> tuple[list[str], list[list[str]]]:
 def not_comparable(runs: list[Run]) -> str:
     """Return one sentence on why runs stand in different tables."""
     names = sorted({name for run in runs for name, _ in run.question})
-    differing = [n for n in names if len({str(run.fields.get(n)) for run in runs}) > 1]
+    asked = [dict(run.question) for run in runs]
+    differing = [name for name in names if len({str(fields.get(name)) for fields in asked}) > 1]
     return (
         f"Perplexities of different tables cannot be compared: {', '.join(differing)} differ, so "
         "their validations ask for different residues. Ask all the same: esm1nv evaluate "

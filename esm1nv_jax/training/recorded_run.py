@@ -66,11 +66,10 @@ class Run:
                 names.append("data.max_residues")
             asked = tuple((name, self.fields.get(name)) for name in names)
             return (("metric", self.metric[0]), *asked)
-        return tuple(
-            (name, value)
-            for name, value in self.recipe
-            if name.startswith(QUESTION) and changes_learning(name)
-        )
+        fields = {name: value for name, value in self.recipe if name.startswith(QUESTION)}
+        # Validation masks at the last rate, however training comes there.
+        fields["masking.rate"] = fields.pop("masking.final_rate", 0) or fields.get("masking.rate")
+        return tuple(fields.items())
 
     def at(self, step: float) -> float:
         """Return the validation metric after `step` steps; NaN where there is none."""

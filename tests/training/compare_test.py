@@ -12,7 +12,14 @@ import pytest
 from esm1nv_jax import cli
 from esm1nv_jax.common import command, config_file
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training.compare import differing_fields, over_seeds, plot_curves, read, report
+from esm1nv_jax.training.compare import (
+    differing_fields,
+    not_comparable,
+    over_seeds,
+    plot_curves,
+    read,
+    report,
+)
 
 
 def write(folder, arg, figures, lr=2e-4):
@@ -44,6 +51,22 @@ def test_seeds_of_a_recipe_are_one_row_at_the_last_step_they_share(runs):
     assert row.seeds == [0, 1, 2] and row.step == 100
     assert row.mean == pytest.approx(statistics.fmean([17.0, 17.4, 17.1]))
     assert row.spread == pytest.approx(statistics.stdev([17.0, 17.4, 17.1]))
+
+
+def test_a_rate_of_masking_that_changes_validates_at_its_last(tmp_path):
+    schedule = write(tmp_path / "schedule", "seed=0", {0: 30, 100: 16.5})
+    path = Path(schedule) / "config.json"
+    config = json.loads(path.read_text())
+    config["masking"] |= {"rate": 0.3, "final_rate": 0.15}
+    path.write_text(json.dumps(config))
+    fixed, shipped = (
+        write(tmp_path / name, arg, {0: 30, 100: 17.0})
+        for name, arg in (("fixed", "seed=0"), ("shipped", "shipped"))
+    )
+    ((first, second),) = over_seeds(read([schedule, fixed]))
+    assert second.difference == pytest.approx(0.5) and first.runs == ["schedule"]
+    text = not_comparable(read([schedule, shipped]))
+    assert "masking.rate, masking.recipe differ" in text and "final_rate" not in text
 
 
 def test_recipes_differ_by_so_much_with_an_error_over_seeds(runs, tmp_path, capsys):
