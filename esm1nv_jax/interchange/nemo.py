@@ -34,6 +34,7 @@ from esm1nv_jax.model.lora import FUSED
 CONFIG, WEIGHTS = "model_config.yaml", "model_weights.ckpt"
 MAX_TEXT = 2**20  # bytes of a config or a tokenizer
 MAX_MEMBERS = 10_000
+MAX_COMPRESSION = 100  # of weights, which no program compresses so; of zeros it is a thousand
 HEADER_TYPES = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -86,7 +87,7 @@ def read(path: str) -> Weights:
             files.open_weights(epath.Path(path)) as file,
             tarfile.open(fileobj=file, mode="r:*", tarinfo=_Member) as archive,
         ):
-            return _read(archive, path)
+            return _read(archive, path, epath.Path(path).stat().length)
     except UserError:
         raise
     except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError) as error:
@@ -109,7 +110,7 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _read(archive: tarfile.TarFile, path: str) -> Weights:
+def _read(archive: tarfile.TarFile, path: str, size: int) -> Weights:
     members: dict[str, tarfile.TarInfo] = {}
     for number, member in enumerate(archive):
         members[posixpath.normpath(member.name)] = member
@@ -143,7 +144,7 @@ def _read(archive: tarfile.TarFile, path: str) -> Weights:
     config = _encoder_config(fields, " ".join(tokens))
     # Eight bytes a parameter, and names. Of one layer, for the config may mean a billion.
     count = config.layers * parameter_count(dataclasses.replace(config, layers=1))
-    weights = content(WEIGHTS, 8 * count + 2**24)
+    weights = content(WEIGHTS, min(8 * count + 2**24, MAX_COMPRESSION * size))
     source = f"{path}: {WEIGHTS}"
     state = torch_file.read_table(io.BytesIO(weights), source)
     return tensor_names.to_weights(

@@ -228,6 +228,15 @@ def test_headers_do_not_fill_the_memory(tmp_path):
             nemo.read(path)
 
 
+def test_zeros_do_not_fill_the_memory(tmp_path):
+    files = megatron.members(megatron.make())
+    _config(hidden_size=2**20)(files)
+    files["model_weights.ckpt"] = bytes(2**26)
+    path = megatron.save(tmp_path / "m.nemo", files, "w:gz")
+    with pytest.raises(UserError, match=r"model_weights\.ckpt has 67,108,864 bytes, more than the"):
+        nemo.read(path)
+
+
 def test_names_and_links_lead_nowhere(tmp_path):
     """A member that is a link, or whose name leaves the archive, is not followed."""
     (tmp_path / "secret").write_bytes(b"num_layers: 1")
