@@ -199,8 +199,8 @@ def read_assays(folder: str, reference: str | None) -> list[Assay]:
         assays = []
         for entry in entries:
             file = entry.pop("file") or entry["name"]
-            if path := paths.get(file.split(".csv")[0]):
-                assays.append(Assay(path=path, is_indels=_is_indels(path), **entry))
+            if found := paths.get(file.split(".csv")[0]):
+                assays.append(Assay(path=found, is_indels=_is_indels(found), **entry))
     if not assays:
         of = f", of the {listed} that {reference} lists" if reference else ""
         raise UserError(f"{folder} holds no assay{of}; they are files such as DMS_id.csv")

@@ -189,10 +189,12 @@ def summarize(assays: Sequence[Grouped], out: Path, kind: str) -> None:
         stdout.print(groups)
     if kind == "substitutions" and len(assays) != PUBLISHED_ASSAYS:
         stdout.print(f"The published values are over {PUBLISHED_ASSAYS} assays, not these.")
-    for name in [row["DMS_id"] for row in rows if row[f"Spearman_{SCORE}"] == "nan"]:
+    for row in rows:
+        if row[f"Spearman_{SCORE}"] != "nan":
+            continue
         stdout.print(
-            f"{name} takes no part in the mean of Spearman: it has fewer than two mutants with a "
-            "measurement and a score, or all of these are equal."
+            f"{row['DMS_id']} takes no part in the mean of Spearman: it has fewer than two mutants "
+            "with a measurement and a score, or all of these are equal."
         )
     if not any(assay.function for assay in assays):
         stdout.print("Without functions, which a reference file has, the mean is over proteins.")
