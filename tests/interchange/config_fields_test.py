@@ -19,7 +19,9 @@ def test_a_list_that_holds_itself_many_times_is_shown_in_one_line():
 
 
 @pytest.mark.parametrize(
-    ("value", "kind"), [(2**30 + 1, int), (-(2**31), int), (10**400, float), (10**5000, int)]
+    ("value", "kind"),
+    [(2**30 + 1, int), (-(2**31), int), (10**400, float), (10**5000, int)],
+    ids=["above", "below", "no float", "too many digits to print"],
 )
 def test_numbers_beyond_all_models_are_refused(value, kind):
     with pytest.raises(UserError, match=r"x is .*, which no model has"):
