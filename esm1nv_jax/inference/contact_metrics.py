@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from esm1nv_jax.inference.structures import Structure
+from esm1nv_jax.model.label_metrics import standard_error
 
 RANGES = {"short": (6, 12), "medium": (12, 24), "long": (24, None)}  # |i - j|, first to before last
 CUTOFFS = {"P@L": 1, "P@L/2": 2, "P@L/5": 5}
@@ -61,5 +62,4 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float, int]:
     numbers = np.array([value for value in values if not math.isnan(value)])
     if not len(numbers):
         return math.nan, math.nan, 0
-    error = numbers.std(ddof=1) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
-    return float(numbers.mean()), float(error), len(numbers)
+    return float(numbers.mean()), standard_error(numbers), len(numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -199,8 +200,8 @@ def predict(
     rows: list[dict] = []
     taken: set[str] = set()
     with bar("contacts", sum(passes), "passes") as progress:
-        for k, protein in enumerate(proteins):
-            start = sum(passes[:k])
+        starts = itertools.accumulate(passes, initial=0)
+        for protein, start in zip(proteins, starts, strict=False):
             scores = model.contacts(
                 protein.sequence,
                 method,

@@ -208,7 +208,10 @@ def row_of(
     row = {"head": head, "features": kind, **dataclasses.asdict(setting)}
     for name in by_seed[0]:
         values = np.array([x[name] for x in by_seed])
-        row[name], row[f"{name}_se_seeds"] = float(values.mean()), _error(values)
+        row[name], row[f"{name}_se_seeds"] = (
+            float(values.mean()),
+            label_metrics.standard_error(values),
+        )
     losses = np.mean([_by_label(task, predicted) for predicted in predictions], axis=0)
     row[f"{_mean_metric(task)}_se_proteins"] = error_by_protein(task, losses)
     return row
@@ -224,7 +227,9 @@ def gain(task: Task, head: str, predictions: dict[tuple[str, str], list]) -> dic
     difference = trained - untrained
     by_seed = difference[:, task.test.used].mean(axis=1)
     over_proteins = error_by_protein(task, difference.mean(axis=0))
-    error = math.hypot(over_proteins, _error(by_seed) if len(by_seed) > 1 else 0.0)
+    error = math.hypot(
+        over_proteins, label_metrics.standard_error(by_seed) if len(by_seed) > 1 else 0.0
+    )
     mean = float(by_seed.mean())
     return {
         "head": head,
@@ -258,7 +263,3 @@ def error_by_protein(task: Task, by_label: np.ndarray) -> float:
         np.bincount(protein, np.where(split.used, by_label, 0.0), minlength=n),
     )
     return mean.mean()[1]
-
-
-def _error(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else math.nan

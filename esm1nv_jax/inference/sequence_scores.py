@@ -80,15 +80,16 @@ class SequenceTable:
         """Rows and sequences, at most so many, and at least one, at a time."""
         rows: list[int] = []
         block: list[bytes] = []
+        size = 0
         for row, fields in enumerate(rows_of(self.path)):
             if not self.lengths[row]:
                 continue
-            if block and (
-                len(block) == sequences or sum(map(len, block)) + self.lengths[row] > residues
-            ):
+            length = int(self.lengths[row])
+            if block and (len(block) == sequences or size + length > residues):
                 yield rows, block
-                rows, block = [], []
+                rows, block, size = [], [], 0
             rows.append(row)
+            size += length
             block.append(_normalized(fields[self._column])[0])
         yield rows, block
 
@@ -125,6 +126,7 @@ def score_table(
     saved = SavedScores(out, settings, overwrite)
     for row, value in saved.scores.items():
         scores[int(row)] = value
+    copied = copy_log_odds(model.masking) if mode == ONE_PASS else 0.0
     limits = (BLOCK, 1 << 62) if mode == EXACT else (1 << 62, BLOCK_RESIDUES)
     start = int(table.lengths[np.isfinite(scores)].sum())
     with bar("score", passes, "residues", start=start) as progress:
@@ -136,7 +138,6 @@ def score_table(
                     model.on_devices, block, model.longest, progress.advance
                 )[1]
             else:
-                copied = copy_log_odds(model.masking)
                 pll = one_pass_log_likelihood(model.on_devices, block, model.longest, copied)[1]
                 progress.advance(sum(map(len, block)))
             scores[rows] = pll

@@ -21,6 +21,7 @@ from esm1nv_jax.data.tables import open_csv
 from esm1nv_jax.inference import variant_scores
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.mutants import MutantError, MutantTable, parse_mutants
+from esm1nv_jax.model import label_metrics
 
 COLUMN, SCORE = "mutant", "score"
 BLOCK = 64  # mutants or sequences after which scores that take hours are saved
@@ -219,12 +220,10 @@ def score_rows(
 def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
     """Rank correlation, and over how many rows. NaN where all scores or all measurements of these
     are equal."""
-    from scipy.stats import spearmanr
-
     used = np.isfinite(measured) & np.isfinite(scores)
-    if not used.any() or not (np.ptp(scores[used]) and np.ptp(measured[used])):
-        return math.nan, int(used.sum())
-    return float(spearmanr(scores[used], measured[used]).statistic), int(used.sum())
+    if not used.any():
+        return math.nan, 0
+    return label_metrics.spearman(measured[used], scores[used]), int(used.sum())
 
 
 def write_scores(

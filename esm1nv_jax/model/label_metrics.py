@@ -8,6 +8,7 @@ protein are not independent.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -100,6 +101,13 @@ def matthews(table: np.ndarray) -> float:
     true, predicted = table.sum(axis=1), table.sum(axis=0)
     scale = math.sqrt((n**2 - (predicted**2).sum()) * (n**2 - (true**2).sum()))
     return float((right * n - true @ predicted) / scale) if scale else 0.0
+
+
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
+    """Return that of the mean of independent values; NaN of fewer than two, or where one is not
+    finite."""
+    is_known = len(values) > 1 and np.isfinite(values).all()
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if is_known else math.nan
 
 
 def spearman(labels: np.ndarray, values: np.ndarray) -> float:

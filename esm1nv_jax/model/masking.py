@@ -119,12 +119,13 @@ def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT, progres
     start_BT = jax.lax.cummax(jnp.where(is_first_BT, rank_BT, 0), axis=1)
     is_last_BT = group_BT != jnp.pad(group_BT, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
     end_BT = jax.lax.cummin(jnp.where(is_last_BT, rank_BT + 1, T), axis=1, reverse=True)
-    counts = jnp.asarray(target_counts(config.final_rate or config.rate, T))
-    highest = config.final_rate or config.rate
     if config.final_rate and progress is not None:
         rate = config.rate + (config.final_rate - config.rate) * progress
         counts = jnp.maximum(jnp.round(rate * jnp.arange(T + 1)), 1).astype(jnp.int32)
         highest = max(config.rate, config.final_rate)
+    else:
+        highest = config.final_rate or config.rate
+        counts = jnp.asarray(target_counts(highest, T))
     quota_BT = counts[end_BT - start_BT]
     is_chosen_BT = (rank_BT - start_BT < quota_BT) & (group_BT <= T)
     M = max_targets(highest, T)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 
 GIB = 2**30
@@ -220,7 +221,7 @@ def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
 
     small = jnp.ones(2**16, jnp.float32)
     vector = chain * small.size / fastest(sums, small)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = command.machine_memory()
     low, high = Efficiency(0.75, 0.75, 0.75), Efficiency(0.95, 0.95, 0.95)
     source = "of peaks measured now; benchmarks/plan.py compares with the clock"
     return Chip(THIS_CPU, "cpu", flops, bandwidth, memory, low, high, source, vector, launch=5e-6)

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
+from esm1nv_jax.model.label_metrics import standard_error
 from esm1nv_jax.training.recorded_run import Run, read
 from esm1nv_jax.training.workdir import CONFIG
 
@@ -64,7 +64,7 @@ class SweepRow:
         return [
             self.name,
             " ".join(map(str, self.losses)),
-            plus_minus(mean, _standard_error(losses), 4),
+            plus_minus(mean, standard_error(losses), 4),
             f"{math.exp(mean):.3f}",
             plus_minus(self.difference, self.difference_se, 4),
             "-" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}",
@@ -81,7 +81,7 @@ class SweepRow:
             "seeds": list(self.losses),
             "losses": losses,
             "loss": statistics.fmean(losses),
-            "loss_se": _standard_error(losses),
+            "loss_se": standard_error(losses),
             "exceeds_noise": self.exceeds_noise,
         }
 
@@ -153,12 +153,12 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
             f"{', '.join(by_recipe) or 'none is finished'}"
         )
     reference = {_seed(run): measured[run.name] for run in by_recipe[baseline]}
-    rows = [_row(name, same, measured, reference) for name, same in by_recipe.items()]
+    rows = [
+        _row(name, same, measured, {} if name == baseline else reference)
+        for name, same in by_recipe.items()
+    ]
     means = {row.name: statistics.fmean(row.losses.values()) for row in rows}
     rows.sort(key=lambda row: (row.name != baseline, math.isnan(means[row.name]), means[row.name]))
-    rows[0] = dataclasses.replace(
-        rows[0], difference=math.nan, difference_se=math.nan, half_width=math.nan
-    )
     asked: Any = next(iter(reference.values()))[1]
     question = (
         f"{asked['positions_mask']:,} <mask> positions of {asked['data']}, masking "
@@ -201,7 +201,7 @@ def _row(name: str, runs: list[Run], measured: dict, reference: dict) -> SweepRo
     tokens, flops, seconds = (
         statistics.fmean(x) for x in zip(*(_cost(run) for run in runs), strict=True)
     )
-    error = _standard_error(differences)
+    error = standard_error(differences)
     return SweepRow(
         name,
         {seed: loss for seed, (loss, _) in sorted(losses.items())},
@@ -227,12 +227,6 @@ def _cost(run: Run) -> tuple[float, float, float]:
         flops += line.get("flops_per_step", math.nan) * steps
         seconds += line["seconds_per_step"] * steps
     return tokens, flops, seconds
-
-
-def _standard_error(x: Sequence[float]) -> float:
-    """Return that of the mean; NaN of one value, or where one is not finite."""
-    is_known = len(x) > 1 and all(map(math.isfinite, x))
-    return statistics.stdev(x) / math.sqrt(len(x)) if is_known else math.nan
 
 
 def _student(degrees: int) -> float:
