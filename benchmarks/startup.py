@@ -40,7 +40,7 @@ def start(path: str) -> dict[str, float]:
     config = RunConfig.from_config_dict(config_file.load(path))
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
     settings = config.step_config(mesh.devices.flat[0])
-    source, _ = train.open_data(config)
+    source = train.open_data(config).train
     stream = stream_config(config, config.global_rows(source.lengths, mesh.size))
     phase("config, devices, data")
     layout = sharding.sharding(mesh, "state")

@@ -4,8 +4,8 @@
     python -m esm1nv_jax.main --config=configs/continue_from.py:model=models/esm2_8m \\
         --config.data.path=DIR --workdir=runs/esm2_on_my_proteins
 
-Hardware, time and metric depend on the model; not measured. The first validation, at step 0, is
-that of the model before this run.
+Hardware, time and metric depend on the model; not measured. The validation at step 0 is that of the
+model as it was.
 
 Arguments: model= (a run, a step, a model folder or a folder of transformers), batch=, steps=,
 seed=. The schedule is short, with a tenth of the peak learning rate of a fresh start.

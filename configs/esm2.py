@@ -2,15 +2,16 @@
 
     python -m esm1nv_jax.main --config=configs/esm2.py:8m --config.data.path=DIR
 
-DIR is a data set prepared with clusters (`esm1nv prepare --clusters`): in every epoch one member of
+DIR is a data set prepared with clusters (`esm1nv prepare --groups`): in every epoch one member of
 each cluster is drawn, as ESM-2 draws UniRef90 members of UniRef50 clusters.
 
 Arguments: one of 8m, 35m, 150m, 650m (the default is 8m); steps=, batch= (rows of 1,024 tokens),
 seed=. A batch of 2,048 rows is the paper's 2 million tokens; on few devices set
 --config.batch.microbatches, so that a part fits.
 
-Hardware and time: not measured; `esm1nv plan` estimates them (docs/performance.md). Expected
-metric: the paper's perplexities are on its own UniRef50 split, and compare with no other.
+Hardware and time: not measured; `esm1nv plan` estimates, for 500,000 steps on 8 H100, 0.6 days of
+8m (microbatches=4) and 20 days of 650m (microbatches=16). Expected metric: not known; the paper's
+perplexities are on its own UniRef50 split and compare with no other.
 
 Known differences from the original: rows are packed, and a cropped sequence keeps its <s> and </s>,
 which ESM-2 has at real ends only; in each sequence exactly round(rate x residues) are predicted;

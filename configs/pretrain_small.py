@@ -6,9 +6,10 @@
 DIR is a data set made by `esm1nv prepare`.
 
 Hardware and time: the original took 176, later 144, A100 GPUs; for 176 A100-80GB `esm1nv plan`
-estimates 0.23 to 0.30 s a step, 3 days for a million steps. Not measured here. Expected metric: no
-perplexity of ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split)
-has 11.8. To try the real shape on a CPU, in 5 GB of memory:
+estimates 0.25 s a step (0.22 to 0.29), 2.9 days for a million steps. Not trained here; one H200
+takes 0.11 s for the rows of one device (docs/performance.md). Expected metric: no perplexity of
+ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split) has 11.8. To try
+the real shape on a CPU, in 5 GB of memory:
 
     python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=1,steps=20 \\
         --config.data.path=sample --config.compute.dtype=float32 \\
@@ -147,7 +148,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "min_lr": 2e-5,  # learning rate at the end
         "warmup": 500.0,  # steps of linear increase from 0; below 1: a share of config.steps
         "constant": 50_000.0,  # steps at a constant rate; below 1: a share of config.steps
-        "constant_at": "min_lr",  # where they stand: min_lr, at the end, as the original; or peak
+        # rate of the constant steps: min_lr, at the end, as the original; or peak
+        "constant_at": "min_lr",
         # steps of the schedule, then min_lr; up to 1: a share of config.steps
         "horizon": 1_000_000.0,
         "beta1": 0.9,  # decay of Adam's first moment
@@ -164,7 +166,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     }
     config.checkpoint = {
         "every": 1500,  # steps between checkpoints
-        "minutes": 0,  # also when this many have passed since the last; 0: never
+        "minutes": 0,  # also when so many minutes have passed since the last; 0: never
         "keep": 47,  # newest checkpoints that are kept
         "keep_every": 0,  # also keep the steps that it divides; 0: none
         "on_error": "continue",  # continue or stop, where a checkpoint cannot be written

@@ -6,6 +6,7 @@ Muon makes the step of every hidden matrix orthogonal; embeddings, biases and sc
 AdamW. Its steps are scaled to the size of AdamW's, so that learning rate and weight decay are the
 parent's; the best rate may still be another one for either.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
+Answer: not measured yet.
 """
 
 from esm1nv_jax.common.config_file import parent

@@ -5,6 +5,7 @@
 The original trained for hundreds of epochs; in a short run without repetition dropout may
 only cost.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
+Answer: not measured yet.
 """
 
 from esm1nv_jax.common.config_file import parent

@@ -5,6 +5,7 @@
 The parent packs sequences into rows; this puts one in each, as the original. With batch=0 both see
 370 sequences a device and step, so their curves over steps should coincide.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
+Answer: not measured yet.
 """
 
 from esm1nv_jax.common.config_file import parent

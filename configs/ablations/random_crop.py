@@ -5,6 +5,7 @@
 The original crops to a prefix; this draws another window in every epoch. A difference can only come
 from sequences longer than data.max_residues.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
+Answer: not measured yet.
 """
 
 from esm1nv_jax.common.config_file import parent

@@ -4,6 +4,7 @@
 
 The LM head keeps the biases of its linear layer and of the output.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
+Answer: not measured yet.
 """
 
 from esm1nv_jax.common.config_file import parent
