@@ -2,10 +2,11 @@
 
     python benchmarks/finetuning_evidence.py --model DIR --data FOLDER --out RUNS
         [--tasks secondary_structure] [--methods probe,head,full] [--seeds 3] [--epochs 10]
-        [--batch 32] [--train 2000] [--test 500] [--jobs 1]
+        [--batch 32] [--longest 254] [--train 2000] [--test 500] [--jobs 1]
 
-FOLDER holds the CSV files of TASKS. Every method sees the same proteins: of the training and the
-validation split those of the table, or `--train` and a quarter as many, of the test split `--test`.
+FOLDER holds the CSV files of TASKS. Every method sees the same proteins, those of up to `--longest`
+residues: of the training and the validation split all of the table, or `--train` and a quarter as
+many, of the test split `--test`.
 `probe` are the two heads of `esm1nv probe` on the frozen encoder, `scratch` is `full` from random
 weights. A row is the mean over seeds with its standard error; peak memory and time are the largest
 of one run, for `probe` of all its heads and seeds. Finished runs in RUNS are not repeated. With
@@ -48,10 +49,13 @@ CONFIG = Path(__file__).parents[1] / "configs" / "finetune.py"
 METHODS = ("probe", "head", "last=2", "lora=8", "full", "scratch")
 
 
-def smaller_table(source: Path, target: Path, sizes: dict[str, int | None]) -> None:
+def smaller_table(
+    source: Path, target: Path, sizes: dict[str, int | None], longest: int | None
+) -> None:
     """Writes at most so many rows of each split, always the same ones, in their order."""
     columns, rows = read_csv(str(source))
-    at = columns.index("split")
+    at, sequence = columns.index("split"), columns.index("sequence")
+    rows = [row for row in rows if longest is None or len(row[1][sequence]) <= longest]
     chosen: set[int] = set()
     for split, size in sizes.items():
         members = [i for i, (_, row) in enumerate(rows) if labeled_data.SPLITS[row[at]] == split]
@@ -161,6 +165,7 @@ def main(argv: list[str]) -> None:
     add("--seeds", type=int, default=3)
     add("--epochs", type=int, default=10)
     add("--batch", type=int, default=32, help="proteins a step")
+    add("--longest", type=int, help="leave out proteins of more residues")
     add("--train", type=int, help="at most so many proteins to train on")
     add("--test", type=int, help="at most so many proteins to test on")
     add("--jobs", type=int, default=1, help="runs at a time")
@@ -172,9 +177,8 @@ def main(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         table = out / "table.csv"
         valid = args.train and max(2, args.train // 4)
-        smaller_table(
-            args.data / file, table, {"train": args.train, "valid": valid, "test": args.test}
-        )
+        sizes = {"train": args.train, "valid": valid, "test": args.test}
+        smaller_table(args.data / file, table, sizes, args.longest)
         for method in args.methods.split(","):
             if method == "probe":
                 jobs.append((probe, args.model, table, task, args.seeds, out))
