@@ -81,7 +81,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config = config_dict.ConfigDict()
     config.seed = args["seed"]  # of initial weights, order of the data, crops, masks and dropout
     config.steps = args["steps"]  # training stops after this step; the schedule does not follow it
-    config.minutes = 0.0  # training also stops after so much time, validations included; 0: never
+    config.minutes = 0.0  # training also stops after so many minutes with validations; 0: never
     config.platform = "auto"  # auto, cpu, gpu or tpu
     config.init_from = ""  # start from the weights of this run, step, model or transformers folder
     # start from the whole state of this run or step: weights, optimizer, step, place in the data
@@ -105,7 +105,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     }
     # masking.recipe: card, 80/10/10 % <mask>, random, unchanged; or shipped, 50/50/0; sets no rate
     # masking.rate: share of the residues that is predicted
-    # masking.final_rate: the rate at the end of optimizer.horizon, linearly; 0: it stays
+    # masking.final_rate: the rate changes linearly to this until optimizer.horizon; 0: it stays
     config.masking = (
         {"recipe": "shipped", "rate": 0.10} if args["shipped"] else {"recipe": "card", "rate": 0.15}
     )
@@ -156,13 +156,13 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "beta2": 0.98,  # decay of Adam's second moment
         "epsilon": 1e-8,  # in the denominator of Adam
         "weight_decay": 0.01,  # decoupled; not of biases and LayerNorm
-        "clip_norm": 1.0,  # largest norm of the gradient
+        "clip_norm": 1.0,  # the gradient is scaled down to this L2 norm, over all parameters
         "muon_beta": 0.95,  # decay of Muon's moment
         "decay": "cosine",  # of the learning rate, from peak_lr to min_lr: cosine or linear
     }
     config.evaluation = {
         "every": 1500,  # steps between validations
-        "sequences": 0,  # of the validation split, the same every time; 0: all
+        "sequences": 0,  # how many of the validation split, the same every time; 0: all
     }
     config.checkpoint = {
         "every": 1500,  # steps between checkpoints
@@ -171,7 +171,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "keep_every": 0,  # also keep the steps that it divides; 0: none
         "on_error": "continue",  # continue or stop, where a checkpoint cannot be written
     }
-    config.skip_nonfinite = 0  # steps with a gradient that is not finite, skipped before it stops
+    config.skip_nonfinite = 0  # so many steps that are not finite are skipped before a run stops
     config.cluster = {
         "start_timeout": 300,  # seconds for all processes to find each other
         "stall_timeout": 600,  # seconds; longer than a step, a validation or a save takes
