@@ -13,9 +13,13 @@ import numpy as np
 from esm1nv_jax.common import files
 from esm1nv_jax.common.console import count, stdout
 from esm1nv_jax.common.html import new_figure, plus_minus
-from esm1nv_jax.inference import contact_metrics
-from esm1nv_jax.inference.contact_metrics import CUTOFFS, MIN_SEPARATION, RANGES
-from esm1nv_jax.inference.structures import Structure
+from esm1nv_jax.inference.structures import (
+    CUTOFFS,
+    MIN_SEPARATION,
+    RANGES,
+    Structure,
+    mean_and_error,
+)
 
 TABLE = "precision.tsv"
 
@@ -133,7 +137,7 @@ def print_summary(rows: list[dict]) -> None:
             of_method = [row["precision"] for row in rows if row["method"] == method]
             shown = []
             for cutoff in CUTOFFS:
-                mean, error, _ = contact_metrics.mean_and_error(p[name, cutoff] for p in of_method)
+                mean, error, _ = mean_and_error(p[name, cutoff] for p in of_method)
                 shown.append(plus_minus(mean, error, 3))
             table.add_row(text, method, *shown)
             text = ""

@@ -1,4 +1,5 @@
-"""Contact maps of one protein: from its attention maps, or from its categorical Jacobian.
+"""Contact maps of one protein: from its attention maps, or from its categorical Jacobian; and the
+fit of the contact head, a logistic regression with an L1 penalty on a few structures.
 
 The categorical Jacobian (Zhang et al., "Protein language models learn evolutionary statistics of
 interacting sequence motifs", 2024) is how the logits of every residue j change with every
@@ -7,7 +8,7 @@ substitution of every residue i. It needs no training, no attention weights and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -17,12 +18,16 @@ from esm1nv_jax.data.tokenizer import FIRST_RESIDUE, STANDARD
 from esm1nv_jax.inference.device_model import DeviceModel
 from esm1nv_jax.inference.engine import OutputSpec, fill_rows, run_batches
 from esm1nv_jax.inference.row_shapes import RowBatch
+from esm1nv_jax.inference.structures import MIN_SEPARATION, Structure
 from esm1nv_jax.model import contact_head
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
 METHODS = ("jacobian", "attention")
 LENGTH_STEP = 32  # tokens; so many passes are worth a row that is no longer than it must be
 ARRAY_BYTES = 4 << 30  # the most that attention maps or a Jacobian may take on the host
+MIN_STRUCTURES, MAX_STRUCTURES = 2, 20  # to fit the contact head to
+INVERSE_PENALTY = 0.15  # C of Rao et al. 2021
+FEATURE_BYTES = 2 << 30  # three times that are in use
 AMINO_ACIDS = slice(FIRST_RESIDUE, FIRST_RESIDUE + STANDARD)  # columns of the standard amino acids
 
 
@@ -139,3 +144,77 @@ def check_size(
             f"{name} has {residues:,} residues, its {what} would take {size / 2**30:.1f} GiB, the "
             f"limit is {ARRAY_BYTES >> 30} GiB; cut it into domains"
         )
+
+
+def fit_contact_head(
+    model: DeviceModel,
+    structures: Sequence[Structure],
+    ids: Sequence[np.ndarray],
+    on_progress: Callable[[int], None] = lambda structures: None,
+) -> dict:
+    """Parameters of the contact head, fitted to the pairs of resolved residues at least 6 apart.
+
+    `ids` are the token ids of the structures' residues. Raises UserError where the features would
+    not fit into memory, or the structures have no contacts.
+    """
+    features = model.config.layers * model.config.heads
+    pairs = sum(len(s.sequence) ** 2 // 2 for s in structures)
+    size = 4 * pairs * features
+    if size > FEATURE_BYTES:
+        raise UserError(
+            f"--fit: {features} features of {pairs:,} pairs take {size / 2**30:.1f} GiB, the limit "
+            f"is {FEATURE_BYTES >> 30} GiB; give fewer or shorter structures"
+        )
+    x, y = [], []
+    for done, (structure, tokens) in enumerate(zip(structures, ids, strict=True), 1):
+        i, j = np.triu_indices(len(tokens), MIN_SEPARATION)
+        used = structure.is_resolved[i] & structure.is_resolved[j]
+        maps = attention_maps(model, tokens)[:, :, 1:-1, 1:-1]
+        is_residue = np.ones((len(maps), len(tokens)), bool)
+        corrected = np.asarray(contact_head.features(maps, is_residue))
+        x.append(corrected.reshape(features, *corrected.shape[2:])[:, i[used], j[used]].T)
+        y.append(structure.is_contact[i, j][used])
+        on_progress(done)
+    is_contact = np.concatenate(y)
+    if not is_contact.any() or is_contact.all():
+        raise UserError(
+            f"the structures of --fit have {is_contact.sum():,} contacts among {len(is_contact):,} "
+            f"pairs of residues at least {MIN_SEPARATION} apart; give structures with some"
+        )
+    kernel, bias = fit_logistic_regression(np.concatenate(x), is_contact)
+    return {"kernel": kernel[:, None].astype(np.float32), "bias": np.array([bias], np.float32)}
+
+
+def fit_logistic_regression(
+    x: np.ndarray, y: np.ndarray, inverse_penalty: float = INVERSE_PENALTY
+) -> tuple[np.ndarray, float]:
+    """(weights [K], intercept) that minimize sum |weights| + C * sum of logistic losses.
+
+    x: float32 [n, K]. y: bool [n]. C: `inverse_penalty`.
+
+    Weights are split into their positive and negative parts, which makes the problem smooth with
+    bounds; features are scaled to unit deviation inside, and the penalty with them.
+    """
+    from scipy.optimize import minimize
+
+    K, C = x.shape[1], np.float32(inverse_penalty)
+    scale = x.std(axis=0, dtype=np.float64)
+    scale = np.where(scale > 0, scale, 1).astype(np.float32)
+    x, sign = x / scale, np.where(y, -1, 1).astype(np.float32)
+    penalty = np.tile(1 / scale, 2).astype(np.float64)
+
+    def loss(parts):
+        weights = (parts[:K] - parts[K:-1]).astype(np.float32)
+        margin = sign * (x @ weights + np.float32(parts[-1]))
+        slope = C * sign * (0.5 + 0.5 * np.tanh(margin / 2))
+        total = C * np.logaddexp(0, margin).sum(dtype=np.float64) + parts[:-1] @ penalty
+        gradient = (slope @ x).astype(np.float64)
+        by_part = np.concatenate([gradient, -gradient]) + penalty
+        return total, np.append(by_part, slope.sum(dtype=np.float64))
+
+    rate = y.mean()
+    start = np.append(np.zeros(2 * K), np.log(rate / (1 - rate)))
+    bounds = [(0, None)] * (2 * K) + [(None, None)]
+    options = {"maxiter": 2_000, "maxfun": 4_000, "ftol": 1e-9}
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+    return (best[:K] - best[K:-1]) / scale, float(best[-1])

@@ -15,7 +15,8 @@ from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.tokenizer import STANDARD
-from esm1nv_jax.inference import contact_maps, contact_metrics
+from esm1nv_jax.inference import contact_maps
+from esm1nv_jax.inference.api_types import residue_ids
 from esm1nv_jax.inference.contact_files import (
     TABLE,
     WRITERS,
@@ -24,10 +25,16 @@ from esm1nv_jax.inference.contact_files import (
     print_summary,
     write_table,
 )
-from esm1nv_jax.inference.contact_fit import MAX_STRUCTURES, MIN_STRUCTURES, fit_contact_head
+from esm1nv_jax.inference.contact_maps import MAX_STRUCTURES, MIN_STRUCTURES, fit_contact_head
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
-from esm1nv_jax.inference.sequence_input import residue_ids
-from esm1nv_jax.inference.structures import Structure, find_structures, name_of, read_structure
+from esm1nv_jax.inference.structures import (
+    Structure,
+    baseline_scores,
+    contact_precision,
+    find_structures,
+    name_of,
+    read_structure,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -212,8 +219,8 @@ def predict(
                 with files.replacing(out / f"{stem}.{suffix}") as new:
                     WRITERS[suffix](new, protein, scores, method)
             if protein.structure is not None:
-                by_method = {method: scores} | contact_metrics.baselines(len(protein.sequence))
+                by_method = {method: scores} | baseline_scores(len(protein.sequence))
                 for name, values in by_method.items():
-                    precision = contact_metrics.evaluate(values, protein.structure)
+                    precision = contact_precision(values, protein.structure)
                     rows.append({"protein": protein, "method": name, "precision": precision})
     return rows

@@ -21,8 +21,9 @@ from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.source import SAMPLE, SPLITS, MemorySource, Source, open_split
 from esm1nv_jax.inference import fixed_masks, perplexity
 from esm1nv_jax.inference.evaluation_report import build_report, compare_with_blosum62
+from esm1nv_jax.inference.likelihood import pseudo_log_likelihood
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
-from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
+from esm1nv_jax.model import baselines
 from esm1nv_jax.model.masking import RECIPES, recipe
 
 UNIGRAM_PROTEINS = 20_000  # of training, from which the unigram baseline is counted
@@ -148,14 +149,12 @@ def evaluate_model(
     """All results of a model on the proteins of `source`, ready for JSON.
 
     Args:
-      masking: name of the recipe that chooses what is predicted; see `model/masking.py`.
-      seed: of the masks.
+      masking, seed: the recipe (see `model/masking.py`) and the seed of the masks.
       mask_file: masks to use instead, of the same proteins.
       training_data: data set whose training split gives the unigram; else that of the model's run.
       groups: id to class, for results by class.
       pseudo: whether to compute the pseudo-perplexity as well.
       masks_out: a file to write the masks to.
-      progress: whether to show progress.
 
     Raises UserError where nothing can be predicted.
     """
@@ -190,16 +189,16 @@ def evaluate_model(
     } | sums.results()
     results["substitution"] = compare_with_blosum62(sums.substitution)
     if pseudo:
-        sequences = source.sequences(range(len(source.lengths)))
-        passes = int(sum(min(len(s), stream.max_residues) for s in sequences))
-        with bar("pseudo-perplexity", passes, "passes", progress) as task:
-            residues, nats = pseudo_perplexity(
-                model.on_devices, sequences, stream.max_residues, task.advance
+        longest = stream.max_residues
+        sequences = [s[:longest] for s in source.sequences(range(len(source.lengths)))]
+        with bar("pseudo-perplexity", sum(map(len, sequences)), "passes", progress) as task:
+            residues, pll = pseudo_log_likelihood(
+                model.on_devices, sequences, longest, task.advance
             )
         mean = perplexity.GroupedMean(1)
-        mean.add(np.zeros(len(sequences), np.int64), residues, nats)
+        mean.add(np.zeros(len(sequences), np.int64), residues, -pll)
         with np.errstate(invalid="ignore"):  # NaN where no residue is known
-            each = np.exp(nats / residues)
+            each = np.exp(-pll / residues)
         rows = zip(source.ids(range(len(each))), residues.tolist(), each.tolist(), strict=True)
         names = ("id", "residues", "pseudo_perplexity")
         results["pseudo_perplexity"] = {
@@ -235,9 +234,9 @@ def unigram_counts(
             train = open_split(str(folder), "train")
         except UserError:  # it has no training split, or lies elsewhere by now
             continue
-        counts = perplexity.count_residues(train, UNIGRAM_PROTEINS)
+        counts = baselines.count_residues(train, UNIGRAM_PROTEINS)
         return counts, f"{folder}:train"
-    return perplexity.count_residues(source), THESE_PROTEINS
+    return baselines.count_residues(source), THESE_PROTEINS
 
 
 def read_groups(path: str) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""The layer of a model that probes chose on validation, kept beside it and named by `embed`.
+"""The layer of a model that probes chose on validation: printed, plotted, kept beside the model and
+named by `embed`.
 
 The record is `layers.json` in a run or in the folder of a model: for each set of parameters, by
 their digest, and each task the layer that was chosen and the score of every layer.
@@ -11,13 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
+from rich.table import Table
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import files
-from esm1nv_jax.common.console import console
+from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.html import BLUE, new_figure
 
 FILE = "layers.json"
+PLOTS = (".png", ".svg", ".pdf")  # endings of the plot
 
 
 def path_of(checkpoint: str) -> epath.Path:
@@ -75,3 +79,32 @@ def print_recommended(checkpoint: str, digest: str, layers: Sequence[int]) -> No
                 f"probes of {task} recommend --layers {layer}: validation {choice['metric']} "
                 f"{curve.get(layer, float('nan')):.3f}{against}"
             )
+
+
+def print_curve(results: dict[str, Any]) -> None:
+    """The score of each layer on the validation split."""
+    layers = results["layers"]
+    title = f"linear head on each layer of this encoder: validation {layers['metric']}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column(layers["metric"], justify="right")
+    for layer, value in layers["curve"].items():
+        style = "bold" if layer == layers["layer"] else ""
+        table.add_row(str(layer), f"{value:.4f}", style=style)
+    stdout.print(table)
+    stdout.print(f"chosen on validation: layer {layers['layer']}; the test split follows")
+
+
+def plot_curve(path: str, results: dict[str, Any]) -> None:
+    """Draws the score of each layer on the validation split, in a format of PLOTS."""
+    layers = results["layers"]
+    curve, chosen = layers["curve"], layers["layer"]
+    names = [str(layer) for layer in curve]
+    figure, axes = new_figure()
+    axes.plot(names, [*curve.values()], "o-", color=BLUE)
+    axes.plot([str(chosen)], [curve[chosen]], "o", color=BLUE, markersize=10)
+    axes.set_xlabel("layer (0: embeddings, -1: the last after its LayerNorm)")
+    axes.set_ylabel(f"validation {layers['metric']}")
+    axes.set_title(f"{results['task']}, linear head: layer {chosen} is chosen")
+    with files.writing(path):
+        figure.savefig(path, dpi=120)

@@ -16,8 +16,8 @@ from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.packing import SPECIALS
+from esm1nv_jax.inference.api_types import residue_ids
 from esm1nv_jax.inference.device_model import DeviceModel, place
-from esm1nv_jax.inference.sequence_input import residue_ids
 from esm1nv_jax.model import contact_head
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig

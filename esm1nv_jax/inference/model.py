@@ -20,18 +20,19 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
-from esm1nv_jax.inference import contact_maps
+from esm1nv_jax.inference import contact_maps, likelihood
+from esm1nv_jax.inference.api_types import (
+    Embeddings,
+    HeadPredictions,
+    Prediction,
+    as_list,
+    residue_ids,
+    residue_letters,
+)
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
+from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
 from esm1nv_jax.inference.loaded_model import PRECISIONS, LoadedModel
 from esm1nv_jax.inference.mutants import parse_mutants
-from esm1nv_jax.inference.pseudo_likelihood import (
-    copy_log_odds,
-    one_pass_log_likelihood,
-    pseudo_log_likelihood,
-)
-from esm1nv_jax.inference.results import Embeddings, HeadPredictions, Prediction
-from esm1nv_jax.inference.sequence_input import as_list, residue_ids, residue_letters
-from esm1nv_jax.inference.variant_scores import MODES, score_mutants
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder, soft_tokens
 from esm1nv_jax.model.encoder import EncoderConfig, EncoderOutput
@@ -162,18 +163,18 @@ class Model(LoadedModel):
           exact: one forward pass for each residue, with only that one masked; otherwise one for
             each sequence with nothing masked, from which the residue's own visibility is removed.
         """
-        self.check_mode("pseudo-perplexity" if exact else "one-pass")
+        self.check_mode(EXACT if exact else ONE_PASS)
         letters = [residue_letters(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
         if exact:
-            return pseudo_log_likelihood(self.on_devices, letters, self.longest)[1]
-        copied = copy_log_odds(self.masking)
-        return one_pass_log_likelihood(self.on_devices, letters, self.longest, copied)[1]
+            return likelihood.pseudo_log_likelihood(self.on_devices, letters, self.longest)[1]
+        copied = likelihood.copy_log_odds(self.masking)
+        return likelihood.one_pass_log_likelihood(self.on_devices, letters, self.longest, copied)
 
     def score_variants(
         self,
         sequence: str,
         mutants: Sequence[str],
-        mode: str = MODES[0],
+        mode: str = MASKED,
         additive: bool = False,
         offset: int = 0,
         force: bool = False,
@@ -196,7 +197,7 @@ class Model(LoadedModel):
         self.check_mode(mode, force)
         wild_type = residue_letters(sequence, "the sequence").decode()
         parsed = parse_mutants(as_list(mutants), wild_type, offset)
-        return score_mutants(
+        return likelihood.score_mutants(
             self.on_devices, wild_type, parsed, self.longest, mode, additive, on_progress
         )
 

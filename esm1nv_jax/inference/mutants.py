@@ -46,13 +46,13 @@ class MutantTable(Sequence[Mutant]):
 
     rows: int64 [n], the row of the table that a mutant stands in. ends: int64 [n], one past its
     last substitution. residues: int32 [k], indices from 0, ascending in a mutant. old, new: uint8
-    [k], ASCII. offset: the first residue has number 1 + offset in names.
+    [k], ASCII. offset: the first residue has number 1 + offset in names. total: rows of the table.
     """
 
-    def __init__(self, rows, ends, residues, old, new, offset: int):
+    def __init__(self, rows, ends, residues, old, new, offset: int, total: int):
         self.rows, self.ends = np.asarray(rows, np.int64), np.asarray(ends, np.int64)
         self.residues, self.old, self.new = residues, old, new
-        self.offset = offset
+        self.offset, self.total = offset, total
 
     @property
     def starts(self) -> np.ndarray:
@@ -68,10 +68,9 @@ class MutantTable(Sequence[Mutant]):
             first, last, _ = key.indices(len(self))
             begin = int(self.ends[first - 1]) if first else 0
             span = slice(begin, int(self.ends[last - 1]) if last > first else begin)
-            arrays = (self.residues[span], self.old[span], self.new[span])
-            return MutantTable(
-                self.rows[first:last], self.ends[first:last] - begin, *arrays, self.offset
-            )
+            rows, ends = self.rows[first:last], self.ends[first:last] - begin
+            arrays = (rows, ends, self.residues[span], self.old[span], self.new[span])
+            return MutantTable(*arrays, self.offset, self.total)
         key = range(len(self))[key]
         span = slice(int(self.ends[key - 1]) if key else 0, int(self.ends[key]))
         columns = (self.residues[span].tolist(), self.old[span].tolist(), self.new[span].tolist())
@@ -99,6 +98,7 @@ def parse_mutants(
     Raises MutantError that names the first row that is refused.
     """
     rows, ends, index, old, new = (array(kind) for kind in "qqiBB")
+    row = -1
     for row, name in enumerate(names):
         try:
             sites = _parse(name, wild_type, offset, missense)
@@ -114,7 +114,7 @@ def parse_mutants(
         rows.append(row)
         ends.append(len(index))
     letters = np.array(old, np.uint8), np.array(new, np.uint8)
-    return MutantTable(rows, ends, np.array(index, np.int32), *letters, offset)
+    return MutantTable(rows, ends, np.array(index, np.int32), *letters, offset, row + 1)
 
 
 def is_mutant(name: str) -> bool:

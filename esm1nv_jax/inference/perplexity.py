@@ -51,17 +51,9 @@ class GroupedMean:
     """
 
     def __init__(self, groups: int):
-        self._sums = np.zeros(
-            (6, groups)
-        )  # of 1 (sequences with a position here), n, l, l^2, l n, n^2
-
-    @property
-    def sequences(self) -> np.ndarray:
-        return self._sums[0]
-
-    @property
-    def positions(self) -> np.ndarray:
-        return self._sums[1]
+        # Of 1, n, l, l^2, l n, n^2 over the sequences that have a position.
+        self._sums = np.zeros((6, groups))
+        self.sequences, self.positions = self._sums[:2]  # views
 
     def add(self, group: np.ndarray, n: np.ndarray, total: np.ndarray) -> None:
         """Adds an entry a sequence (or a sequence and group): its group, positions and sum.
@@ -246,7 +238,7 @@ def evaluate(
 
     Args:
       corrupted: batches of `source` with their masks, from `fixed_masks`.
-      residue_counts: of the unigram baseline [25], see `count_residues`.
+      residue_counts: of the unigram baseline [25], see `baselines.count_residues`.
       groups: id to the name of a class of proteins, for results by class.
     """
     vocabulary = model.config.vocabulary
@@ -265,13 +257,3 @@ def evaluate(
     for results, (batch, masked) in run_batches(model.on_devices, batches()):
         sums.add(batch, masked, results["log_probs"])
         yield sums
-
-
-def count_residues(source: Source, most: int | None = None) -> np.ndarray:
-    """How often each residue letter stands in the first `most` proteins, or in all: int64 [25]."""
-    counts = np.zeros(baselines.LETTERS, np.int64)
-    n = min(len(source.lengths), most or len(source.lengths))
-    for start in range(0, n, 4096):
-        ids = tokenizer.residue_ids(b"".join(source.sequences(range(start, min(start + 4096, n)))))
-        counts += np.bincount(ids[ids >= FIRST] - FIRST, minlength=baselines.LETTERS)
-    return counts

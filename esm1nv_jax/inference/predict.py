@@ -32,7 +32,7 @@ def predict(request: FastaRequest) -> str | None:
 
     Raises UserError with everything finished so far kept in `OUT.parts`.
     """
-    write = writer_for(Path(request.out))
+    write = embedding_files.writer_for(Path(request.out), WRITERS)
     return fasta_job.run(request, "predict", lambda: _computation(request), write)
 
 
@@ -111,11 +111,6 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def writer_for(path: Path) -> Writer:
-    """The writer for the name of a file. Raises UserError for an extension that has none."""
-    return embedding_files.writer_for(path, WRITERS)
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(
         "predict",
@@ -128,7 +123,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     with fasta_job.resumable(args.out):
         if args.merge:
-            fasta_job.merge(args.out, writer_for(Path(args.out)), args.overwrite)
+            write = embedding_files.writer_for(Path(args.out), WRITERS)
+            fasta_job.merge(args.out, write, args.overwrite)
             return
         fasta_job.check_required(parser, args)
         request = FastaRequest(

@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import command, files
-from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split, Task
 from esm1nv_jax.inference import layer_record, probe_heads
-from esm1nv_jax.inference.embedding_cache import EmbeddingCache
 from esm1nv_jax.inference.evaluate import to_json
 from esm1nv_jax.inference.model import PRECISIONS, Model, check_layers, load
 from esm1nv_jax.inference.perplexity import GroupedMean
-from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, features
+from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, EmbeddingCache, features
 from esm1nv_jax.inference.probe_heads import GRIDS
-from esm1nv_jax.inference.probe_report import PLOTS, plot_layers, print_layers, print_results
 from esm1nv_jax.model import label_metrics
 
 NETWORK = {"secondary_structure": "cnn"}  # the head beside the linear one; else mlp
@@ -74,8 +74,8 @@ def main(argv: list[str]) -> None:
         if (value := getattr(options, name)) is not None and value < least:
             raise UserError(f"--{name} {value} must be {least} or more")
     files.check(options.json, options.plot)
-    if options.plot and Path(options.plot).suffix not in PLOTS:
-        raise UserError(f"--plot {options.plot} must end in {', '.join(PLOTS)}")
+    if options.plot and Path(options.plot).suffix not in layer_record.PLOTS:
+        raise UserError(f"--plot {options.plot} must end in {', '.join(layer_record.PLOTS)}")
     name = older.get(options.task, options.task)
     task = labeled_data.read(options.csv, name, options.limit)
     folder = None if options.no_cache else command.cache_folder()
@@ -92,9 +92,9 @@ def main(argv: list[str]) -> None:
     } | results
     if len(layers) > 1:
         layer_record.write(options.checkpoint, model.digest, name, results["layers"])
-        print_layers(results)
+        layer_record.print_curve(results)
         if options.plot:
-            plot_layers(options.plot, results)
+            layer_record.plot_curve(options.plot, results)
     print_results(results)
     if options.json:
         files.write(options.json, to_json(results))
@@ -139,7 +139,11 @@ def probe(
         "labels_scored": int(task.test.used.sum()),
         "seeds": seeds,
         "precision": model.precision,
-        "layers": {"layer": layer, "metric": main_metric_name(task), "curve": curve},
+        "layers": {
+            "layer": layer,
+            "metric": "-MSE" if task.name == "regression" else "accuracy",
+            "curve": curve,
+        },
         "test_set": task.fingerprint,
         "rows": [row_of(task, *key, settings[key], predictions[key]) for key in keys],
         "differences": [gain(task, head, predictions) for head in heads],
@@ -184,12 +188,8 @@ def parse_layers(words: list[str], model: Model) -> tuple[int, ...]:
 
 def main_metric(task: Task, split: Split, predicted: np.ndarray) -> float:
     """What settings and rounds are chosen by; higher is better."""
-    values = metrics(task, split, predicted)
-    return -values["mse"] if task.name == "regression" else values["accuracy"]
-
-
-def main_metric_name(task: Task) -> str:
-    return "-MSE" if task.name == "regression" else "accuracy"
+    value = metrics(task, split, predicted)[_mean_metric(task)]
+    return -value if task.name == "regression" else value
 
 
 def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
@@ -263,3 +263,30 @@ def error_by_protein(task: Task, by_label: np.ndarray) -> float:
         np.bincount(protein, np.where(split.used, by_label, 0.0), minlength=n),
     )
     return mean.mean()[1]
+
+
+def print_results(results: dict[str, Any]) -> None:
+    rows, counts, seeds = results["rows"], results["proteins"], results["seeds"]
+    names = [n for n in ("accuracy", "macro_f1", "mcc", "spearman", "mse") if n in rows[0]]
+    title = f"{results['task']}: {count(counts['test'], 'test protein')}"
+    title += f", {counts['train']:,} to train on"
+    title += f", mean ± standard error over {seeds} seeds" if seeds > 1 else ""
+    table = Table(title=title, title_justify="left")
+    for name in ("head", "features", *names):
+        table.add_column(name, justify="left" if name in ("head", "features") else "right")
+    for row in rows:
+        cells = (plus_minus(row[n], row[f"{n}_se_seeds"], 3) for n in names)
+        style = "bold" if row["features"] == TRAINED else ""
+        table.add_row(row["head"], row["features"], *cells, style=style)
+    stdout.print(table)
+    for difference in results["differences"]:
+        stdout.print(
+            f"{difference['head']}: this encoder less the untrained, {difference['metric']} "
+            f"{difference['difference']:+.4f} ± {difference['se']:.4f} (by protein"
+            f"{' and seed' if seeds > 1 else ''}), "
+            f"{difference['standard_errors']:+.1f} standard errors"
+        )
+    if results["published"] and not results.get("limit"):
+        where, what, values = results["published"]
+        shown = ", ".join(f"{name} {value}" for name, value in values.items())
+        stdout.print(f"Published on this test set ({where}; {what}): {shown}")

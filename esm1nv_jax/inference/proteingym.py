@@ -22,20 +22,13 @@ from esm1nv_jax.common.console import console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.inference import variant_table
+from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.mutants import is_mutant, kind_of, parse_mutants, undo
-from esm1nv_jax.inference.proteingym_summary import summarize
-from esm1nv_jax.inference.sequence_scores import EXACT, ONE_PASS, SequenceTable, score_table
-from esm1nv_jax.inference.variant_scores import MODES
-from esm1nv_jax.inference.variant_table import (
-    COLUMN,
-    SCORE,
-    SavedScores,
-    print_skipped,
-    rows_of,
-    score_rows,
-    write_scores,
-)
+from esm1nv_jax.inference.proteingym_summary import Assay, summarize
+from esm1nv_jax.inference.sequence_scores import SequenceTable, score_table
+from esm1nv_jax.inference.variant_table import COLUMN, SCORE
 
 MUTATED, MEASURED = "mutated_sequence", "DMS_score"
 # Columns of a reference file, with the names that other releases have for them.
@@ -52,20 +45,6 @@ NEITHER = ("wild type", "synonymous", "stop", "blank")  # rows that say nothing 
 _FILE = re.compile(r"(.+)\.csv(\.(gz|zst|xz))?", re.DOTALL)
 LONGEST_NAME = 200  # bytes of the name of an assay, which names a file
 SETTINGS = "settings.json"
-
-
-@dataclasses.dataclass(frozen=True)
-class Assay:
-    """What was measured of one protein; `function`, `taxon` and, of indels, `wild_type` are empty
-    where they are not known."""
-
-    name: str
-    path: Path
-    is_indels: bool
-    protein: str
-    function: str = ""
-    taxon: str = ""
-    wild_type: str = ""
 
 
 def run(
@@ -130,31 +109,19 @@ def _check_rows(path: Path, assay: Assay) -> None:
 
 
 def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overwrite: bool) -> None:
-    columns, _ = open_csv(str(assay.path))
-    wild_type = assay.wild_type
-    at, rows = columns.index(COLUMN), 0
-
-    def names() -> Iterator[str]:
-        nonlocal rows
-        for fields in rows_of(assay.path):
-            rows += 1
-            yield fields[at]
-
+    columns, table = open_csv(str(assay.path))
+    wild_type, at = assay.wild_type, columns.index(COLUMN)
     skipped: Counter[str] = Counter()
-    mutants = parse_mutants(names(), wild_type, 0, 2, skipped, missense=True)
-    print_skipped(skipped, assay.name)
+    names = (fields[at] for _, fields in table)
+    mutants = parse_mutants(names, wild_type, 0, 2, skipped, missense=True)
+    variant_table.print_skipped(skipped, assay.name)
     if not len(mutants):
         raise UserError(f"{assay.path} names no mutant of {assay.protein}; is it its assay?")
-    saved = None
-    if mode == EXACT:
-        settings = {"model": model.digest, "wild_type": wild_type, "precision": model.precision}
-        saved = SavedScores(out, settings | {"longest": model.longest}, overwrite)
     model.check_fits(len(wild_type), assay.name)
     # As the benchmark scores masked language models: the sites of a mutant are masked one by one.
-    scores = score_rows(model, wild_type, mutants, rows, mode, mode == MODES[0], saved)
-    write_scores(out, columns, rows_of(assay.path), {SCORE: scores})
-    if saved:
-        saved.path.unlink()
+    how = mode, mode == MASKED, overwrite
+    rows = variant_table.rows_of(assay.path)
+    variant_table.score_and_write(model, wild_type, mutants, columns, rows, out, *how)
 
 
 def _with_wild_type(assay: Assay) -> Assay:
@@ -163,7 +130,7 @@ def _with_wild_type(assay: Assay) -> Assay:
     if MUTATED not in columns:
         raise UserError(f"{assay.path} has no column {MUTATED!r}; give the wild types: --reference")
     at = columns.index(COLUMN), columns.index(MUTATED)
-    for fields in rows_of(assay.path):
+    for fields in variant_table.rows_of(assay.path):
         if is_mutant(fields[at[0]]):
             try:
                 mutated = tokenizer.normalize(fields[at[1]]).sequence.decode()

@@ -7,11 +7,11 @@ a protein (UniProt id) that measure one function; over proteins, for each functi
 from __future__ import annotations
 
 import csv
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from rich.table import Table
@@ -37,17 +37,18 @@ PUBLISHED = {
 PUBLISHED_ASSAYS = 217
 
 
-class Grouped(Protocol):
-    """What the averages need to know of an assay."""
+@dataclasses.dataclass(frozen=True)
+class Assay:
+    """What was measured of one protein; `function`, `taxon` and, of indels, `wild_type` are empty
+    where they are not known."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def protein(self) -> str: ...
-    @property
-    def function(self) -> str: ...
-    @property
-    def taxon(self) -> str: ...
+    name: str
+    path: Path
+    is_indels: bool
+    protein: str
+    function: str = ""
+    taxon: str = ""
+    wild_type: str = ""
 
 
 def metrics_of(measured: np.ndarray, is_fit: np.ndarray, scores: np.ndarray) -> dict[str, float]:
@@ -95,7 +96,7 @@ def ndcg(measured: np.ndarray, scores: np.ndarray) -> float:
     return float((gains[chosen] @ discounts) / (gains[best] @ discounts))
 
 
-def average(assays: Sequence[Grouped], values: Sequence[float]) -> tuple[dict, dict, float, float]:
+def average(assays: Sequence[Assay], values: Sequence[float]) -> tuple[dict, dict, float, float]:
     """(means by function, means by taxon, mean over functions, its standard error).
 
     The error is what a bootstrap of the proteins of each function converges to; NaN where a
@@ -115,7 +116,7 @@ def average(assays: Sequence[Grouped], values: Sequence[float]) -> tuple[dict, d
 
 
 def _by_group(
-    assays: Sequence[Grouped], values: Sequence[float], group_of: Callable[[Grouped], str]
+    assays: Sequence[Assay], values: Sequence[float], group_of: Callable[[Assay], str]
 ) -> dict[str, list[float]]:
     """The means over assays of each protein, by group."""
     proteins: dict[tuple[str, str], list[float]] = {}
@@ -128,7 +129,7 @@ def _by_group(
     return groups
 
 
-def summarize(assays: Sequence[Grouped], out: Path, kind: str) -> None:
+def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
     """Prints the averages over scored assays in the folder `out`, and writes there
     `KIND_assays.csv`, a row an assay, and `KIND_summary.csv`, a row a score."""
     scores = (SCORE, PER_RESIDUE) if kind == "indels" else (SCORE,)

@@ -13,24 +13,15 @@ from esm1nv_jax.common.console import console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.fasta import scan
-from esm1nv_jax.inference import proteingym, variant_scores
-from esm1nv_jax.inference.heat_map import plot_heat_map
+from esm1nv_jax.inference import proteingym, variant_table
+from esm1nv_jax.inference.likelihood import EXACT, MASKED, MODES, ONE_PASS, SEQUENCE_MODES
 from esm1nv_jax.inference.model import PRECISIONS, load
 from esm1nv_jax.inference.mutants import all_singles, parse_mutants
-from esm1nv_jax.inference.sequence_scores import EXACT, ONE_PASS, SequenceTable, score_table
-from esm1nv_jax.inference.sequence_scores import MODES as SEQUENCE_MODES
-from esm1nv_jax.inference.variant_table import (
-    COLUMN,
-    MEASURED,
-    SCORE,
-    Measurements,
-    SavedScores,
-    read_mutants,
-    rows_of,
-    score_rows,
-    spearman,
-    write_scores,
-)
+from esm1nv_jax.inference.sequence_scores import SequenceTable, score_table
+from esm1nv_jax.inference.variant_table import COLUMN, MEASURED, Measured
+
+ORDER = "GAVLIMCPFWYSTNQHKRDE"  # of a heat map: small, aliphatic, aromatic, polar, charged
+RESIDUES, LINES = 100, 40  # in a line of it; lines, of more residues if need be
 
 
 def main(argv: list[str]) -> None:
@@ -41,7 +32,6 @@ def main(argv: list[str]) -> None:
         "with --proteingym every assay of a folder.",
         "esm1nv score --checkpoint runs/first --fasta wt.fasta --mutants dms.csv --out scores.csv",
     )
-    modes = variant_scores.MODES
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
     add("--fasta", help="the wild type, of --mutants and --all-singles")
@@ -52,7 +42,7 @@ def main(argv: list[str]) -> None:
     add("--reference", help="of --proteingym: its DMS_substitutions.csv or DMS_indels.csv")
     add("--shard", metavar="I/N", help="of --proteingym: score the I-th of N shares of the assays")
     add("--out", required=True, help="CSV to write: the table with scores; a folder of such files")
-    add("--mode", choices=(*modes, ONE_PASS), help=f"default {modes[0]}; of sequences {EXACT}")
+    add("--mode", choices=(*MODES, ONE_PASS), help=f"default {MASKED}; of sequences {EXACT}")
     add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
     add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
     add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
@@ -85,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 
 def score_proteingym(args: argparse.Namespace) -> None:
-    mode = args.mode or variant_scores.MODES[0]
+    mode = args.mode or MASKED
     if mode == ONE_PASS:
         raise UserError(f"--mode={ONE_PASS} is for --sequences; indels are scored so by default")
     shard = parse_shard(args.shard) or (1, 1)
@@ -110,14 +100,14 @@ def score_sequences(args: argparse.Namespace) -> None:
     out = Path(args.out)
     check_out(args, out)
     path, _copy = regular_file(args.sequences)
-    table = SequenceTable(path, args.on_error == "skip", args.target)
-    compared = table.measured is not None and table.measured.check(args.target is not None)
+    table = SequenceTable(path, args.on_error == "skip")
+    measured = variant_table.read_measured(path, table.columns, args.target)
     model = load(args.checkpoint, args.precision, args.max_residues)
     model.check_mode(mode, args.force)
     scores = score_table(model, table, out, mode, args.overwrite)
     console.print(f"{out}: {count(len(table.lengths), 'sequence')} by {mode}")
     for name, values in scores.items():
-        print_correlation(values, table.measured if compared else None, f"{name}: ")
+        print_correlation(values, measured, f"{name}: ")
 
 
 def check_out(args: argparse.Namespace, *paths: Path) -> None:
@@ -128,7 +118,7 @@ def check_out(args: argparse.Namespace, *paths: Path) -> None:
 
 
 def score_mutants(args: argparse.Namespace) -> None:
-    mode = args.mode or variant_scores.MODES[0]
+    mode = args.mode or MASKED
     if mode == ONE_PASS:
         raise UserError(f"--mode={mode} is for --sequences; take wt-marginals")
     if not args.fasta:
@@ -138,22 +128,21 @@ def score_mutants(args: argparse.Namespace) -> None:
     if out.suffix == ".png":
         raise UserError(f"--out {out} is the table; the picture is drawn beside it")
     check_out(args, *((out, picture) if args.all_singles else (out,)))
-    if args.additive and mode != variant_scores.MODES[0]:
-        raise UserError(f"--additive is for --mode={variant_scores.MODES[0]}, found --mode={mode}")
+    if args.additive and mode != MASKED:
+        raise UserError(f"--additive is for --mode={MASKED}, found --mode={mode}")
     name, wild_type = read_wild_type(args.fasta)
-    # Checked before the model is loaded. A table is read twice: its rows are not held in memory.
+    # Checked before the model is loaded. A table is read again and again, not held in memory.
     table, _copy = regular_file(args.mutants) if args.mutants else (None, None)
     measured = None
     if table is None:
         names = all_singles(wild_type, args.offset)
-        columns, rows = [COLUMN], len(names)
-        Measurements.column_of(columns, args.target)
+        columns = [COLUMN]
+        variant_table.measured_column(columns, args.target)
         mutants = parse_mutants(names, wild_type, args.offset)
     else:
         skip = args.on_error == "skip"
-        columns, mutants, rows, measured = read_mutants(
-            table, wild_type, args.offset, skip, args.target
-        )
+        columns, mutants = variant_table.read_mutants(table, wild_type, args.offset, skip)
+        measured = variant_table.read_measured(table, columns, args.target)
 
     model = load(args.checkpoint, args.precision, args.max_residues)
     model.check_mode(mode, args.force)
@@ -163,17 +152,12 @@ def score_mutants(args: argparse.Namespace) -> None:
             f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "
             "centred on the sites"
         )
-    saved = None
-    if mode == EXACT:
-        settings = {"model": model.digest, "wild_type": wild_type, "offset": args.offset}
-        settings |= {"precision": args.precision, "longest": model.longest}
-        saved = SavedScores(out, settings, args.overwrite)
-    scores = score_rows(model, wild_type, mutants, rows, mode, args.additive, saved)
-    fields = ([name] for name in names) if table is None else rows_of(table)
-    write_scores(out, columns, fields, {SCORE: scores})
-    if saved:
-        saved.path.unlink()
-    done = f"{out}: {count(rows, 'mutant')} of {name} by {mode}"
+    fields = ([name] for name in names) if table is None else variant_table.rows_of(table)
+    how = mode, args.additive, args.overwrite
+    scores = variant_table.score_and_write(
+        model, wild_type, mutants, columns, fields, out, *how, offset=args.offset
+    )
+    done = f"{out}: {count(mutants.total, 'mutant')} of {name} by {mode}"
     if args.all_singles:
         with files.writing(picture):
             plot_heat_map(picture, wild_type, names, scores, args.offset)
@@ -182,9 +166,9 @@ def score_mutants(args: argparse.Namespace) -> None:
     print_correlation(scores, measured)
 
 
-def print_correlation(scores: np.ndarray, measured: Measurements | None, name: str = "") -> None:
+def print_correlation(scores: np.ndarray, measured: Measured | None, name: str = "") -> None:
     if measured is not None:
-        rho, used = spearman(scores, measured.values)
+        rho, used = variant_table.spearman(scores, measured.values)
         noun = "sequence" if name else "mutant"
         stdout.print(f"{name}spearman {rho:.4f} with {measured.column} over {count(used, noun)}")
 
@@ -195,3 +179,44 @@ def read_wild_type(path: str) -> tuple[str, str]:
     if len(proteins) > 1:
         raise UserError(f"{path} holds {len(proteins)} proteins; give a file with the wild type")
     return proteins[0][0], proteins[0][1].decode()
+
+
+def plot_heat_map(
+    path: Path, wild_type: str, names: list[str], scores: np.ndarray, offset: int = 0
+) -> None:
+    """Writes a PNG of the scores of single mutants `names` of `wild_type`: residues across, amino
+    acids down; dots mark the wild type's own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = max(RESIDUES, -(-len(wild_type) // LINES))
+    tick = 10 * -(-across // RESIDUES)
+    values = np.full((len(ORDER), len(wild_type)), np.nan)
+    for name, score in zip(names, scores, strict=True):
+        values[ORDER.index(name[-1]), int(name[1:-1]) - 1 - offset] = score
+    lines = -(-len(wild_type) // across)
+    figure = Figure(figsize=(16, 3.4 * lines + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    # Colours span what nine in ten mutants score; the rest would wash out the picture.
+    span = float(np.nanpercentile(np.abs(values), 95)) or 1.0
+    for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):
+        first, last = line * across, min((line + 1) * across, len(wild_type))
+        image = axes.imshow(
+            values[:, first:last],
+            cmap="RdBu",
+            vmin=-span,
+            vmax=span,
+            aspect="auto",
+            extent=(first - 0.5, last - 0.5, len(ORDER) - 0.5, -0.5),
+            interpolation="nearest",
+        )
+        own = [(i, ORDER.index(wild_type[i])) for i in range(first, last) if wild_type[i] in ORDER]
+        axes.plot(*zip(*own, strict=True), "k.", markersize=3) if own else None
+        axes.set_xlim(first - 0.5, first + min(across, len(wild_type)) - 0.5)
+        axes.set_yticks(range(len(ORDER)), ORDER, fontsize=6)
+        ticks = [i for i in range(first, last) if (i + 1 + offset) % tick == 0]
+        axes.set_xticks(ticks, [str(i + 1 + offset) for i in ticks])
+        axes.set_facecolor("0.85")
+    figure.supxlabel("residue")
+    figure.colorbar(image, ax=figure.axes, label="score (higher is fitter)", fraction=0.02)
+    figure.savefig(path, format="png", dpi=120)

@@ -14,36 +14,23 @@ from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.inference import likelihood, variant_table
+from esm1nv_jax.inference.likelihood import EXACT, ONE_PASS
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.pseudo_likelihood import (
-    copy_log_odds,
-    one_pass_log_likelihood,
-    pseudo_log_likelihood,
-)
-from esm1nv_jax.inference.variant_table import (
-    BLOCK,
-    SCORE,
-    Measurements,
-    SavedScores,
-    print_skipped,
-    rows_of,
-    write_scores,
-)
+from esm1nv_jax.inference.variant_table import BLOCK, SCORE, SavedScores
 
 SEQUENCES = ("mutated_sequence", "sequence")  # names of the column
 PER_RESIDUE = f"{SCORE}_per_residue"
-EXACT, ONE_PASS = MODES = ("pseudo-perplexity", "one-pass")
 BLOCK_RESIDUES = 1 << 16  # of one-pass: logits of so many are in memory
 
 
 class SequenceTable:
     """A CSV file with a column of sequences, checked; its rows are not held in memory.
 
-    lengths: int32 [rows], 0 where there is no sequence to score. measured: what scores are ranked
-    against, or None. digest: of all sequences.
+    lengths: int32 [rows], 0 where there is no sequence to score. digest: of all sequences.
     """
 
-    def __init__(self, path: Path, skip: bool, target: str | None = None):
+    def __init__(self, path: Path, skip: bool):
         self.path = path
         self.columns, _ = open_csv(str(path))
         column = next((name for name in SEQUENCES if name in self.columns), None)
@@ -54,12 +41,8 @@ class SequenceTable:
         if taken := {SCORE, PER_RESIDUE} & {*self.columns}:
             raise UserError(f"{path} has a column {min(taken)!r} already; rename it")
         self._column = self.columns.index(column)
-        of = Measurements.column_of(self.columns, target)
-        self.measured = Measurements(of) if of else None
         lengths, digest, skipped = array("i"), hashlib.sha256(), Counter[str]()
-        for row, fields in enumerate(rows_of(path)):
-            if self.measured:
-                self.measured.add(fields[self.columns.index(self.measured.column)])
+        for row, fields in enumerate(variant_table.rows_of(path)):
             sequence, kind = _normalized(fields[self._column])
             if kind and not skip:
                 raise UserError(
@@ -74,14 +57,14 @@ class SequenceTable:
         if not self.lengths.any():
             raise UserError(f"{path} holds no sequence that can be scored")
         del skipped[""]
-        print_skipped(skipped, path.name)
+        variant_table.print_skipped(skipped, path.name)
 
     def blocks(self, sequences: int, residues: int) -> Iterator[tuple[list[int], list[bytes]]]:
         """Rows and sequences, at most so many, and at least one, at a time."""
         rows: list[int] = []
         block: list[bytes] = []
         size = 0
-        for row, fields in enumerate(rows_of(self.path)):
+        for row, fields in enumerate(variant_table.rows_of(self.path)):
             if not self.lengths[row]:
                 continue
             length = int(self.lengths[row])
@@ -126,7 +109,7 @@ def score_table(
     saved = SavedScores(out, settings, overwrite)
     for row, value in saved.scores.items():
         scores[int(row)] = value
-    copied = copy_log_odds(model.masking) if mode == ONE_PASS else 0.0
+    copied = likelihood.copy_log_odds(model.masking) if mode == ONE_PASS else 0.0
     limits = (BLOCK, 1 << 62) if mode == EXACT else (1 << 62, BLOCK_RESIDUES)
     start = int(table.lengths[np.isfinite(scores)].sum())
     with bar("score", passes, "residues", start=start) as progress:
@@ -134,16 +117,18 @@ def score_table(
             if np.isfinite(scores[rows]).all():
                 continue
             if mode == EXACT:
-                pll = pseudo_log_likelihood(
+                pll = likelihood.pseudo_log_likelihood(
                     model.on_devices, block, model.longest, progress.advance
                 )[1]
             else:
-                pll = one_pass_log_likelihood(model.on_devices, block, model.longest, copied)[1]
+                pll = likelihood.one_pass_log_likelihood(
+                    model.on_devices, block, model.longest, copied
+                )
                 progress.advance(sum(map(len, block)))
             scores[rows] = pll
             saved.append(dict(zip(map(str, rows), pll.tolist(), strict=True)))
     per_residue = scores / np.where(table.lengths, table.lengths, 1)
     columns = {SCORE: scores, PER_RESIDUE: per_residue}
-    write_scores(out, table.columns, rows_of(table.path), columns)
+    variant_table.write_scores(out, table.columns, variant_table.rows_of(table.path), columns)
     saved.path.unlink()
     return columns

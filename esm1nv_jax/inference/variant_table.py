@@ -11,6 +11,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tables import open_csv
-from esm1nv_jax.inference import variant_scores
+from esm1nv_jax.inference import likelihood
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.mutants import MutantError, MutantTable, parse_mutants
 from esm1nv_jax.model import label_metrics
@@ -28,16 +29,19 @@ BLOCK = 64  # mutants or sequences after which scores that take hours are saved
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
 
 
+class Measured(NamedTuple):
+    """A column, and its numbers: float64 [rows], NaN where there is none."""
+
+    column: str
+    values: np.ndarray
+
+
 def read_mutants(
-    path: Path, wild_type: str, offset: int, skip: bool, target: str | None
-) -> tuple[list[str], MutantTable, int, Measurements | None]:
-    """Reads a CSV file with a column `mutant`, plain or compressed.
+    path: Path, wild_type: str, offset: int, skip: bool
+) -> tuple[list[str], MutantTable]:
+    """Names of columns and mutants of a CSV file with a column `mutant`, plain or compressed.
 
-    Args:
-      skip: whether rows that cannot be scored are left out and counted by kind, or refused.
-      target: the column to compare scores with, or what `MEASURED` names.
-
-    Returns names of columns, mutants, the number of rows, and what was measured.
+    With `skip`, rows that cannot be scored are left out and counted by kind; else they are refused.
     """
     columns, table = open_csv(str(path))
     if COLUMN not in columns:
@@ -45,29 +49,17 @@ def read_mutants(
         raise UserError(f"{path} has no column {COLUMN!r}; {below}")
     if SCORE in columns:
         raise UserError(f"{path} has a column {SCORE!r} already; rename it")
-    column = Measurements.column_of(columns, target)
-    measured = Measurements(column) if column else None
-    at = columns.index(COLUMN), columns.index(column) if column else 0
-    rows = 0
-
-    def names() -> Iterator[str]:
-        nonlocal rows
-        for _, fields in table:
-            rows += 1
-            if measured:
-                measured.add(fields[at[1]])
-            yield fields[at[0]]
-
+    at = columns.index(COLUMN)
+    names = (fields[at] for _, fields in table)
     skipped: Counter[str] = Counter()
     try:  # row 1 of the file is its header
-        mutants = parse_mutants(names(), wild_type, offset, 2, skipped if skip else None)
+        mutants = parse_mutants(names, wild_type, offset, 2, skipped if skip else None)
     except MutantError as error:
         raise UserError(f"{error}; fix it, or leave such rows out with --on-error=skip") from None
-    if not rows:
+    if not mutants.total:
         raise UserError(f"{path} names no mutants")
     print_skipped(skipped)
-    compared = measured is not None and measured.check(required=target is not None)
-    return columns, mutants, rows, measured if compared else None
+    return columns, mutants
 
 
 def print_skipped(skipped: Counter[str], name: str = "") -> None:
@@ -96,55 +88,40 @@ def read_numbers(path: Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
     return {column: np.array(content) for column, content in values.items()}
 
 
-class Measurements:
-    """Numbers of a column to rank scores against, NaN where there is none."""
+def measured_column(columns: list[str], target: str | None) -> str | None:
+    """The column that scores are ranked against: `target`, or what `MEASURED` names, if any."""
+    column = target or next((c for c in MEASURED if c in columns), None)
+    if column is not None and column not in columns:
+        raise UserError(f"--target={column} is no column; there are {', '.join(columns)}")
+    return column
 
-    def __init__(self, column: str):
-        self.column = column
-        self._values = array("d")
-        self._wrong: list[tuple[int, str]] = []  # the first row that is no number
-        self._wrong_rows = 0
 
-    @staticmethod
-    def column_of(columns: list[str], target: str | None) -> str | None:
-        """The column that is compared; None where nothing was measured."""
-        column = target or next((c for c in MEASURED if c in columns), None)
-        if column is not None and column not in columns:
-            raise UserError(f"--target={column} is no column; there are {', '.join(columns)}")
-        return column
-
-    def add(self, text: str) -> None:
+def read_measured(path: Path, columns: list[str], target: str | None) -> Measured | None:
+    """What scores are ranked against. Where there is nothing to rank, None: it is printed why, or
+    raised as UserError where it is `target` that was asked for."""
+    if (column := measured_column(columns, target)) is None:
+        return None
+    at, numbers, wrong, first = columns.index(column), array("d"), 0, ""
+    for row, fields in enumerate(rows_of(path), 2):
         try:
-            self._values.append(float(text) if text else math.nan)
+            numbers.append(float(fields[at]) if fields[at] else math.nan)
         except ValueError:
-            if not self._wrong:
-                self._wrong.append((len(self._values) + 2, text))
-            self._wrong_rows += 1
-            self._values.append(math.nan)
-
-    @property
-    def values(self) -> np.ndarray:
-        """float64 [rows]."""
-        return np.array(self._values)
-
-    def check(self, required: bool) -> bool:
-        """Whether there is something to rank; what there is not is printed, or raised as UserError
-        where it is `required`."""
-        rows = len(self._values)
-        if self._wrong:
-            row, text = self._wrong[0]
-            first = f"row {row}: {self.column} is {text!r}, which is no number"
-            if required:
-                raise UserError(first)
-            console.print(f"{first} ({self._wrong_rows:,} of {rows:,} rows; not compared)")
-        numbers = self.values[np.isfinite(self.values)]
-        if len(numbers) >= 3 and np.ptp(numbers):
-            return True
-        lacks = "holds no three numbers that differ"
-        if required:
-            raise UserError(f"--target={self.column} {lacks}; leave it out")
-        console.print(f"{self.column} {lacks}: no rank correlation")
-        return False
+            numbers.append(math.nan)
+            first = first or f"row {row}: {column} is {fields[at]!r}, which is no number"
+            wrong += 1
+    if first and target is not None:
+        raise UserError(first)
+    if first:
+        console.print(f"{first} ({wrong:,} of {len(numbers):,} rows; not compared)")
+    values = np.array(numbers)
+    known = values[np.isfinite(values)]
+    if len(known) >= 3 and np.ptp(known):
+        return Measured(column, values)
+    lacks = "holds no three numbers that differ"
+    if target is not None:
+        raise UserError(f"--target={column} {lacks}; leave it out")
+    console.print(f"{column} {lacks}: no rank correlation")
+    return None
 
 
 class SavedScores:
@@ -180,28 +157,37 @@ class SavedScores:
             os.fsync(file.fileno())
 
 
-def score_rows(
+def score_and_write(
     model: Model,
     wild_type: str,
     mutants: MutantTable,
-    rows: int,
+    columns: list[str],
+    table: Iterable[list[str]],
+    out: Path,
     mode: str,
     additive: bool,
-    saved: SavedScores | None,
+    overwrite: bool,
+    **settings: object,
 ) -> np.ndarray:
-    """The score of every row, NaN where it has no mutant: float64 [rows]. Where they take hours,
-    scores are `saved` block by block, and blocks that are there already are not computed."""
-    scores = np.full(rows, np.nan)
-    step = BLOCK if saved else max(1, len(mutants))
+    """Writes the rows of a table with the scores of its mutants to `out`; returns the scores,
+    float64 [rows], NaN where a row has none.
+
+    Exact scores, which take hours, are saved block by block, and go on where a killed job was if
+    model, wild type and other `settings` are the same.
+    """
+    scores, saved, step = np.full(mutants.total, np.nan), None, max(1, len(mutants))
+    if mode == likelihood.EXACT:
+        settings |= {"model": model.digest, "wild_type": wild_type, "precision": model.precision}
+        saved, step = SavedScores(out, settings | {"longest": model.longest}, overwrite), BLOCK
     blocks = [mutants[first : first + step] for first in range(0, len(mutants), step)]
     if saved:
         for block in blocks:
             scores[block.rows] = [saved.scores.get(mutant.name, np.nan) for mutant in block]
     todo = [block for block in blocks if np.isnan(scores[block.rows]).any()]
-    start = rows - sum(map(len, todo))
-    with bar("score", rows, "mutants", start=start) as progress:
+    start = mutants.total - sum(map(len, todo))
+    with bar("score", mutants.total, "mutants", start=start) as progress:
         for block in todo:
-            scores[block.rows] = variant_scores.score_mutants(
+            scores[block.rows] = likelihood.score_mutants(
                 model.on_devices,
                 wild_type,
                 block,
@@ -214,6 +200,9 @@ def score_rows(
                 values = scores[block.rows].tolist()
                 saved.append({m.name: x for m, x in zip(block, values, strict=True)})
             start += len(block)
+    write_scores(out, columns, table, {SCORE: scores})
+    if saved:
+        saved.path.unlink()
     return scores
 
 

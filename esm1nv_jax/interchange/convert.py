@@ -51,7 +51,7 @@ def to_peft(checkpoint: str, out: str, approximate: bool = False) -> str:
     Returns and raises as `to_hf`; raises UserError, too, where the run has no LoRA.
     """
     from esm1nv_jax.checkpoints import finetuned, step_folder
-    from esm1nv_jax.interchange import peft_adapter
+    from esm1nv_jax.interchange import huggingface
     from esm1nv_jax.interchange.loader import load_weights
     from esm1nv_jax.model.lora import LoraConfig
 
@@ -68,7 +68,7 @@ def to_peft(checkpoint: str, out: str, approximate: bool = False) -> str:
     base = load_weights(metadata["base"]["path"])
     with _disk_errors(out):
         lora = LoraConfig(**metadata["lora"])
-        peft_adapter.write(out, base, tuned, lora, adapters, difference)
+        huggingface.write_adapter(out, base, tuned, lora, adapters, difference)
     return difference
 
 
@@ -89,12 +89,9 @@ def _convertible(weights: Weights, approximate: bool) -> tuple[Weights, str]:
 
 
 def import_model(path: str, out: str, source: str = "hf", vocabulary: str | None = None) -> Weights:
-    """Makes the model folder `out` of a model in another format, and returns its weights.
+    """Makes the model folder `out` of a model in one of `SOURCES`, and returns its weights.
 
-    Args:
-      path: a folder of `transformers`, or a file.
-      source: one of `SOURCES`.
-      vocabulary: a file of tokens, where a folder of `transformers` has none.
+    `vocabulary` is a file of tokens, where a folder of `transformers` has none.
     """
     from esm1nv_jax.checkpoints import model_folder
     from esm1nv_jax.interchange import fair_esm, huggingface, nemo

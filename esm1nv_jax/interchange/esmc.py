@@ -8,8 +8,8 @@ import math
 from typing import Any
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.tensor_names import Family
+from esm1nv_jax.interchange.tool_files import ConfigFields
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
 

@@ -17,12 +17,11 @@ import numpy as np
 from etils import epath
 
 from esm1nv_jax.checkpoints.model_folder import Weights
-from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM2, MASK, PAD, vocabulary
-from esm1nv_jax.interchange import head_tensors, tensor_names, tensors, torch_file
-from esm1nv_jax.interchange.config_fields import ConfigFields, shown
+from esm1nv_jax.interchange import head_tensors, tensor_names, tool_files, torch_file
 from esm1nv_jax.interchange.tensor_names import Family
+from esm1nv_jax.interchange.tool_files import ConfigFields, shown
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
 ESM1_TOKENS = (
@@ -91,11 +90,7 @@ def read(path: str) -> Weights:
 
 
 def _load(path: str) -> dict:
-    try:
-        with files.open_weights(epath.Path(path)) as file:
-            content = torch_file.read(file, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
+    content = tool_files.read_torch(epath.Path(path), torch_file.read)
     return content if isinstance(content, dict) else {}
 
 
@@ -105,7 +100,7 @@ def _state(content: dict, path: str) -> dict[str, np.ndarray]:
     if not isinstance(state, dict) or not all(isinstance(x, np.ndarray) for x in state.values()):
         raise UserError(f"{path} has no table of tensors under `model`, as files of fair-esm have")
     trainer = re.compile(r"((encoder|decoder)\.)?(sentence_encoder\.)?")
-    return {trainer.sub("", str(k), count=1): tensors.to_float32(x) for k, x in state.items()}
+    return {trainer.sub("", str(k), count=1): tool_files.to_float32(x) for k, x in state.items()}
 
 
 def _config_fields(content: dict, path: str) -> tuple[str, ConfigFields]:

@@ -12,9 +12,9 @@ from esm1nv_jax import __version__
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import BOS, EOS, MASK, PAD, vocabulary
 from esm1nv_jax.interchange import esmc, tokenizer_files
-from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.esmc import ESMC
 from esm1nv_jax.interchange.tensor_names import Family, first_position
+from esm1nv_jax.interchange.tool_files import ConfigFields
 from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.lora import FUSED
 

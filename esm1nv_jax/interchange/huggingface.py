@@ -1,10 +1,12 @@
 """A folder of `transformers`, read and written without it: EsmForMaskedLM, BertForMaskedLM or
-EsmcForMaskedLM, or of a fine-tuned ESM or BERT For{Token,Sequence}Classification."""
+EsmcForMaskedLM, or of a fine-tuned ESM or BERT For{Token,Sequence}Classification; and LoRA of such
+a model as an adapter folder of `peft`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 from etils import epath
@@ -21,14 +23,15 @@ from esm1nv_jax.interchange import (
     hf_config,
     model_card,
     tensor_names,
-    tensors,
     tokenizer_files,
+    tool_files,
 )
-from esm1nv_jax.interchange.config_fields import ConfigFields
 from esm1nv_jax.interchange.esmc import ESMC
 from esm1nv_jax.interchange.hf_config import BERT, ESM
+from esm1nv_jax.interchange.tool_files import ConfigFields
 from esm1nv_jax.model import esm2
 from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.model.lora import LoraConfig
 
 CONFIG, PROVENANCE = "config.json", "provenance.json"
 # Rows of the embedding's padding: nothing reads them, but with them a round trip is bit-exact.
@@ -37,6 +40,8 @@ PADDING = "vocabulary_padding.safetensors"
 LM_HEAD = "lm_head.safetensors"
 # The contact head, which BertForMaskedLM does not have.
 CONTACT_HEAD = "contact_head.safetensors"
+ADAPTER_CONFIG, ADAPTER, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
+PEFT_TASKS = {"residue": "TOKEN_CLS", "protein": "SEQ_CLS"}
 
 
 def is_hf_folder(folder: epath.Path) -> bool:
@@ -48,11 +53,8 @@ def is_hf_folder(folder: epath.Path) -> bool:
 
 
 def read(path: str, vocabulary_file: str | None = None) -> Weights:
-    """Weights of a folder as `save_pretrained` writes it.
-
-    Args:
-      path: holds config.json, the weights, and tokenizer.json or vocab.txt.
-      vocabulary_file: the tokens, where the folder has none.
+    """Weights of a folder as `save_pretrained` writes it: config.json, the weights, and
+    tokenizer.json or vocab.txt, without which `vocabulary_file` has the tokens.
 
     Raises UserError that names what is missing, unknown, or cannot be expressed here.
     """
@@ -74,7 +76,7 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
     config_fields = ConfigFields(fields, str(folder / CONFIG))
     for field, kind in (("architectures", list), ("id2label", dict)):
         config_fields.get(field, kind, kind())
-    hf_tensors = tensors.read_tensors(folder)
+    hf_tensors = tool_files.read_tensors(folder)
     config = hf_config.encoder_config(family, config_fields, folder, vocabulary_file)
     has_frequency = any(name.endswith(ESM.frequency) for name in hf_tensors)
     if config.position_kind == "rotary" and not has_frequency:
@@ -96,7 +98,7 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         hf_tensors |= tensor_names.fresh_lm_head(family, config)
     for file in (LM_HEAD, CONTACT_HEAD):
         if (folder / file).exists():
-            hf_tensors |= tensors.read_safetensors(folder / file)
+            hf_tensors |= tool_files.read_safetensors(folder / file)
     contacts = head_tensors.pop_contact_params(family, config, hf_tensors, source)
     weights = tensor_names.to_weights(family, config, hf_tensors, source, source, contacts)
     provenance = weights.provenance | {"architecture": head_tensors.architecture(family, head)}
@@ -159,7 +161,7 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     content = save_safetensors(hf_tensors, metadata={"format": "pt"})
-    (folder / tensors.SAFETENSORS).write_bytes(content)
+    (folder / tool_files.SAFETENSORS).write_bytes(content)
     if family is not ESM and weights.contact_head:
         (folder / CONTACT_HEAD).write_bytes(save_safetensors(contacts))
     if lm_head and weights.has_lm_head:
@@ -175,6 +177,65 @@ def write(path: str, weights: Weights, difference: str = "") -> None:
     fields = hf_config.to_fields(family, config) | {"architectures": [name]}
     fields |= head_tensors.config_fields(head) if head else {}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2))
+
+
+def write_adapter(
+    path: str, base: Weights, tuned: Weights, lora: LoraConfig, adapters: dict, difference: str = ""
+) -> None:
+    """Writes LoRA as an adapter folder of `peft`, in it `base`, the model that was fine-tuned.
+
+    `tuned` is what came of it, for its head; `adapters` are parameters as `lora.init` returns them.
+    A `difference` of the base from the model here goes into its model card.
+
+    Raises UserError where `transformers` has no such model or head.
+    """
+    head = tuned.head
+    if head is None:
+        raise UserError("only a fine-tuned model has an adapter")
+    params = base.encoder_params | {"head": tuned.params["head"]}
+    with_head = Weights(params, tuned.model, base.provenance, head)
+    folder = epath.Path(path)
+    write(str(folder / BASE), with_head, difference)
+
+    family = ESM if tuned.model.norm == "pre" else BERT
+    names, layers = family.block_modules, family.layers
+    weights = head_tensors.to_hf_tensors(family, head, flatten(tuned.params["head"]))
+    for layer, projections in adapters.items():
+        for name, pair in projections.items():
+            for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                kernel = np.asarray(pair[ours]["kernel"])
+                weights[f"{layers}.{layer}.{names[name]}.{theirs}.weight"] = kernel.T
+    content = {
+        f"base_model.model.{name}": np.ascontiguousarray(value, np.float32)
+        for name, value in weights.items()
+    }
+    (folder / ADAPTER).write_bytes(save_safetensors(content, metadata={"format": "pt"}))
+    adapted = "|".join(re.escape(names[name]) for name in lora.projections)
+    pooler = [n.removesuffix(".weight") for n in weights if n.endswith("pooler.dense.weight")]
+    config = {
+        "peft_type": "LORA",
+        "task_type": PEFT_TASKS[head.level],
+        "base_model_name_or_path": str(folder / BASE),
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": rf"{re.escape(layers)}\.\d+\.({adapted})",
+        "modules_to_save": ["classifier", *pooler],
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2))
+    auto = f"AutoModelFor{head_tensors.ENDINGS[head.level].removeprefix('For')}"
+    (folder / "README.md").write_text(
+        f"---\nlibrary_name: peft\nbase_model: {BASE}\ntags: [protein]\n---\n\n"
+        f"# A LoRA adapter, written by esm1nv_jax\n\n```python\nfrom peft import PeftModel\n"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
+        f'base = {auto}.from_pretrained("THIS_FOLDER/{BASE}")\n'
+        'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER/{BASE}")\n```\n',
+        encoding="utf-8",
+    )
 
 
 def _padding(config: EncoderConfig, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -24,9 +24,9 @@ from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import vocabulary
-from esm1nv_jax.interchange import tensor_names, tensors, tokenizer_files, torch_file
-from esm1nv_jax.interchange.config_fields import ConfigFields
+from esm1nv_jax.interchange import tensor_names, tokenizer_files, tool_files, torch_file
 from esm1nv_jax.interchange.tensor_names import Family
+from esm1nv_jax.interchange.tool_files import ConfigFields
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.lora import FUSED
@@ -214,7 +214,7 @@ def _split(state, fields: ConfigFields, config: EncoderConfig, source: str) -> d
     legacy = fields.get("megatron_legacy", bool, False)
     # `module` is the wrapper of training with `megatron_amp_O2`.
     split = {
-        name.removeprefix("model.").removeprefix("module."): tensors.to_float32(value)
+        name.removeprefix("model.").removeprefix("module."): tool_files.to_float32(value)
         for name, value in state.items()
     }
     N, H, D = config.heads, config.head_size, config.width

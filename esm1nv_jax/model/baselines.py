@@ -6,48 +6,23 @@ that merely copies it looks better than it is.
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
-from esm1nv_jax.data.tokenizer import FIRST_RESIDUE, VOCABULARY
+from esm1nv_jax.data.source import Source
+from esm1nv_jax.data.tokenizer import FIRST_RESIDUE, VOCABULARY, residue_ids
 
 PSEUDOCOUNTS = 100.0  # of the unigram, in the composition baseline
 LETTERS = VOCABULARY - FIRST_RESIDUE
 
 
-@dataclasses.dataclass
-class Baselines:
-    """Sums of -log p over `<mask>` positions, in nats, under two predictors.
-
-    unigram: the frequencies of residues in training data. composition: each protein's own visible
-    residues, smoothed by 100 pseudocounts of the unigram.
-    """
-
-    unigram: np.ndarray  # float64 [25]: probability of each residue letter
-    positions: int = 0
-    unigram_nats: float = 0.0
-    composition_nats: float = 0.0
-
-    def add(
-        self, inputs_BT, segment_ids_BT, prediction_positions_BM, targets_BM, is_masked_BM
-    ) -> None:
-        """Counts one corrupted batch (arrays as in `masking.Masked`, on the host)."""
-        rows, entries = np.nonzero(is_masked_BM)
-        columns, targets = prediction_positions_BM[rows, entries], targets_BM[rows, entries]
-        self.composition_nats += float(
-            composition_nats(self.unigram, inputs_BT, segment_ids_BT, rows, columns, targets).sum()
-        )
-        self.unigram_nats += float(unigram_nats(self.unigram, targets).sum())
-        self.positions += len(targets)
-
-    def perplexities(self) -> dict[str, float]:
-        """exp of the mean of each sum; NaN where nothing was counted."""
-        n = self.positions or float("nan")
-        return {
-            "unigram": float(np.exp(self.unigram_nats / n)),
-            "composition": float(np.exp(self.composition_nats / n)),
-        }
+def count_residues(source: Source, most: int | None = None) -> np.ndarray:
+    """How often each residue letter stands in the first `most` proteins, or in all: int64 [25]."""
+    counts = np.zeros(LETTERS, np.int64)
+    n = min(len(source.lengths), most or len(source.lengths))
+    for start in range(0, n, 4096):
+        ids = residue_ids(b"".join(source.sequences(range(start, min(start + 4096, n)))))
+        counts += np.bincount(ids[ids >= FIRST_RESIDUE] - FIRST_RESIDUE, minlength=LETTERS)
+    return counts
 
 
 def unigram(counts: np.ndarray) -> np.ndarray:

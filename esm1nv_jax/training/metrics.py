@@ -1,20 +1,25 @@
-"""Metrics of a run: from sums over batches to rates and utilisation."""
+"""Metrics of a run: from sums over batches to rates and utilisation; the time of each process."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.lora import FUSED
 from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.tuning import Tuning
 
+PROBE_SIZE = 1024  # the probe is two products of square matrices of this size: 4 GFLOP
+KEY = "hosts/"  # under which processes publish their metrics
 # Dense bf16 peak, FLOP/s a device, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -148,3 +153,64 @@ class ThroughputWindow:
             metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)
         self.restart()
         return metrics
+
+
+class HostClock:
+    """Where the main thread of this process spends its time between two lines of the log; a step
+    takes as long everywhere, because it waits for the slowest process.
+
+    Shares of the wall time: `data_wait` for batches, `device_wait` for the device (a straggler
+    waits less than its peers), `host_time` the rest. `probe_seconds` is the time of a fixed matrix
+    product on this process's first device alone, taken when nothing else runs on it.
+    """
+
+    def __init__(self, group: ProcessGroup, device: jax.Device):
+        self.group = group
+        with jax.default_device(device):
+            self._matrix = jnp.asarray(np.full((PROBE_SIZE, PROBE_SIZE), 1e-3, np.float32))
+            self._product = jax.jit(lambda x: jnp.sum(x @ x @ x)).lower(self._matrix).compile()
+        self.probe_seconds = 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = {"data_wait": 0.0, "device_wait": 0.0}
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Count the time spent inside as `name`: 'data_wait' or 'device_wait'."""
+        start = time.perf_counter()
+        yield
+        self._waited[name] += time.perf_counter() - start
+
+    def probe(self) -> None:
+        """Time the product, twice: the first may still find the device busy."""
+        for _ in range(2):
+            start = time.perf_counter()
+            self._product(self._matrix).block_until_ready()
+            self.probe_seconds = time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Return the metrics of all processes, `name/process`, on process 0; elsewhere this one's.
+
+        Process 0 waits for nobody: it takes what the others published last, which may be one line
+        of the log old.
+        """
+        wall = time.perf_counter() - self._start
+        mine = {name: seconds / wall for name, seconds in self._waited.items()}
+        mine["host_time"] = max(0.0, 1 - sum(mine.values()))
+        if self.probe_seconds:
+            mine["probe_seconds"] = self.probe_seconds
+        self.restart()
+        by_process = {self.group.index: mine}
+        if self.group.client is not None:
+            key = f"{KEY}{self.group.index}"
+            self.group.client.key_value_set(key, json.dumps(mine), allow_overwrite=True)
+            if self.group.is_primary:
+                for key, message in self.group.client.key_value_dir_get(KEY):
+                    by_process[int(key.rpartition("/")[2])] = json.loads(message)
+        return {
+            f"{name}/{process}": value
+            for process, metrics in sorted(by_process.items())
+            for name, value in metrics.items()
+        }

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, TextIO
 
 import jax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from esm1nv_jax.common.console import bar, console
+from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED
 from esm1nv_jax.common.metrics_log import MetricsWriter
-from esm1nv_jax.training.host_metrics import HostClock, log_line
-from esm1nv_jax.training.metrics import ScalarMetrics, ThroughputWindow
+from esm1nv_jax.training.distributed import Watchdog
+from esm1nv_jax.training.metrics import HostClock, ScalarMetrics, ThroughputWindow
 from esm1nv_jax.training.objectives import Objective
-from esm1nv_jax.training.preemption import PreemptionHandler
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig
-from esm1nv_jax.training.watchdog import Watchdog
+from esm1nv_jax.training.workdir import log_line
+
+NOTICE = "saving after this step (Ctrl-C again: exit at once, unsaved)"
 
 
 class NonfiniteStep(Exception):
@@ -35,14 +41,8 @@ class NonfiniteStep(Exception):
 class RunMonitor:
     """Everything beside the computation, for one process of a run; a context manager.
 
-    Args:
-      config, objective: of the run.
-      run_dir: its folder.
-      group, watchdog: the processes of the run, and what ends them when they stand still.
-      log: of this host.
-      mesh: the devices of the run.
-      step: steps done so far.
-      seconds: that they took, validations and saves included.
+    `step` steps are done so far, and took `seconds`, validations and saves included. `log` is that
+    of this host.
     """
 
     def __init__(
@@ -192,3 +192,52 @@ class StepProfiler:
     def __exit__(self, *_) -> None:
         if self._tracing:
             self._write()
+
+
+class PreemptionHandler:
+    """While entered, records the first SIGINT, SIGTERM or SIGHUP, so that the run ends after the
+    current step, saved; a second SIGINT interrupts at once.
+
+    With one process a plain handler does it. With several, a SIGTERM to any of them goes through
+    JAX's preemption service, which makes all of them stop after the same step. SIGHUP, the signal
+    of a lost terminal, is handled unless it is ignored, as under `nohup`.
+    """
+
+    def __init__(self, num_processes: int = 1):
+        self.num_processes = num_processes
+        self.signal: int | None = None
+        self.stopping = False
+
+    def should_stop(self, step: int) -> bool:
+        """Return whether to stop after `step`: the same on every process. Call it every step."""
+        if self.num_processes > 1:
+            self.stopping = multihost_utils.reached_preemption_sync_point(step)
+        else:
+            self.stopping = self.signal is not None
+        return self.stopping
+
+    @property
+    def exit_status(self) -> int:
+        return EXIT_INTERRUPTED if self.signal == signal.SIGINT else EXIT_SAVED
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # after a Ctrl-C, launch/local.sh sends a SIGTERM, too
+        self.signal = number
+        console.print(f"{signal.Signals(number).name}: {NOTICE}")
+        if self.num_processes > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # the preemption service tells all processes
+
+    def __enter__(self) -> PreemptionHandler:
+        # The preemption service has a handler of its own for SIGTERM, which must stay.
+        handled = [signal.SIGINT] if self.num_processes > 1 else [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            handled.append(signal.SIGHUP)
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -115,11 +115,8 @@ def assert_equal_across_processes(
 ) -> list[str]:
     """Check that all processes are about to run the same thing; return their hosts on process 0.
 
-    Args:
-      group: this run's processes.
-      num_devices: over all processes.
-      config: the resolved config, by dotted field name.
-      data_fingerprint: of all splits that are read.
+    `num_devices` is over all processes, `config` has dotted field names, and `data_fingerprint` is
+    that of all splits which are read.
 
     Raises UserError, on process 0, that names the first process which differs, and in what.
     """

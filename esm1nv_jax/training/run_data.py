@@ -6,6 +6,7 @@ import dataclasses
 import os
 from typing import Any
 
+import jax
 import numpy as np
 
 from esm1nv_jax.checkpoints import finetuned, model_folder
@@ -103,7 +104,7 @@ def _open_labeled(config: RunConfig) -> RunData:
         mean, std = objective.label_mean, objective.label_std
         initial["head"] = finetuned.scale_head(weights.params["head"], -mean / std, 1 / std)
     return dataclasses.replace(
-        data, tuning=finetune.tuning, initial=_to_numpy(initial), metadata=metadata
+        data, tuning=finetune.tuning, initial=jax.tree.map(np.asarray, initial), metadata=metadata
     )
 
 
@@ -150,8 +151,3 @@ def _exact_path(weights: Weights, config: RunConfig) -> str:
             if os.path.isdir(exact := os.path.join(os.path.abspath(run), folder, str(steps[0]))):
                 return exact
     return config.init_from if "://" in config.init_from else path
-
-
-def _to_numpy(tree: dict) -> dict:
-    flat = model_folder.flatten(tree)
-    return model_folder.unflatten({name: np.asarray(value) for name, value in flat.items()})

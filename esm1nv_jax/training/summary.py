@@ -14,7 +14,6 @@ from rich.table import Table
 from esm1nv_jax.checkpoints.step_folder import FOLDER, steps
 from esm1nv_jax.common import files, metrics_log
 from esm1nv_jax.common.console import console
-from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
@@ -176,24 +175,22 @@ def baseline_perplexities(
     config: RunConfig, stream: StreamConfig, train_source: Source, validation_source: Source
 ) -> dict[str, float]:
     """Return the perplexity of predictors that know only composition, on the same positions."""
-    sample = train_source.sequences(range(min(UNIGRAM_SAMPLE, len(train_source.lengths))))
-    letters = tokenizer.residue_ids(b"".join(sample))
-    letters = letters[letters >= tokenizer.FIRST_RESIDUE] - tokenizer.FIRST_RESIDUE
-    counts = np.bincount(letters, minlength=baselines.LETTERS)
-    totals = baselines.Baselines(baselines.unigram(counts))
+    unigram = baselines.unigram(baselines.count_residues(train_source, UNIGRAM_SAMPLE))
+    nats, positions = {"unigram": 0.0, "composition": 0.0}, 0
     recipe = config.masking.config()
     jitted_mask = jax.jit(masking.mask, static_argnums=0)
     for batch in evaluation_batches(validation_source, evaluation_stream(stream)):
         arrays = (batch[name] for name in ("tokens", "segment_ids", "mask_bits"))
         masked = jax.device_get(jitted_mask(recipe, *arrays))
-        totals.add(
-            masked.inputs_BT,
-            batch["segment_ids"],
-            masked.prediction_positions_BM,
-            masked.targets_BM,
-            masked.is_masked_BM,
-        )
-    return totals.perplexities()
+        rows, entries = np.nonzero(masked.is_masked_BM)
+        columns = masked.prediction_positions_BM[rows, entries]
+        targets = masked.targets_BM[rows, entries]
+        nats["composition"] += baselines.composition_nats(
+            unigram, masked.inputs_BT, batch["segment_ids"], rows, columns, targets
+        ).sum()
+        nats["unigram"] += baselines.unigram_nats(unigram, targets).sum()
+        positions += len(targets)
+    return {name: float(np.exp(total / (positions or np.nan))) for name, total in nats.items()}
 
 
 def dump_nonfinite_batch(run_dir: epath.Path, error: NonfiniteStep) -> None:

@@ -15,7 +15,7 @@ from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.packing import StreamConfig, stream_config
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.training import distributed, evaluation, memory, process_group, sharding, summary
-from esm1nv_jax.training.host_metrics import open_host_log
+from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.initial_state import checkpoint_items, find_fork, restore_or_initialize
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
 from esm1nv_jax.training.objectives import Objective
@@ -23,8 +23,7 @@ from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.run_data import open_data
 from esm1nv_jax.training.step import TrainState, compile_steps
-from esm1nv_jax.training.watchdog import Watchdog
-from esm1nv_jax.training.workdir import lock_workdir, write_or_check_config
+from esm1nv_jax.training.workdir import lock_workdir, open_host_log, write_or_check_config
 
 
 def train(config: RunConfig, workdir: str, strict: bool = False) -> int:
@@ -119,7 +118,7 @@ def run(
         group.barrier("saved", config.cluster.stall_timeout)
         if finished:
             evaluation.test_once(data, state, stream, mesh, group, watchdog, eval_step, run_dir)
-        watchdog.disable()
+        watchdog.enabled = False
         stop_status = 0 if finished else monitor.stop_status
         if group.is_primary and stop_status:
             summary.print_stopped(step, run_dir)

@@ -1,21 +1,25 @@
-"""The folder of a run: locked by one live run, and bound to one config for its life."""
+"""The folder of a run: locked by one live run, bound to one config for its life; its logs."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from etils import epath
 
 from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.common import files
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_with_defaults
 
@@ -154,3 +158,44 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and changes_learning(name)
     ]
+
+
+class LogFile(io.TextIOWrapper):
+    """A file that cannot end the run: lines for which the disk has no room are lost."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+
+@contextlib.contextmanager
+def open_host_log(run_dir: epath.Path, group: ProcessGroup, watchdog: Watchdog) -> Iterator[TextIO]:
+    """Open the log of this host, `logs/HOST.log`, to which all its processes append.
+
+    Stacks go there, and a line of metrics from each process; what processes other than 0 would
+    print goes there too, for one of them is enough on a terminal.
+    """
+    folder = run_dir / "logs"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = files.open_append(folder / f"{group.host}.log")
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}); choose another --workdir=DIR"
+        ) from None
+    with LogFile(file, encoding="utf-8", errors="backslashreplace", write_through=True) as log:
+        log_line(log, f"process {group.index} of {group.size} starts, pid {os.getpid()}")
+        watchdog.log_to(log)
+        if not group.is_primary:
+            console.file = log
+        try:
+            yield log
+        finally:
+            watchdog.log_to(sys.stderr)
+            console._file = None  # sys.stderr, whatever it is by then
+
+
+def log_line(log: TextIO, text: str) -> None:
+    """Append a line with the time to the log of this host."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=log, flush=True)

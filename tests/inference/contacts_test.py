@@ -13,7 +13,7 @@ from esm1nv_jax import load
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference import contact_maps, contact_metrics
+from esm1nv_jax.inference import contact_maps, structures
 from esm1nv_jax.inference.contacts import main
 from tests.inference.made_structures import write_structures
 from tests.inference.models import make_proteins, write_fasta
@@ -74,7 +74,7 @@ def test_maps_and_precision_of_structures_by_the_jacobian(
     shown = capsys.readouterr().out
     assert "mean ± s.e. over 2 proteins" in shown and "by separation" in shown
     of_long = [float(r["P@L"]) for r in table if (r["method"], r["range"]) == ("random", "long")]
-    mean, error, _ = contact_metrics.mean_and_error(of_long)
+    mean, error, _ = structures.mean_and_error(of_long)
     assert f"{mean:.3f} ± {error:.3f}" in shown
 
 

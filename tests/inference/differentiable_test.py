@@ -10,7 +10,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
+from esm1nv_jax.inference.likelihood import pseudo_log_likelihood
 
 SEQUENCE = "MKTVRQERLK"
 
@@ -29,10 +29,10 @@ def test_the_pseudo_log_likelihood_of_one_hot_vectors_is_that_of_the_sequence(mo
     vocabulary = tokenizer.ESM1NV.removesuffix(" X B Z U O")  # as AntiBERTy
     config = dataclasses.replace(model.config, vocabulary=vocabulary)
     without_x = dataclasses.replace(model, config=config)
-    residues, nats = pseudo_perplexity(without_x.on_devices, [b"MKXVRBLAW"], 64)
+    residues, pll = pseudo_log_likelihood(without_x.on_devices, [b"MKXVRBLAW"], 64)
     assert residues[0] == 7
     value = jax.jit(without_x.pseudo_log_likelihood)(without_x.params, one_hot)
-    np.testing.assert_allclose(value, -nats[0], rtol=1e-5)
+    np.testing.assert_allclose(value, pll[0], rtol=1e-5)
 
 
 def test_more_tokens_than_positions_are_refused(model):
@@ -53,10 +53,10 @@ def test_the_design_in_the_documents_raises_the_pseudo_log_likelihood(model):
     exec(code, names)
     designed = names["sequence"]
     assert len(designed) == 12 and set(designed) <= set(tokenizer.RESIDUES[:20])
-    _, nats = pseudo_perplexity(model.on_devices, [designed.encode()], 64)
+    _, pll = pseudo_log_likelihood(model.on_devices, [designed.encode()], 64)
     letters = np.array(list(tokenizer.RESIDUES[:20]))
     random = [
         "".join(np.random.default_rng(seed).choice(letters, 12)).encode() for seed in range(20)
     ]
-    _, of_random = pseudo_perplexity(model.on_devices, random, 64)
-    assert nats[0] < of_random.min()
+    _, of_random = pseudo_log_likelihood(model.on_devices, random, 64)
+    assert pll[0] > of_random.max()

@@ -20,9 +20,9 @@ from esm1nv_jax.data.tokenizer import ESM1NV
 from esm1nv_jax.inference import fixed_masks
 from esm1nv_jax.inference.evaluate import evaluate_model, read_groups, to_json
 from esm1nv_jax.inference.evaluation_report import ORDER, blosum62, compare_with_blosum62
+from esm1nv_jax.inference.likelihood import pseudo_log_likelihood
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.perplexity import GroupedMean
-from esm1nv_jax.inference.pseudo_likelihood import pseudo_perplexity
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.model import encoder
 
@@ -239,8 +239,9 @@ def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say():
 
 def test_pseudo_perplexity_hides_one_residue_at_a_time(model):
     sequences = [b"MKTAYIAKQR", b"GAVXLW", b"M" * 140]
-    residues, nats_of = pseudo_perplexity(model.on_devices, sequences, max_residues=128)
-    each = np.exp(nats_of / residues)
+    cut = [sequence[:128] for sequence in sequences]
+    residues, pll = pseudo_log_likelihood(model.on_devices, cut, 128)
+    each = np.exp(-pll / residues)
     for i, sequence in enumerate(sequences[:2]):
         nats = []
         for at in range(len(sequence)):
@@ -255,7 +256,7 @@ def test_pseudo_perplexity_hides_one_residue_at_a_time(model):
     source = MemorySource([(f"p{i}", sequence) for i, sequence in enumerate(sequences)])
     result = evaluate_model(model, source, pseudo=True)["pseudo_perplexity"]
     assert result["median"] == pytest.approx(np.median(each))
-    assert result["token_weighted"] == pytest.approx(math.exp(nats_of.sum() / 144))
+    assert result["token_weighted"] == pytest.approx(math.exp(-pll.sum() / 144))
 
 
 def test_blosum62_is_the_published_matrix():

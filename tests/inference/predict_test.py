@@ -15,9 +15,10 @@ from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import fasta_job
+from esm1nv_jax.inference.embedding_files import writer_for
 from esm1nv_jax.inference.fasta_job import FastaRequest
 from esm1nv_jax.inference.partial_results import PartialResults
-from esm1nv_jax.inference.predict import predict, writer_for
+from esm1nv_jax.inference.predict import WRITERS, predict
 from esm1nv_jax.model.heads import POOLINGS, HeadConfig
 from tests.inference.embed_jobs import PROTEINS
 from tests.inference.models import make_tuned, write_fasta
@@ -168,7 +169,7 @@ def test_shards_merge_into_the_file_of_one_job(tuned, tmp_path, small_parts):
     for i in (2, 1):
         assert predict(request(checkpoint, tmp_path, "o.h5", shard=(i, 2))) is None
     out = tmp_path / "o.h5"
-    assert fasta_job.merge(str(out), writer_for(out)) == alone
+    assert fasta_job.merge(str(out), writer_for(out, WRITERS)) == alone
 
 
 def test_another_head_does_not_mix_with_unfinished_work(tuned, tmp_path, small_parts):

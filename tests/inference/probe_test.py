@@ -17,8 +17,8 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
 from esm1nv_jax.inference import probe, probe_features, probe_heads
-from esm1nv_jax.inference.embedding_cache import EmbeddingCache, key_of, model_digest
 from esm1nv_jax.inference.model import load
+from esm1nv_jax.inference.probe_features import EmbeddingCache, key_of, model_digest
 from esm1nv_jax.inference.probe_heads import LabeledFeatures, Scale, Setting
 from esm1nv_jax.model import encoder, label_metrics
 

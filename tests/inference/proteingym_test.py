@@ -10,7 +10,7 @@ import pytest
 from esm1nv_jax import cli
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference import proteingym_summary, variant_scores
+from esm1nv_jax.inference import likelihood, proteingym_summary
 from esm1nv_jax.inference.proteingym import read_assays
 from esm1nv_jax.inference.proteingym_summary import METRICS, average, metrics_of
 from tests.inference.score_test import WILD, additive, pll
@@ -148,13 +148,13 @@ def test_a_folder_of_substitutions_by_shards(model, model_path, folder, capsys, 
     assert "3 of 4 assays of" in printed.err and "1 assay of 3 left to other shards" in printed.err
     assert not printed.out and len(list((folder / "out").glob("TOY*.csv"))) == 2
     scored = []
-    compute = variant_scores.score_mutants
+    compute = likelihood.score_mutants
 
     def counted(*args, **kwargs):
         scored.append(args[1])
         return compute(*args, **kwargs)
 
-    monkeypatch.setattr(variant_scores, "score_mutants", counted)
+    monkeypatch.setattr(likelihood, "score_mutants", counted)
     assert gym(model_path, folder, *reference) == 0
     assert len(scored) == 1  # the assays of the first shard are there
     values = {metric: [] for metric in METRICS}

@@ -18,8 +18,8 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.common import command, files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import likelihood, variant_table
 from esm1nv_jax.inference import mutants as mutants_lib
-from esm1nv_jax.inference import variant_scores, variant_table
 from esm1nv_jax.inference.variant_table import SavedScores
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
@@ -271,7 +271,7 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
     whole = (tmp_path / "s.csv").read_text()
     (tmp_path / "s.csv").unlink()
     scored = []
-    compute = variant_scores.score_mutants
+    compute = likelihood.score_mutants
 
     def counted(*args, **kwargs):
         if len(scored) == 4:
@@ -279,16 +279,16 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
         scored.extend(mutant.name for mutant in args[2])
         return compute(*args, **kwargs)
 
-    monkeypatch.setattr(variant_scores, "score_mutants", counted)
+    monkeypatch.setattr(likelihood, "score_mutants", counted)
     assert score(model_path, tmp_path, *options) == 130
     partial = tmp_path / "s.csv.partial"
     partial.write_text(partial.read_text() + '{"mutant": "G1')  # the line that was being written
     assert score(model_path, tmp_path, *options, "--offset", "0", "--precision", "bf16") == 2
     assert "unfinished work with other settings" in capsys.readouterr().err
-    monkeypatch.setattr(variant_scores, "score_mutants", compute)
+    monkeypatch.setattr(likelihood, "score_mutants", compute)
     calls = []
     monkeypatch.setattr(
-        variant_scores,
+        likelihood,
         "score_mutants",
         lambda *args, **kwargs: calls.extend(m.name for m in args[2]) or compute(*args, **kwargs),
     )
@@ -343,7 +343,8 @@ def test_the_rows_of_a_table_are_not_held_in_memory(tmp_path):
     path = tmp_path / "m.csv"
     path.write_text("mutant,mutated_sequence,DMS_score,note\n" + rows)
     tracemalloc.start()
-    columns, mutants, n, measured = variant_table.read_mutants(path, WILD, 0, False, None)
+    columns, mutants = variant_table.read_mutants(path, WILD, 0, False)
+    n, measured = mutants.total, variant_table.read_measured(path, columns, None)
     variant_table.write_scores(
         tmp_path / "s.csv", columns, variant_table.rows_of(path), {"score": np.zeros(n)}
     )

@@ -9,8 +9,8 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import pseudo_likelihood, sequence_scores
-from esm1nv_jax.inference.pseudo_likelihood import copy_log_odds
+from esm1nv_jax.inference import likelihood, sequence_scores
+from esm1nv_jax.inference.likelihood import copy_log_odds
 from esm1nv_jax.model.masking import RECIPES, MaskingConfig
 from tests.inference.models import make_model, make_proteins
 from tests.inference.score_test import WILD, log_p, pll, take
@@ -30,7 +30,7 @@ def test_a_long_sequence_is_read_in_windows(model):
     long = "".join(s for _, s in make_proteins(9, seed=4))[:100]
     limit = model.longest
     assert len(long) > limit
-    windows = np.array([w.start for w in pseudo_likelihood.split_into_windows(len(long), limit)])
+    windows = np.array([w.start for w in likelihood.split_into_windows(len(long), limit)])
     expected = 0.0
     for i, window in enumerate(farthest(len(long), limit)):
         start = int(windows[window])
@@ -94,14 +94,14 @@ def write(folder, sequences):
     (folder / "t.csv").write_text("sequence,fitness\n" + rows)
 
 
-@pytest.mark.parametrize("mode", sequence_scores.MODES)
+@pytest.mark.parametrize("mode", likelihood.SEQUENCE_MODES)
 def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, mode):
     monkeypatch.setattr(sequence_scores, "BLOCK", 2)
     monkeypatch.setattr(sequence_scores, "BLOCK_RESIDUES", 60)
     sequences = [s for _, s in make_proteins(9, seed=5, longest=30)]
     write(tmp_path, sequences)
-    name = "pseudo_log_likelihood" if mode == sequence_scores.EXACT else "one_pass_log_likelihood"
-    compute = getattr(sequence_scores, name)
+    name = "pseudo_log_likelihood" if mode == likelihood.EXACT else "one_pass_log_likelihood"
+    compute = getattr(likelihood, name)
     scored = []
 
     def counted(model, block, *rest):
@@ -110,7 +110,7 @@ def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, 
         scored.extend(block)
         return compute(model, block, *rest)
 
-    monkeypatch.setattr(sequence_scores, name, counted)
+    monkeypatch.setattr(likelihood, name, counted)
     assert score(model_path, tmp_path, "--mode", mode) == 130
     first = len(scored)
     assert 0 < first < len(sequences)
@@ -119,16 +119,14 @@ def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, 
     assert score(model_path, tmp_path, "--mode", mode) == 2
     assert "unfinished work with other settings" in capsys.readouterr().err
     write(tmp_path, sequences)
-    monkeypatch.setattr(
-        sequence_scores, name, lambda *args: scored.extend(args[1]) or compute(*args)
-    )
+    monkeypatch.setattr(likelihood, name, lambda *args: scored.extend(args[1]) or compute(*args))
     assert score(model_path, tmp_path, "--mode", mode) == 0
     assert len(scored) == len(sequences) - first
     printed = capsys.readouterr().out
     assert "score: spearman" in printed and "score_per_residue: spearman" in printed
     with open(tmp_path / "s.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
-    expected = model.score_sequences(sequences, exact=mode == sequence_scores.EXACT)
+    expected = model.score_sequences(sequences, exact=mode == likelihood.EXACT)
     np.testing.assert_allclose([float(row["score"]) for row in table], expected, rtol=1e-4)
     assert not (tmp_path / "s.csv.partial").exists()
 

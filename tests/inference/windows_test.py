@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import pseudo_likelihood, variant_scores
+from esm1nv_jax.inference import likelihood
 from esm1nv_jax.inference.mutants import parse_mutants
 from esm1nv_jax.inference.row_shapes import centered_starts, split_into_windows
 
@@ -55,7 +55,7 @@ def test_a_centred_window_holds_its_sites_and_stays_inside(length, limit):
                 assert abs((first - start) - (stop - 1 - last)) <= 1
 
 
-@pytest.mark.parametrize("mode", variant_scores.MODES)
+@pytest.mark.parametrize("mode", likelihood.MODES)
 def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
     read = []
 
@@ -64,11 +64,10 @@ def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
             read.append(query.tokens)
             yield query, np.zeros((len(query.columns), tokenizer.VOCABULARY))
 
-    for module in (variant_scores, pseudo_likelihood):
-        monkeypatch.setattr(module, "run_queries", run_queries)
+    monkeypatch.setattr(likelihood, "run_queries", run_queries)
     wild_type = "ACDEF*GHIKL"  # in windows of six residues, the first ends in the stop
     mutants = parse_mutants(["A1C"], wild_type)
-    variant_scores.score_mutants(None, wild_type, mutants, 6, mode)
+    likelihood.score_mutants(None, wild_type, mutants, 6, mode)
     assert read and all(len(tokens) == 8 for tokens in read)
     assert tokenizer.UNK in {int(tokens[6]) for tokens in read}  # or <mask>, where it is asked for
 
@@ -76,11 +75,11 @@ def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
 def test_an_inner_stop_at_the_end_of_a_prefix_stays_a_token(model, monkeypatch):
     sequences = [b"ACDEF*GHIKL", b"ACDEFXGHIKL"]
     read = []
-    run_queries = pseudo_likelihood.run_queries
+    run_queries = likelihood.run_queries
 
     def spied(model, queries, *most):
         return run_queries(model, (read.append(len(q.tokens)) or q for q in queries), *most)
 
-    monkeypatch.setattr(pseudo_likelihood, "run_queries", spied)
-    pseudo_likelihood.pseudo_perplexity(model.on_devices, sequences, 6)
+    monkeypatch.setattr(likelihood, "run_queries", spied)
+    likelihood.pseudo_log_likelihood(model.on_devices, [s[:6] for s in sequences], 6)
     assert set(read) == {8}

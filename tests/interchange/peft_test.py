@@ -12,7 +12,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.interchange import convert, peft_adapter
+from esm1nv_jax.interchange import convert, huggingface
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import heads, lora
 from esm1nv_jax.model.heads import HeadConfig
@@ -44,7 +44,7 @@ def test_the_adapter_there_gives_the_numbers_of_the_merged_model(head, config, a
     merged = lora.merge(tuned.params, adapters, adapter)
     model_folder.write(str(tmp_path / "merged"), dataclasses.replace(tuned, params=merged))
     folder = tmp_path / "adapter"
-    peft_adapter.write(str(folder), base, tuned, adapter, adapters)
+    huggingface.write_adapter(str(folder), base, tuned, adapter, adapters)
 
     kind = "Token" if head.level == "residue" else "Sequence"
     auto = getattr(peft, f"AutoPeftModelFor{kind}Classification")
@@ -73,7 +73,7 @@ def test_the_head_of_the_adapter_is_that_of_the_tuned_model(tmp_path):
     tuned = load_weights(there.make(tmp_path / "tuned", head))
     adapters = lora.init(there.ESM, LoraConfig(rank=2), 0)
     folder = tmp_path / "adapter"
-    peft_adapter.write(str(folder), tuned, tuned, LoraConfig(rank=2), adapters)
+    huggingface.write_adapter(str(folder), tuned, tuned, LoraConfig(rank=2), adapters)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base")
     with there.torch.no_grad():
         base.classifier.out_proj.bias.zero_()

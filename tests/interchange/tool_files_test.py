@@ -4,7 +4,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import esmc
-from esm1nv_jax.interchange.config_fields import ConfigFields
+from esm1nv_jax.interchange.tool_files import ConfigFields
 
 
 def test_a_list_that_holds_itself_many_times_is_shown_in_one_line():

@@ -1,8 +1,14 @@
-"""Reads the tensor files of a Hugging Face folder, and never runs what is in them."""
+"""Files of other tools, checked as they are read: the fields of a config, which may be missing, of
+another type or unknown here; and the tensors of a Hugging Face folder. Nothing in them is run."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+import reprlib
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +31,49 @@ DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+LARGEST = {int: 2**30, float: 2**63}  # what JAX and NumPy can compute with; a file may say more
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFields:
+    """The fields of another tool's config, each checked as it is read.
+
+    values: by name. source: where they stand, for messages.
+    """
+
+    values: dict[str, Any]
+    source: str
+
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        """The field as `kind`; absent or null where `default` is None is an error."""
+        value = self.values.get(name)
+        value = default if value is None else value
+        if isinstance(value, int) and abs(value) > LARGEST.get(kind, math.inf):
+            raise UserError(f"{self.source}: {name} is {shown(value)}, which no model has")
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            found = "missing" if value is None else shown(value)
+            raise UserError(f"{self.source}: {name} is {found}; it must be of type {kind.__name__}")
+        return value
+
+    def choice(self, name: str, allowed: tuple, default: Any, why: str) -> Any:
+        """The field, which must be one of `allowed`."""
+        value = self.values.get(name, default)
+        value = default if value is None else value
+        if value not in allowed:
+            raise UserError(
+                f"{self.source}: {name}={shown(value)} is not supported here ({why}); there are "
+                f"{', '.join(map(repr, allowed))}"
+            )
+        return value
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, for a file may nest a list in itself a billion times."""
+    if isinstance(value, int) and abs(value) > 2**63:
+        return "beyond 2**63"
+    return repr(value) if isinstance(value, (str, int, float)) else reprlib.repr(value)
 
 
 def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
@@ -32,7 +81,7 @@ def read_tensors(folder: epath.Path) -> dict[str, np.ndarray]:
 
     Raises UserError where there is none, or where a file is damaged or not only tensors.
     """
-    for name, read in ((SAFETENSORS, read_safetensors), (PICKLE, _read_pickle)):
+    for name, read in ((SAFETENSORS, read_safetensors), (PICKLE, read_torch)):
         shards = _shards(folder, name)
         if not shards:
             continue
@@ -83,10 +132,11 @@ def read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
     }
 
 
-def _read_pickle(path: epath.Path) -> dict[str, np.ndarray]:
+def read_torch(path: epath.Path, read: Callable = torch_file.read_table) -> Any:
+    """What `read` makes of a file of `torch.save`; by default, tensors by name."""
     try:
         with files.open_weights(path) as file:
-            return torch_file.read_table(file, str(path))
+            return read(file, str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error}); fetch it again") from None
 

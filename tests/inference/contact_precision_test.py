@@ -7,11 +7,15 @@ import math
 import jax
 import numpy as np
 
-from esm1nv_jax.inference import contact_metrics
-from esm1nv_jax.inference.contact_fit import fit_contact_head, fit_logistic_regression
-from esm1nv_jax.inference.contact_metrics import expected_precision
-from esm1nv_jax.inference.sequence_input import residue_ids
-from esm1nv_jax.inference.structures import Structure
+from esm1nv_jax.inference.api_types import residue_ids
+from esm1nv_jax.inference.contact_maps import fit_contact_head, fit_logistic_regression
+from esm1nv_jax.inference.structures import (
+    Structure,
+    baseline_scores,
+    contact_precision,
+    expected_precision,
+    mean_and_error,
+)
 
 
 def test_precision_is_the_mean_over_all_orders_of_ties():
@@ -38,7 +42,7 @@ def test_ranges_count_resolved_pairs_by_their_separation():
     structure = make_structure(50)
     scores = np.random.default_rng(1).random((50, 50))
     scores += scores.T
-    values = contact_metrics.evaluate(scores, structure)
+    values = contact_precision(scores, structure)
     for name, low, high in (("short", 6, 11), ("medium", 12, 23), ("long", 24, 99)):
         pairs = [
             (i, j)
@@ -50,30 +54,30 @@ def test_ranges_count_resolved_pairs_by_their_separation():
         for cutoff, top in (("P@L", 50), ("P@L/2", 25), ("P@L/5", 10)):
             expected = np.mean([structure.is_contact[pair] for pair in pairs[:top]])
             assert math.isclose(values[name, cutoff], expected)
-    perfect = contact_metrics.evaluate(structure.is_contact.astype(float), structure)
+    perfect = contact_precision(structure.is_contact.astype(float), structure)
     assert perfect["short", "P@L/5"] == 1
 
 
 def test_the_random_baseline_is_the_share_of_contacts_and_separation_takes_near_pairs_first():
     structure = make_structure(40)
-    maps = contact_metrics.baselines(40)
+    maps = baseline_scores(40)
     resolved = np.outer(structure.is_resolved, structure.is_resolved)
     i, j = np.nonzero(np.triu(resolved, 6))
     for name, first, last in (("short", 6, 11), ("long", 24, 40)):
         used = (j - i >= first) & (j - i <= last)
         rate = structure.is_contact[i, j][used].mean()
-        values = contact_metrics.evaluate(maps["random"], structure)
+        values = contact_precision(maps["random"], structure)
         assert math.isclose(values[name, "P@L"], rate)
         nearest = used & (j - i == first)
-        values = contact_metrics.evaluate(maps["by separation"], structure)
+        values = contact_precision(maps["by separation"], structure)
         assert math.isclose(values[name, "P@L/5"], structure.is_contact[i, j][nearest].mean())
 
 
 def test_errors_are_over_proteins_and_leave_out_what_has_no_value():
-    mean, error, n = contact_metrics.mean_and_error([0.2, math.nan, 0.4, 0.9])
+    mean, error, n = mean_and_error([0.2, math.nan, 0.4, 0.9])
     assert (mean, n) == (0.5, 3)
     assert math.isclose(error, math.sqrt((0.09 + 0.01 + 0.16) / 2 / 3))
-    assert all(map(math.isnan, contact_metrics.mean_and_error([math.nan])[:2]))
+    assert all(map(math.isnan, mean_and_error([math.nan])[:2]))
 
 
 def test_the_regression_is_at_its_optimum():
@@ -115,4 +119,4 @@ def test_a_fitted_head_is_a_regression_on_corrected_attention(model):
         logits = np.tensordot(head["kernel"][:, 0], x, 1) + head["bias"][0]
         contacts = fitted.contacts(sequence, "attention")
         np.testing.assert_allclose(contacts, 1 / (1 + np.exp(-logits)), atol=1e-4)
-        assert contact_metrics.evaluate(contacts, structure)["short", "P@L/5"] > 0.9
+        assert contact_precision(contacts, structure)["short", "P@L/5"] > 0.9
