@@ -13,7 +13,13 @@ from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import remat
 from esm1nv_jax.model.kernels.attention_xla import attention_weights
-from esm1nv_jax.model.layers import LayerNorm, Linear, activate, add_residual
+from esm1nv_jax.model.layers import (
+    LayerNorm,
+    Linear,
+    activate,
+    add_residual,
+    add_residual_and_norm,
+)
 from esm1nv_jax.model.lora import LoraBlock
 
 
@@ -37,8 +43,10 @@ class Block(nnx.Module):
         self.fc2 = Linear(F, D, compute, rngs, bias)
         self.config, self.compute, self.layer = config, compute, layer
 
-    def linear(self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None):
-        y_BTN = getattr(self, name)(x_BTK)
+    def linear(
+        self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None, add_bias=True
+    ):
+        y_BTN = getattr(self, name)(x_BTK, add_bias)
         if lora is None:
             return y_BTN
         return lora.add(name, y_BTN, x_BTK, key, self.layer, self.compute.operand_dtype)
@@ -57,13 +65,14 @@ class Block(nnx.Module):
         return qkv_BTCNH if rope is None else esm2.apply_rope(qkv_BTCNH, rope)
 
     def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
+        """What `out_proj` projects."""
         (B, T, D), dtype = x_BTD.shape, self.compute.operand_dtype
         rate = self.config.attention_dropout
         qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, key, lora)
         keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         backend, chip = self.compute.attention, self.compute.chip
         out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend, chip)
-        return self.linear("out_proj", out_BTNH.reshape(B, T, D), key, lora)
+        return out_BTNH.reshape(B, T, D)
 
     def attention_weights(self, x_BTD, segment_ids_BT, rope, lora):
         """fp32 [B, N, T, S], of the block's input and without dropout, whatever the backend."""
@@ -73,39 +82,77 @@ class Block(nnx.Module):
         return attention_weights(qkv_BTCNH, segment_ids_BT, self.compute.operand_dtype)
 
     def ffn(self, x_BTD, key: DropoutKey | None, lora):
+        """What `fc2` projects."""
         x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
-        return self.linear("fc2", activate(self.config.ffn_activation, x_BTF), key, lora)
+        return activate(self.config.ffn_activation, x_BTF)
 
-    def __call__(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora=None):
-        def add(x_BTD, branch_BTD, site):
-            if self.config.branch_scale != 1:
-                branch_BTD = branch_BTD.astype(jnp.float32) * self.config.branch_scale
-            return add_residual(x_BTD, branch_BTD, self.config.dropout, key, self.layer, site)
+    def add(self, x_BTD, name: str, y_BTK, key: DropoutKey | None, lora, norm: LayerNorm | None):
+        """The residual with what the last layer of a branch, `name`, makes of y; and that under
+        `norm`, if there is one."""
+        config, backend = self.config, self.compute.residual
+        rate, scale = config.dropout, config.branch_scale
+        site = drop.ATTENTION_OUTPUT if name == "out_proj" else drop.FFN_OUTPUT
+        if norm is not None and backend != "xla":
+            branch_BTD = self.linear(name, y_BTK, key, lora, add_bias=False)
+            keys_B = key.rows(self.layer, site) if key is not None and rate else None
+            bias = getattr(self, name).bias
+            return add_residual_and_norm(x_BTD, branch_BTD, bias, norm, keys_B, rate, scale, backend)
+        branch_BTD = self.linear(name, y_BTK, key, lora)
+        if scale != 1:
+            branch_BTD = branch_BTD.astype(jnp.float32) * scale
+        x_BTD = add_residual(x_BTD, branch_BTD, rate, key, self.layer, site)
+        return x_BTD, None if norm is None else norm(x_BTD)
 
+    def __call__(
+        self,
+        x_BTD,
+        normed_BTD,
+        segment_ids_BT,
+        rope,
+        key: DropoutKey | None,
+        lora=None,
+        next_norm: LayerNorm | None = None,
+    ):
+        """The block's output, and that under `next_norm`, if there is one.
+
+        `normed_BTD` is the input under `attention_norm`, or None: the block computes it itself.
+        """
         if self.config.norm == "pre":
-            branch_BTD = self.attention(self.attention_norm(x_BTD), segment_ids_BT, rope, key, lora)
-            x_BTD = add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT)
-            return add(x_BTD, self.ffn(self.ffn_norm(x_BTD), key, lora), drop.FFN_OUTPUT)
-        branch_BTD = self.attention(x_BTD, segment_ids_BT, rope, key, lora)
-        x_BTD = self.attention_norm(add(x_BTD, branch_BTD, drop.ATTENTION_OUTPUT))
-        return self.ffn_norm(add(x_BTD, self.ffn(x_BTD, key, lora), drop.FFN_OUTPUT))
+            if normed_BTD is None:
+                normed_BTD = self.attention_norm(x_BTD)
+            y_BTD = self.attention(normed_BTD, segment_ids_BT, rope, key, lora)
+            x_BTD, normed_BTD = self.add(x_BTD, "out_proj", y_BTD, key, lora, self.ffn_norm)
+            return self.add(x_BTD, "fc2", self.ffn(normed_BTD, key, lora), key, lora, next_norm)
+        y_BTD = self.attention(x_BTD, segment_ids_BT, rope, key, lora)
+        _, x_BTD = self.add(x_BTD, "out_proj", y_BTD, key, lora, self.attention_norm)
+        y_BTF = self.ffn(x_BTD, key, lora)
+        return self.add(x_BTD, "fc2", y_BTF, key, lora, self.ffn_norm)[1], None
 
 
 def run_block(
-    block: Block, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora: LoraBlock | None = None
+    block: Block,
+    x_BTD,
+    normed_BTD,
+    segment_ids_BT,
+    rope,
+    key: DropoutKey | None,
+    lora: LoraBlock | None = None,
+    next_norm: LayerNorm | None = None,
 ):
-    """The block's output; the backward computes again what `compute.remat` does not keep.
+    """As the block itself; the backward computes again what `compute.remat` does not keep, and with
+    that the block normalizes its input itself, so that nothing else is kept of it.
 
     With `lora` the block's own parameters get no gradient.
     """
+    if block.compute.remat == "none":
+        return block(x_BTD, normed_BTD, segment_ids_BT, rope, key, lora, next_norm)
     graph, params = nnx.split(block)
 
     def run(differentiable, others):
         (trained, x_BTD, rope), (frozen, segment_ids_BT, key) = differentiable, others
         params, lora = (trained, None) if frozen is None else (frozen, trained)
-        return nnx.merge(graph, params)(x_BTD, segment_ids_BT, rope, key, lora)
+        return nnx.merge(graph, params)(x_BTD, None, segment_ids_BT, rope, key, lora)[0]
 
-    if block.compute.remat != "none":
-        run = remat.checkpoint_block(run, block.compute.remat)
+    run = remat.checkpoint_block(run, block.compute.remat)
     trained, frozen = (params, None) if lora is None else (lora, params)
-    return run((trained, x_BTD, rope), (frozen, segment_ids_BT, key))
+    return run((trained, x_BTD, rope), (frozen, segment_ids_BT, key)), None

@@ -93,7 +93,7 @@ class Encoder(nnx.Module):
         if config.final_norm:
             self.final_norm = LayerNorm(config, "float32", rngs, config.bias)
         self.lm_head = LMHead(config, compute, rngs)
-        self.config = config
+        self.config, self.compute = config, compute
 
     def embed(self, tokens_BT, segment_ids_BT, positions_BT, key: DropoutKey | None):
         config = self.config
@@ -130,11 +130,18 @@ class Encoder(nnx.Module):
             rope = esm2.rope_cos_sin(positions_BT, self.rotary_frequency[...])
         x_BTD = self.embed(tokens_BT, segment_ids_BT, positions_BT, key)
         hidden, weights = {0: x_BTD}, []
-        for i, block in enumerate(self.blocks):
+        normed_BTD = None
+        # In one kernel with a block's last sum: the norm that the next block begins with.
+        fused = self.compute.residual != "xla" and self.config.norm == "pre"
+        next_norms = [block.attention_norm if fused else None for block in self.blocks[1:]] + [None]
+        for i, (block, next_norm) in enumerate(zip(self.blocks, next_norms, strict=True)):
             block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
             if return_attention:
                 weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
-            x_BTD = hidden[i + 1] = run_block(block, x_BTD, segment_ids_BT, rope, key, block_lora)
+            x_BTD, normed_BTD = run_block(
+                block, x_BTD, normed_BTD, segment_ids_BT, rope, key, block_lora, next_norm
+            )
+            hidden[i + 1] = x_BTD
         final_norm = self.final_norm if self.config.final_norm else lambda x_BTD: x_BTD
         x_BMD = hidden[-1] = final_norm(x_BTD)
         if predictions_BM is not None:  # the LayerNorm, too, at these positions only

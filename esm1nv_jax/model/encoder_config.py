@@ -125,6 +125,7 @@ class ComputeConfig:
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
     emulate_bfloat16: bool = False  # bf16 operands as rounded fp32, where a CPU lacks instructions
     attention: str = AUTO  # a backend that `select_backend` returned; auto is xla here
+    residual: str = "xla"  # sum, dropout and LayerNorm in one kernel: pallas (GPU) or pallas_tpu
     chip: str = ""  # `device_kind` of a GPU, for tile sizes that were measured on it
 
     @property

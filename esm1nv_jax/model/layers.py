@@ -17,24 +17,13 @@ class Linear(nnx.Linear):
     """`nnx.Linear` by our `matmul`: fp32 sums and gradients, results in the activation dtype."""
 
     def __init__(self, D_in: int, D_out: int, compute: ComputeConfig, rngs: nnx.Rngs, bias=True):
-        def dot_general(x, kernel, *_, **__):
-            return matmul(x, kernel, compute.operand_dtype, False)
+        super().__init__(D_in, D_out, use_bias=bias, rngs=rngs)
+        self.operand_dtype, self.activation_dtype = compute.operand_dtype, compute.activation_dtype
 
-        def keep_dtypes(arrays, **_):  # `matmul` casts its operands itself
-            return arrays
-
-        super().__init__(
-            D_in,
-            D_out,
-            use_bias=bias,
-            dot_general=dot_general,
-            promote_dtype=keep_dtypes,
-            rngs=rngs,
-        )
-        self.activation_dtype = compute.activation_dtype
-
-    def __call__(self, inputs, out_sharding=None):
-        y = super().__call__(inputs, out_sharding)
+    def __call__(self, x, add_bias=True):  # type: ignore[override]  # Flax's has a sharding
+        y = matmul(x, self.kernel[...], self.operand_dtype, False)
+        if add_bias and self.bias is not None:
+            y = y + self.bias[...]
         if self.activation_dtype == "float32":
             return y
         return cast_with_gradient(y, DTYPES[self.activation_dtype])
@@ -55,10 +44,13 @@ class LayerNorm(nnx.LayerNorm):
         self.centered = config.norm_kind != "rmsnorm"
 
     def __call__(self, x):  # type: ignore[override]  # Flax's has a mask
+        return layer_norm(x, *self.parameters(), self.epsilon, self.dtype, self.centered)
+
+    def parameters(self):
+        """Scale and bias; zeros in place of a bias that is not there."""
         assert self.scale is not None
         scale = self.scale[...]
-        bias = jnp.zeros_like(scale) if self.bias is None else self.bias[...]
-        return layer_norm(x, scale, bias, self.epsilon, self.dtype, self.centered)
+        return scale, jnp.zeros_like(scale) if self.bias is None else self.bias[...]
 
 
 def activate(name: str, x):
@@ -80,3 +72,19 @@ def add_residual(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: 
         return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
 
     return x_BTD + jax.checkpoint(dropped)(branch_BTD, key)
+
+
+def add_residual_and_norm(
+    x_BTD, branch_BTD, branch_bias, norm: LayerNorm, row_keys_B, rate, branch_scale, backend: str
+):
+    """(residual, its LayerNorm) as of `add_residual` and `norm`, in one kernel: of a GPU (`backend`
+    pallas) or TPU (pallas_tpu). The kernel adds the branch's bias, too, where that is not None."""
+    # Pallas takes 0.1 s to import, and a CPU never needs it.
+    from esm1nv_jax.model.kernels.residual_norm import ResidualNorm, residual_norm
+
+    if row_keys_B is None:
+        rate, row_keys_B = 0.0, jnp.zeros(len(x_BTD), jnp.uint32)
+    config = ResidualNorm(backend, norm.dtype, norm.epsilon, norm.centered, rate, branch_scale)
+    scale, bias = norm.parameters()
+    branch_bias = jnp.zeros_like(scale) if branch_bias is None else branch_bias[...]
+    return residual_norm(config, x_BTD, branch_BTD, branch_bias, scale, bias, row_keys_B)

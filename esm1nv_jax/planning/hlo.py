@@ -320,6 +320,8 @@ def _kind(it: _Instruction, opcodes: set[str], flops: float) -> str:
         return "attention"
     if flops:
         return "gemm"
+    if it.opcode == "custom-call" and "residual_norm_" in it.op:
+        return "reduction"
     if opcodes & {"sort", "scatter", "gather"} or it.opcode == "custom-call":
         return "other"
     if opcodes & {"reduce", "reduce-window"}:

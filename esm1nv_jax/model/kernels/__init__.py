@@ -19,7 +19,7 @@ import jax
 from esm1nv_jax.common.errors import UserError
 
 VARIABLE = "ESM1NV_PLAIN_KERNELS"
-NAMES = ("attention_xla", "layer_norm", "matmul", "remat")  # modules of this package
+NAMES = ("attention_xla", "layer_norm", "matmul", "remat", "residual_norm")  # modules of this package
 
 
 def is_plain(name: str) -> bool:
@@ -34,6 +34,16 @@ def is_plain(name: str) -> bool:
             "joined by commas"
         )
     return name in plain or "all" in plain
+
+
+def residual_backend(platform: str, capability: float) -> str:
+    """Which form of `residual_norm` a device of this platform takes: xla where it has none.
+
+    `capability` is that of an NVIDIA GPU.
+    """
+    if is_plain("residual_norm") or (platform == "gpu" and capability < 8):
+        return "xla"
+    return {"gpu": "pallas", "tpu": "pallas_tpu"}.get(platform, "xla")
 
 
 def with_gradient(name: str, backward: Callable, nondiff_argnums: tuple[int, ...] = ()) -> Callable:

@@ -1,0 +1,165 @@
+"""Residual sum, dropout and LayerNorm in one kernel, interpreted on a CPU, against NumPy in fp64 and
+against the encoder without it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from esm1nv_jax.model import dropout, encoder, kernels, lora
+from esm1nv_jax.model.kernels.residual_norm import ResidualNorm, residual_norm
+from tests.model.rows import pack, random_tokens
+
+# Neither is a power of two; blocks of 128 tokens on a TPU and of 8 and 64 on a GPU end within a row.
+ROWS, TOKENS, WIDTH = 2, 140, 24
+BACKENDS = ("pallas", "pallas_tpu")
+KEY = dropout.DropoutKey.at(3, 7, jnp.array([5, 2**20], jnp.uint32))
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+
+
+def kept(rate):
+    """bool [rows, tokens, width]: the elements that XLA's form keeps."""
+    if not rate:
+        return np.ones((ROWS, TOKENS, WIDTH), bool)
+    ones = jnp.ones((ROWS, TOKENS, WIDTH))
+    return np.asarray(dropout.dropout(ones, rate, KEY, 4, dropout.FFN_OUTPUT)) != 0
+
+
+def kernel(config, *arrays):
+    keys = KEY.rows(4, dropout.FFN_OUTPUT)
+    return jax.jit(functools.partial(residual_norm, config))(*arrays, keys)
+
+
+def reference(config, x, branch, branch_bias, scale, bias):
+    x = x + (branch + branch_bias) * config.branch_scale * kept(config.rate) / (1 - config.rate)
+    centered = x - x.mean(-1, keepdims=True) * config.centered
+    deviation = np.sqrt((centered**2).mean(-1, keepdims=True) + config.epsilon)
+    return x, centered / deviation * scale + bias
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rate, centered", [(0.3, True), (0.0, False)])
+def test_values_and_gradients_are_those_of_numpy(backend, rate, centered):
+    config = ResidualNorm(backend, jnp.float32, 1e-5, centered, rate, 0.7)
+    random = np.random.default_rng(0)
+    shape = (ROWS, TOKENS, WIDTH)
+    arrays = [random.normal(0.5, 2, shape), random.normal(size=shape)]
+    arrays += [random.normal(size=WIDTH) for _ in range(3)]
+    gradients = random.normal(size=(2, *shape))
+    out, pull = jax.vjp(
+        functools.partial(kernel, config), *(jnp.asarray(a, jnp.float32) for a in arrays)
+    )
+    for found, right in zip(out, reference(config, *arrays), strict=True):
+        np.testing.assert_allclose(found, right, atol=2e-5)
+    found = pull(tuple(jnp.asarray(g, jnp.float32) for g in gradients))
+    for i, array in enumerate(arrays):
+        direction = random.normal(size=array.shape)
+        slope = 0.0
+        for sign in (1, -1):
+            moved = [a + sign * 1e-5 * direction if k == i else a for k, a in enumerate(arrays)]
+            slope += sign * sum(map(np.vdot, gradients, reference(config, *moved))) / 2e-5
+        # Of as many random terms, whose sum may be small.
+        size = np.linalg.norm(found[i]) * np.linalg.norm(direction)
+        assert np.vdot(found[i], direction) == pytest.approx(slope, abs=1e-6 * size)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_dropped_is_what_the_other_form_drops(backend):
+    config = ResidualNorm(backend, jnp.float32, 1e-5, True, 0.3, 1.0)
+    ones, zero = jnp.ones((ROWS, TOKENS, WIDTH)), jnp.zeros(WIDTH)
+    (total, _), pull = jax.vjp(functools.partial(kernel, config), 0 * ones, ones, zero, zero, zero)
+    np.testing.assert_array_equal(total != 0, kept(0.3))
+    gradient = pull((ones, 0 * ones))[1]
+    np.testing.assert_array_equal(gradient != 0, kept(0.3))
+    np.testing.assert_array_equal(gradient, total)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_in_and_out(backend):
+    """The residual and its gradient stay fp32; the branch, the norm and theirs are bfloat16."""
+    config = ResidualNorm(backend, jnp.bfloat16, 1e-5, True, 0.1, 1.0)
+    random = np.random.default_rng(1)
+    x, branch, g = (jnp.asarray(a, jnp.float32) for a in random.normal(size=(3, 2, 140, 24)))
+    branch, vectors = branch.astype(jnp.bfloat16), (jnp.full(WIDTH, 0.1),) * 3
+    (total, normed), pull = jax.vjp(functools.partial(kernel, config), x, branch, *vectors)
+    dx, dbranch, *dvectors = pull((g, g.astype(jnp.bfloat16)))
+    assert (total.dtype, dx.dtype) == (jnp.float32, jnp.float32)
+    assert (normed.dtype, dbranch.dtype) == (jnp.bfloat16, jnp.bfloat16)
+    assert {d.dtype for d in dvectors} == {jnp.dtype("float32")}
+    exact = reference(config, *(np.asarray(a, np.float64) for a in (x, branch, *vectors)))
+    np.testing.assert_allclose(total, exact[0], atol=1e-5)
+    np.testing.assert_allclose(normed.astype(np.float64), exact[1], atol=2e-3)
+
+
+CASES = {
+    "card": ({}, {}),
+    "post": ({"norm": "post"}, {}),
+    "modern": (
+        {"norm_kind": "layernorm_no_bias", "bias": False, "branch_scale": 0.6, "dropout": 0.0},
+        {},
+    ),
+    "remat": ({}, {"remat": "block"}),
+}
+
+
+def outputs(fields, compute, with_lora=False):
+    """Loss, hidden states and gradients of a model of two blocks, with dropout."""
+    config = encoder.EncoderConfig(
+        **{"layers": 2, "width": 24, "heads": 2, "ffn": 48, "positions": 40} | fields
+    )
+    batch = pack([[random_tokens(1, 20), random_tokens(2, 10)], [random_tokens(3, 30)]], 40)
+    key = dropout.DropoutKey.at(0, 1, jnp.arange(2, dtype=jnp.uint32))
+    params, lora_config = encoder.init(config, 0), lora.LoraConfig(2, projections=("out_proj",))
+    adapter = lora.init(config, lora_config, 1)
+    trained = adapter if with_lora else params
+
+    def total(trained):
+        output = encoder.forward(
+            config,
+            params if with_lora else trained,
+            *(batch[name] for name in ("tokens", "segment_ids", "positions")),
+            compute=encoder.ComputeConfig(**compute),
+            dropout_key=key,
+            hidden_layers=(1, 2, -1),
+            lora=(lora_config, trained) if with_lora else None,
+        )
+        return jnp.sum(jnp.square(output.logits[..., 5:25])), output.hidden
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(trained)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_encoder_is_the_same_with_the_kernel(name):
+    fields, compute = CASES[name]
+    found, expected = (outputs(fields, compute | {"residual": r}) for r in ("pallas", "xla"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7),
+        found,
+        expected,
+    )
+
+
+def test_lora_is_the_same_with_the_kernel():
+    found, expected = (outputs({}, {"residual": r}, True) for r in ("pallas", "xla"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.parametrize(
+    "platform, capability, chosen",
+    [("gpu", 8.0, "pallas"), ("gpu", 7.5, "xla"), ("tpu", 0.0, "pallas_tpu"), ("cpu", 0.0, "xla")],
+)
+def test_who_takes_it_and_how_it_is_turned_off(platform, capability, chosen, monkeypatch):
+    assert kernels.residual_backend(platform, capability) == chosen
+    monkeypatch.setenv(kernels.VARIABLE, "residual_norm")
+    assert kernels.residual_backend(platform, capability) == "xla"
