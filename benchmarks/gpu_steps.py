@@ -282,20 +282,20 @@ def plain(name: str) -> str:
 
 def by_name(name: str) -> tuple[str, str]:
     """Phase and kind of a kernel that no instruction of the program names."""
-    phase = next(
-        (phase for phase in ("forward", "backward") if f"flash_{phase}" in name), "unknown"
-    )
+    phase = re.search("(?:flash|residual_norm)_(forward|backward)", name)
     for pattern, kind in (
         ("flash_|fmha|sdpa", "attention"),
         ("gemm|nvjet|cutlass|xmma|cublas|dot", "gemm"),
         ("nccl", "collective"),
         ("memcpy|memset|copy|transpose", "copy"),
-        ("reduce", "reduction"),
+        ("reduce|residual_norm", "reduction"),
         ("fusion|loop|wrapped", "elementwise"),
     ):
         if re.search(pattern, name, re.IGNORECASE):
-            return phase, kind
-    return phase, "other"
+            break
+    else:
+        kind = "other"
+    return phase[1] if phase else "unknown", kind
 
 
 def plan(record, rehearse: bool) -> None:

@@ -13,13 +13,7 @@ from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import remat
 from esm1nv_jax.model.kernels.attention_xla import attention_weights
-from esm1nv_jax.model.layers import (
-    LayerNorm,
-    Linear,
-    activate,
-    add_residual,
-    add_residual_and_norm,
-)
+from esm1nv_jax.model.layers import LayerNorm, Linear, activate, add_residual, add_residual_and_norm
 from esm1nv_jax.model.lora import LoraBlock
 
 
@@ -96,7 +90,9 @@ class Block(nnx.Module):
             branch_BTD = self.linear(name, y_BTK, key, lora, add_bias=False)
             keys_B = key.rows(self.layer, site) if key is not None and rate else None
             bias = getattr(self, name).bias
-            return add_residual_and_norm(x_BTD, branch_BTD, bias, norm, keys_B, rate, scale, backend)
+            return add_residual_and_norm(
+                x_BTD, branch_BTD, bias, norm, keys_B, rate, scale, backend
+            )
         branch_BTD = self.linear(name, y_BTK, key, lora)
         if scale != 1:
             branch_BTD = branch_BTD.astype(jnp.float32) * scale

@@ -309,8 +309,14 @@ def _convolution_flops(it: _Instruction, scope: _Computation) -> float:
 def _vector_operations(it: _Instruction, scope: _Computation) -> float:
     """Operations on elements; a transcendental counts as the instructions it takes, about 12."""
     cost = 12 if it.opcode in _TRANSCENDENTAL else 1 if it.opcode in _ARITHMETIC else 0
+    if _is_residual_norm(it):
+        cost = 60 if "residual_norm_backward" in it.op else 43  # in the PTX of its loops
     sized = scope.get(it.operands[0], it) if it.opcode in ("reduce", "reduce-window") else it
     return float(cost * math.prod(_dimensions(sized.shape))) if cost else 0.0
+
+
+def _is_residual_norm(it: _Instruction) -> bool:
+    return it.opcode == "custom-call" and "residual_norm_" in it.op
 
 
 def _kind(it: _Instruction, opcodes: set[str], flops: float) -> str:
@@ -320,7 +326,7 @@ def _kind(it: _Instruction, opcodes: set[str], flops: float) -> str:
         return "attention"
     if flops:
         return "gemm"
-    if it.opcode == "custom-call" and "residual_norm_" in it.op:
+    if _is_residual_norm(it):
         return "reduction"
     if opcodes & {"sort", "scatter", "gather"} or it.opcode == "custom-call":
         return "other"

@@ -1,5 +1,5 @@
-"""Residual sum, dropout and LayerNorm in one kernel, interpreted on a CPU, against NumPy in fp64 and
-against the encoder without it."""
+"""Residual sum, dropout and LayerNorm in one kernel, interpreted on a CPU: against NumPy in fp64,
+and against the encoder without it."""
 
 import functools
 
@@ -13,7 +13,7 @@ from esm1nv_jax.model import dropout, encoder, kernels, lora
 from esm1nv_jax.model.kernels.residual_norm import ResidualNorm, residual_norm
 from tests.model.rows import pack, random_tokens
 
-# Neither is a power of two; blocks of 128 tokens on a TPU and of 8 and 64 on a GPU end within a row.
+# No powers of two: rows end within blocks of 128 tokens (TPU), of 8 and of 64 (GPU).
 ROWS, TOKENS, WIDTH = 2, 140, 24
 BACKENDS = ("pallas", "pallas_tpu")
 KEY = dropout.DropoutKey.at(3, 7, jnp.array([5, 2**20], jnp.uint32))
@@ -32,9 +32,12 @@ def kept(rate):
     return np.asarray(dropout.dropout(ones, rate, KEY, 4, dropout.FFN_OUTPUT)) != 0
 
 
-def kernel(config, *arrays):
+@functools.partial(jax.jit, static_argnums=0)
+def kernel(config, arrays, gradients):
+    """Both results, and the gradients of all arrays."""
     keys = KEY.rows(4, dropout.FFN_OUTPUT)
-    return jax.jit(functools.partial(residual_norm, config))(*arrays, keys)
+    out, pull = jax.vjp(lambda *arrays: residual_norm(config, *arrays, keys), *arrays)
+    return out, pull(gradients)
 
 
 def reference(config, x, branch, branch_bias, scale, bias):
@@ -53,12 +56,11 @@ def test_values_and_gradients_are_those_of_numpy(backend, rate, centered):
     arrays = [random.normal(0.5, 2, shape), random.normal(size=shape)]
     arrays += [random.normal(size=WIDTH) for _ in range(3)]
     gradients = random.normal(size=(2, *shape))
-    out, pull = jax.vjp(
-        functools.partial(kernel, config), *(jnp.asarray(a, jnp.float32) for a in arrays)
+    out, found = kernel(
+        config, *(tuple(jnp.asarray(a, jnp.float32) for a in g) for g in (arrays, gradients))
     )
-    for found, right in zip(out, reference(config, *arrays), strict=True):
-        np.testing.assert_allclose(found, right, atol=2e-5)
-    found = pull(tuple(jnp.asarray(g, jnp.float32) for g in gradients))
+    for result, right in zip(out, reference(config, *arrays), strict=True):
+        np.testing.assert_allclose(result, right, atol=2e-5)
     for i, array in enumerate(arrays):
         direction = random.normal(size=array.shape)
         slope = 0.0
@@ -74,9 +76,10 @@ def test_values_and_gradients_are_those_of_numpy(backend, rate, centered):
 def test_what_is_dropped_is_what_the_other_form_drops(backend):
     config = ResidualNorm(backend, jnp.float32, 1e-5, True, 0.3, 1.0)
     ones, zero = jnp.ones((ROWS, TOKENS, WIDTH)), jnp.zeros(WIDTH)
-    (total, _), pull = jax.vjp(functools.partial(kernel, config), 0 * ones, ones, zero, zero, zero)
+    (total, _), (_, gradient, *_) = kernel(
+        config, (0 * ones, ones, zero, zero, zero), (ones, 0 * ones)
+    )
     np.testing.assert_array_equal(total != 0, kept(0.3))
-    gradient = pull((ones, 0 * ones))[1]
     np.testing.assert_array_equal(gradient != 0, kept(0.3))
     np.testing.assert_array_equal(gradient, total)
 
@@ -88,28 +91,21 @@ def test_bfloat16_in_and_out(backend):
     random = np.random.default_rng(1)
     x, branch, g = (jnp.asarray(a, jnp.float32) for a in random.normal(size=(3, 2, 140, 24)))
     branch, vectors = branch.astype(jnp.bfloat16), (jnp.full(WIDTH, 0.1),) * 3
-    (total, normed), pull = jax.vjp(functools.partial(kernel, config), x, branch, *vectors)
-    dx, dbranch, *dvectors = pull((g, g.astype(jnp.bfloat16)))
+    (total, normed), (dx, dbranch, *dvectors) = kernel(
+        config, (x, branch, *vectors), (g, g.astype(jnp.bfloat16))
+    )
     assert (total.dtype, dx.dtype) == (jnp.float32, jnp.float32)
     assert (normed.dtype, dbranch.dtype) == (jnp.bfloat16, jnp.bfloat16)
     assert {d.dtype for d in dvectors} == {jnp.dtype("float32")}
     exact = reference(config, *(np.asarray(a, np.float64) for a in (x, branch, *vectors)))
     np.testing.assert_allclose(total, exact[0], atol=1e-5)
-    np.testing.assert_allclose(normed.astype(np.float64), exact[1], atol=2e-3)
+    np.testing.assert_allclose(np.asarray(normed, np.float64), exact[1], atol=2e-3)
 
 
-CASES = {
-    "card": ({}, {}),
-    "post": ({"norm": "post"}, {}),
-    "modern": (
-        {"norm_kind": "layernorm_no_bias", "bias": False, "branch_scale": 0.6, "dropout": 0.0},
-        {},
-    ),
-    "remat": ({}, {"remat": "block"}),
-}
+MODERN = {"norm_kind": "layernorm_no_bias", "bias": False, "branch_scale": 0.6, "dropout": 0.0}
 
 
-def outputs(fields, compute, with_lora=False):
+def outputs(residual, remat="none", with_lora=False, **fields):
     """Loss, hidden states and gradients of a model of two blocks, with dropout."""
     config = encoder.EncoderConfig(
         **{"layers": 2, "width": 24, "heads": 2, "ffn": 48, "positions": 40} | fields
@@ -125,7 +121,7 @@ def outputs(fields, compute, with_lora=False):
             config,
             params if with_lora else trained,
             *(batch[name] for name in ("tokens", "segment_ids", "positions")),
-            compute=encoder.ComputeConfig(**compute),
+            compute=encoder.ComputeConfig(residual=residual, remat=remat),
             dropout_key=key,
             hidden_layers=(1, 2, -1),
             lora=(lora_config, trained) if with_lora else None,
@@ -135,19 +131,18 @@ def outputs(fields, compute, with_lora=False):
     return jax.jit(jax.value_and_grad(total, has_aux=True))(trained)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_encoder_is_the_same_with_the_kernel(name):
-    fields, compute = CASES[name]
-    found, expected = (outputs(fields, compute | {"residual": r}) for r in ("pallas", "xla"))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7),
-        found,
-        expected,
-    )
-
-
-def test_lora_is_the_same_with_the_kernel():
-    found, expected = (outputs({}, {"residual": r}, True) for r in ("pallas", "xla"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="card"),
+        pytest.param({"norm": "post"}, id="post", marks=pytest.mark.integration),
+        pytest.param(MODERN, id="modern", marks=pytest.mark.integration),
+        pytest.param({"remat": "block"}, id="remat", marks=pytest.mark.integration),
+        pytest.param({"with_lora": True}, id="LoRA", marks=pytest.mark.integration),
+    ],
+)
+def test_the_encoder_is_the_same_with_the_kernel(options):
+    found, expected = (outputs(residual, **options) for residual in ("pallas", "xla"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7),
         found,

@@ -19,7 +19,13 @@ import jax
 from esm1nv_jax.common.errors import UserError
 
 VARIABLE = "ESM1NV_PLAIN_KERNELS"
-NAMES = ("attention_xla", "layer_norm", "matmul", "remat", "residual_norm")  # modules of this package
+NAMES = (
+    "attention_xla",
+    "layer_norm",
+    "matmul",
+    "remat",
+    "residual_norm",
+)  # modules of this package
 
 
 def is_plain(name: str) -> bool:

@@ -126,7 +126,7 @@ def _name(tokens) -> str:
 
 
 def _on_gpu(config, compute, row_keys_B, arrays_BTD, vectors_D, dtypes):
-    """Two arrays [B, T, D] by `compute`, and its sums over parts of the tokens, [B, parts, 3, D]."""
+    """Two arrays [B, T, D] by `compute`, and its sums over some tokens each, [B, parts, 3, D]."""
     B, T, D = arrays_BTD[0].shape
     is_backward = compute is _backward_tokens
     tokens = _GPU_TOKENS[is_backward]
