@@ -282,7 +282,8 @@ def plain(name: str) -> str:
 
 def by_name(name: str) -> tuple[str, str]:
     """Phase and kind of a kernel that no instruction of the program names."""
-    phase = re.search("(?:flash|residual_norm)_(forward|backward)", name)
+    match = re.search("(?:flash|residual_norm)_(forward|backward)", name)
+    phase = match[1] if match else "unknown"
     for pattern, kind in (
         ("flash_|fmha|sdpa", "attention"),
         ("gemm|nvjet|cutlass|xmma|cublas|dot", "gemm"),
@@ -292,10 +293,8 @@ def by_name(name: str) -> tuple[str, str]:
         ("fusion|loop|wrapped", "elementwise"),
     ):
         if re.search(pattern, name, re.IGNORECASE):
-            break
-    else:
-        kind = "other"
-    return phase[1] if phase else "unknown", kind
+            return phase, kind
+    return phase, "other"
 
 
 def plan(record, rehearse: bool) -> None:

@@ -30,6 +30,8 @@ shift-right-logical shift-left clamp reduce reduce-window""".split()
 _MOVES = """
 copy transpose concatenate pad slice reshape parameter bitcast fusion broadcast constant
 dynamic-slice dynamic-update-slice copy-start slice-start""".split()
+# Of each element of kernels/residual_norm.py, in the PTX of its loops.
+RESIDUAL_NORM_OPERATIONS = {"forward": 43, "backward": 60}
 _PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they return
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -310,7 +312,7 @@ def _vector_operations(it: _Instruction, scope: _Computation) -> float:
     """Operations on elements; a transcendental counts as the instructions it takes, about 12."""
     cost = 12 if it.opcode in _TRANSCENDENTAL else 1 if it.opcode in _ARITHMETIC else 0
     if _is_residual_norm(it):
-        cost = 60 if "residual_norm_backward" in it.op else 43  # in the PTX of its loops
+        cost = RESIDUAL_NORM_OPERATIONS["backward" if "_norm_backward" in it.op else "forward"]
     sized = scope.get(it.operands[0], it) if it.opcode in ("reduce", "reduce-window") else it
     return float(cost * math.prod(_dimensions(sized.shape))) if cost else 0.0
 
