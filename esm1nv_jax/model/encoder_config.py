@@ -142,6 +142,7 @@ class ComputeConfig:
             activation_dtype=DTYPES,
             remat=REMATS,
             attention=(AUTO, *BACKENDS),
+            residual=("xla", "pallas", "pallas_tpu"),
         )
 
 

@@ -20,7 +20,7 @@ class Linear(nnx.Linear):
         super().__init__(D_in, D_out, use_bias=bias, rngs=rngs)
         self.operand_dtype, self.activation_dtype = compute.operand_dtype, compute.activation_dtype
 
-    def __call__(self, x, add_bias=True):  # type: ignore[override]  # Flax's has a sharding
+    def __call__(self, x, add_bias=True):  # Flax's has a sharding in the second place
         y = matmul(x, self.kernel[...], self.operand_dtype, False)
         if add_bias and self.bias is not None:
             y = y + self.bias[...]

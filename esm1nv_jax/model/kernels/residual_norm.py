@@ -163,14 +163,14 @@ def _gpu_kernel(config, compute, tokens, num_arrays, num_vectors, key_ref, *refs
     def load(ref, *at, mask):
         return triton.load(ref.at[*at, columns], mask=mask, other=0.0).astype(jnp.float32)
 
-    vectors = [load(ref, mask=is_column[0])[None] for ref in vectors]
+    of_all_tokens = [load(ref, mask=is_column[0])[None] for ref in vectors]
 
     def visit(i, sums):
         token = first + i
         at, mask = pl.ds(token, 1), is_column & (token < T)
         values = [load(ref, at, mask=mask) for ref in arrays]
         dropped = functools.partial(_dropped, config, D, row_key, token)
-        results, terms = compute(config, D, dropped, *values, *vectors)
+        results, terms = compute(config, D, dropped, *values, *of_all_tokens)
         for ref, result in zip(outputs, results, strict=True):
             triton.store(ref.at[at, columns], result.astype(ref.dtype), mask=mask)
         return tuple(total + term for total, term in zip(sums, terms, strict=True))
