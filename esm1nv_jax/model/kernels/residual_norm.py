@@ -156,29 +156,29 @@ def _gpu_kernel(config, compute, tokens, num_arrays, num_vectors, key_ref, *refs
     arrays, refs = refs[:num_arrays], refs[num_arrays:]
     vectors, outputs, sums_ref = refs[:num_vectors], refs[num_vectors:][:2], refs[num_vectors + 2 :]
     T, D = arrays[0].shape
-    shape = (1, pl.next_power_of_2(D))
-    is_column, columns = _iota(shape, 1) < D, pl.ds(0, shape[1])
+    columns = jnp.arange(pl.next_power_of_2(D))  # a slice beyond the end would be refused
+    is_column, shape = columns < D, (1, columns.size)
     row_key, first = key_ref[...], pl.program_id(0) * tokens
 
     def load(ref, *at, mask):
-        return triton.load(ref.at[*at, columns], mask=mask, other=0.0).astype(jnp.float32)
+        return triton.load(ref.at[*at, columns], mask=mask, other=0.0).astype(jnp.float32)[None]
 
-    of_all_tokens = [load(ref, mask=is_column[0])[None] for ref in vectors]
+    of_all_tokens = [load(ref, mask=is_column) for ref in vectors]
 
     def visit(i, sums):
         token = first + i
-        at, mask = pl.ds(token, 1), is_column & (token < T)
-        values = [load(ref, at, mask=mask) for ref in arrays]
+        mask = is_column & (token < T)
+        values = [load(ref, token, mask=mask) for ref in arrays]
         dropped = functools.partial(_dropped, config, D, row_key, token)
         results, terms = compute(config, D, dropped, *values, *of_all_tokens)
         for ref, result in zip(outputs, results, strict=True):
-            triton.store(ref.at[at, columns], result.astype(ref.dtype), mask=mask)
+            triton.store(ref.at[token, columns], result[0].astype(ref.dtype), mask=mask)
         return tuple(total + term for total, term in zip(sums, terms, strict=True))
 
     zero = jnp.zeros(shape, jnp.float32)
     sums = jax.lax.fori_loop(0, tokens, visit, (zero,) * (3 * len(sums_ref)))
     for k, total in enumerate(sums):
-        triton.store(sums_ref[0].at[pl.ds(k, 1), columns], total, mask=is_column)
+        triton.store(sums_ref[0].at[k, columns], total[0], mask=is_column)
 
 
 def _on_tpu(config, compute, row_keys_B, arrays_BTD, vectors_D, dtypes):
