@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from etils import epath
 
@@ -64,6 +65,12 @@ def replacing(path: Path, kept: Path | None = None) -> Iterator[Path]:
             os.replace(new, path)
         finally:
             new.unlink(missing_ok=True)
+
+
+def to_json(value: Any, indent: int | None = 1) -> str:
+    """JSON has no NaN: numbers that do not exist become null."""
+    plain = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(plain, indent=indent)
 
 
 def write(path: str, text: str) -> None:

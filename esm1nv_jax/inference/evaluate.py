@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from esm1nv_jax.inference.model import PRECISIONS, Model, load
 from esm1nv_jax.model import baselines
 from esm1nv_jax.model.masking import RECIPES, recipe
 
-UNIGRAM_PROTEINS = 20_000  # of training, from which the unigram baseline is counted
 THESE_PROTEINS = "these proteins"  # where no training data are known
 
 
@@ -100,7 +98,7 @@ def main(argv: list[str]) -> None:
         results["by_group"] = {}
     print_results(results)
     if options.json:
-        files.write(options.json, to_json(results))
+        files.write(options.json, files.to_json(results))
         console.print(f"results  {options.json}")
     if options.report:
         files.write(options.report, build_report(results, summary_rows(results)).to_html())
@@ -234,7 +232,7 @@ def unigram_counts(
             train = open_split(str(folder), "train")
         except UserError:  # it has no training split, or lies elsewhere by now
             continue
-        counts = baselines.count_residues(train, UNIGRAM_PROTEINS)
+        counts = baselines.count_residues(train, baselines.UNIGRAM_PROTEINS)
         return counts, f"{folder}:train"
     return baselines.count_residues(source), THESE_PROTEINS
 
@@ -310,9 +308,3 @@ def print_results(results: dict[str, Any]) -> None:
             f"{count(results['cropped'], 'protein')} cut to the first "
             f"{count(results['max_residues'], 'residue')}."
         )
-
-
-def to_json(results: Any) -> str:
-    """JSON has no NaN: numbers that do not exist become null."""
-    plain = json.loads(json.dumps(results), parse_constant=lambda _: None)
-    return json.dumps(plain, indent=1)

@@ -25,7 +25,6 @@ from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split, Task
 from esm1nv_jax.inference import layer_record, probe_heads
-from esm1nv_jax.inference.evaluate import to_json
 from esm1nv_jax.inference.model import PRECISIONS, Model, check_layers, load
 from esm1nv_jax.inference.perplexity import GroupedMean
 from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, EmbeddingCache, features
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> None:
             layer_record.plot_curve(options.plot, results)
     print_results(results)
     if options.json:
-        files.write(options.json, to_json(results))
+        files.write(options.json, files.to_json(results))
         console.print(f"results  {options.json}")
 
 

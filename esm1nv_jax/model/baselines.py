@@ -11,6 +11,7 @@ import numpy as np
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.data.tokenizer import FIRST_RESIDUE, VOCABULARY, residue_ids
 
+UNIGRAM_PROTEINS = 20_000  # of training, from which the unigram is counted
 PSEUDOCOUNTS = 100.0  # of the unigram, in the composition baseline
 LETTERS = VOCABULARY - FIRST_RESIDUE
 

@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import math
 import os
 import statistics
@@ -150,8 +149,7 @@ def compare_sweep(sweep: sweep_report.Sweep, options) -> None:
 def write_outputs(options, records: list[dict], plot, page) -> None:
     """Write records as JSON and CSV, and a plot or a page, made by calls, by the options."""
     if options.json:
-        text = json.dumps(records).replace("NaN", "null")
-        files.write(options.json, text)
+        files.write(options.json, files.to_json(records, indent=None))
     if options.csv:
         text_file = io.StringIO()
         columns = dict.fromkeys(name for record in records for name in record)

@@ -95,21 +95,14 @@ def test_once(
         "step": best or int(state.step),
         "task": data.task.name,
         "classes": list(data.task.classes),
-        "metrics": _without_nan(data.objective.metrics(sums, outputs)),
-        "errors": _without_nan(
-            label_metrics.bootstrap_errors(data.task.kind, labels, predicted, examples)
-        ),
+        "metrics": data.objective.metrics(sums, outputs),
+        "errors": label_metrics.bootstrap_errors(data.task.kind, labels, predicted, examples),
         "labels": len(labels),
         "proteins": len(np.unique(examples)),
         "test_set": data.task.fingerprint,
         "sequences_in_several_splits": data.task.shared,
     }
-    files.write_atomically(run_dir / FILE, json.dumps(results, indent=1))
-
-
-def _without_nan(metrics: dict[str, float]) -> dict[str, float | None]:
-    """Return metrics for JSON, which has no NaN: that of Spearman's rho of equal predictions."""
-    return {name: None if value != value else value for name, value in metrics.items()}
+    files.write_atomically(run_dir / FILE, files.to_json(results))
 
 
 def print_results(data: RunData, run_dir: epath.Path) -> None:

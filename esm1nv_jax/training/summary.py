@@ -28,7 +28,6 @@ from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import StepConfig
 
 BASELINES = "baselines.json"  # in the folder of a run: perplexity of each at <mask>
-UNIGRAM_SAMPLE = 20_000  # training sequences from which the unigram baseline is counted
 
 
 def print_start(
@@ -175,7 +174,7 @@ def baseline_perplexities(
     config: RunConfig, stream: StreamConfig, train_source: Source, validation_source: Source
 ) -> dict[str, float]:
     """Return the perplexity of predictors that know only composition, on the same positions."""
-    unigram = baselines.unigram(baselines.count_residues(train_source, UNIGRAM_SAMPLE))
+    unigram = baselines.unigram(baselines.count_residues(train_source, baselines.UNIGRAM_PROTEINS))
     nats, positions = {"unigram": 0.0, "composition": 0.0}, 0
     recipe = config.masking.config()
     jitted_mask = jax.jit(masking.mask, static_argnums=0)

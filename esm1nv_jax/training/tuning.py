@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import jax
 import jax.numpy as jnp
 
 from esm1nv_jax.checkpoints.model_folder import flatten, unflatten
@@ -114,16 +113,13 @@ class Tuning:
             last = map(str, range(model.layers - self.blocks, model.layers))
             trained["blocks"] = {name: params["blocks"][name] for name in last}
             trained |= {name: x for name, x in params.items() if name == "final_norm"}
-        flat, kept = flatten(params), flatten(trained)
-        return trained, self._cast(unflatten({n: x for n, x in flat.items() if n not in kept}))
-
-    def _cast(self, frozen: dict) -> dict:
-        dtype = DTYPES[self.frozen_dtype]
-
-        def cast(path, x):
-            return x.astype(dtype) if path[-1].key == "kernel" else jnp.asarray(x)
-
-        return jax.tree_util.tree_map_with_path(cast, frozen)
+        kept, dtype = flatten(trained), DTYPES[self.frozen_dtype]
+        frozen = {
+            name: x.astype(dtype) if name.endswith("/kernel") else jnp.asarray(x)
+            for name, x in flatten(params).items()
+            if name not in kept
+        }
+        return trained, unflatten(frozen)
 
 
 def merge_trees(a: dict, b: dict) -> dict:

@@ -12,13 +12,13 @@ from Bio.Align import substitution_matrices
 
 from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import command
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.source import MemorySource, open_split
 from esm1nv_jax.data.tokenizer import ESM1NV
 from esm1nv_jax.inference import fixed_masks
-from esm1nv_jax.inference.evaluate import evaluate_model, read_groups, to_json
+from esm1nv_jax.inference.evaluate import evaluate_model, read_groups
 from esm1nv_jax.inference.evaluation_report import ORDER, blosum62, compare_with_blosum62
 from esm1nv_jax.inference.likelihood import pseudo_log_likelihood
 from esm1nv_jax.inference.model import Model
@@ -279,7 +279,7 @@ def test_the_log_odds_of_counts_made_from_blosum_are_blosum():
 
 
 def test_no_nan_reaches_json():
-    text = to_json({"a": math.nan, "b": [1.0, math.inf], "c": (1, "x")})
+    text = files.to_json({"a": math.nan, "b": [1.0, math.inf], "c": (1, "x")})
     assert json.loads(text) == {"a": None, "b": [1.0, None], "c": [1, "x"]}
 
 
