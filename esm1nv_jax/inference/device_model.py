@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 
 # Tokens in a batch on one device: enough to keep its matrix units full.
 TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
+# Parameters times tokens from which rows of many lengths save a CPU more than compiling for them
+# takes, by estimate twice as much: of ESM-1nv 230,000 tokens.
+MANY_LENGTHS_WORK = 1e13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +52,11 @@ def place(
         params = _kernels_in_bf16(params)
     sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    tokens = TOKENS_CPU if platform == "cpu" else TOKENS_ACCELERATOR
-    shapes = RowShapes.up_to(longest, tokens, len(devices))
+    if platform == "cpu":
+        tokens, much = TOKENS_CPU, MANY_LENGTHS_WORK / encoder.parameter_count(config)
+    else:  # programs take longer to compile and batches less to compute
+        tokens, much = TOKENS_ACCELERATOR, math.inf
+    shapes = RowShapes.up_to(longest, tokens, len(devices), much)
     return DeviceModel(config, compute, jax.device_put(params | heads, replicated), sharded, shapes)
 
 

@@ -15,8 +15,9 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fasta import Proteins
 from esm1nv_jax.inference import fasta_job, layer_record
 from esm1nv_jax.inference.embedding_files import BY_HASH, BY_ID, JOINED, LAYOUTS, writer_for
-from esm1nv_jax.inference.engine import KINDS, OutputSpec, embed_sequences
+from esm1nv_jax.inference.engine import embed_sequences
 from esm1nv_jax.inference.fasta_job import AS_GIVEN, Computation, FastaRequest
+from esm1nv_jax.inference.forward_pass import KINDS, OutputSpec
 from esm1nv_jax.inference.model import check_layers, load
 
 ESM_KINDS = {"per_tok": "per_residue", "bos": "cls"}  # names in esm-extract

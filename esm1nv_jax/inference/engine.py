@@ -1,7 +1,7 @@
 """Token sequences to hidden states, logits and log-probabilities: the one way through the encoder.
 
-Rows are planned (`row_shapes`), filled, sent ahead of the device, computed by one jitted `forward`
-and taken apart again. Embedding, scoring, evaluation, probes and the Python API all compute here,
+Rows are planned (`row_shapes`), filled, sent ahead of the device, computed (`forward_pass`) and
+taken apart again. Embedding, scoring, evaluation, probes and the Python API all compute here,
 so that a protein's numbers are the same in a file, in Python and in an evaluation.
 """
 
@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.device_model import DeviceModel
+from esm1nv_jax.inference.forward_pass import OutputSpec, forward, forward_at_once
 from esm1nv_jax.inference.row_shapes import RowBatch, pack_rows, pad_rows, split_into_windows
-from esm1nv_jax.model import contact_head, encoder, heads
-from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
-from esm1nv_jax.model.heads import HeadConfig
+from esm1nv_jax.model import heads
 
 IN_FLIGHT = 2  # batches dispatched before the first is fetched: the device never waits for the host
-KINDS = ("mean", "per_residue", "cls", "logits")
 PROJECTED = 128  # pooled proteins that a head reads at once: one shape, so the same bits for each
 
 
@@ -35,91 +31,7 @@ class MemoryExhausted(UserError):
     """The device has no memory for a batch."""
 
 
-@dataclasses.dataclass(frozen=True)
-class OutputSpec:
-    """What to give back: some of KINDS, for these layers, or what a head reads of layer -1; `dtype`
-    is what leaves the device. Or "attention" or "contacts", of rows of one sequence each."""
-
-    kinds: tuple[str, ...] = ("mean", "per_residue")
-    layers: tuple[int, ...] = (-1,)
-    dtype: str = "float32"  # of per_residue, cls and logits; means are taken in fp32 first
-    head: HeadConfig | None = None
-
-    def names(self) -> list[str]:
-        """Names of the arrays, such as `mean_-1`; `logits` belong to no layer."""
-        layered = [k for k in KINDS if k in self.kinds and k != "logits"]
-        names = [f"{kind}_{layer}" for kind in layered for layer in self.layers]
-        return names + ["logits"] * ("logits" in self.kinds)
-
-
 NOTHING_ELSE = OutputSpec((), ())
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute", "outputs"))
-def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, outputs: OutputSpec):
-    """One batch through the encoder.
-
-    Args:
-      batch: int32 `tokens_BT`, `segment_ids_BT` and `positions_BT`; for log-probabilities
-        `prediction_positions_BM`; for embeddings `slot_BT` (which of the S sequences of its row
-        owns a residue, else -1) and `starts_BS` (columns of their `<s>`).
-      outputs: what else is wanted.
-
-    Returns `log_probs` fp32 [B, M, vocabulary] at `prediction_positions_BM` where it is given; sums
-    over residues under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D],
-    `logits` [B, T, V]; `attention` fp32 [B, L, N, T, S], `contacts` fp32 [B, T, S]; of a head
-    on residues `head` fp32 [B, T, K], of one on proteins `pool` fp32 [B, S, D + 2]: a `heads.Pool`,
-    its three arrays side by side.
-    """
-    output = encoder.forward(
-        config,
-        {name: value for name, value in params.items() if name not in ("head", contact_head.NAME)},
-        batch["tokens_BT"],
-        batch["segment_ids_BT"],
-        batch["positions_BT"],
-        compute=compute,
-        prediction_positions_BM=batch.get("prediction_positions_BM"),
-        hidden_layers=outputs.layers,
-        return_attention=bool({"attention", "contacts"} & {*outputs.kinds}),
-    )
-    results = {}
-    if "attention" in outputs.kinds:
-        results["attention"] = jnp.stack(output.attention, axis=1)
-    if "contacts" in outputs.kinds:
-        tokens_BT = batch["tokens_BT"]
-        is_residue_BT = (tokens_BT != tokenizer.BOS) & (tokens_BT != tokenizer.EOS)
-        is_residue_BT &= batch["segment_ids_BT"] > 0
-        params = params[contact_head.NAME]
-        results["contacts"] = contact_head.predict(params, output.attention, is_residue_BT)
-    if "prediction_positions_BM" in batch:
-        log_probs_BMV = jax.nn.log_softmax(output.logits)
-        results["log_probs"] = log_probs_BMV[..., : tokenizer.VOCABULARY]
-    for layer, x_BTD in output.hidden.items():
-        if "mean" in outputs.kinds:
-            slots = jnp.arange(batch["starts_BS"].shape[1])
-            owned_BST = (batch["slot_BT"][:, None] == slots[:, None]).astype(jnp.float32)
-            results[f"mean_{layer}"] = jnp.einsum(
-                "BST,BTD->BSD", owned_BST, x_BTD, precision=jax.lax.Precision.HIGHEST
-            )
-        if "cls" in outputs.kinds:
-            results[f"cls_{layer}"] = jnp.take_along_axis(
-                x_BTD, batch["starts_BS"][..., None], axis=1
-            ).astype(outputs.dtype)
-        if "per_residue" in outputs.kinds:
-            results[f"per_residue_{layer}"] = x_BTD.astype(outputs.dtype)
-    if "logits" in outputs.kinds:
-        results["logits"] = output.logits[..., : tokenizer.VOCABULARY].astype(outputs.dtype)
-    if (head := outputs.head) is not None and head.level == "residue":
-        results["head"] = heads.project(params["head"], output.hidden[-1])
-    elif head is not None:
-        slot_BT = batch["slot_BT"]
-        if head.pooling == "cls":
-            slot_BT = heads.pooled_slots(head, batch["segment_ids_BT"], batch["positions_BT"])
-        slots = batch["starts_BS"].shape[1]
-        pool = heads.pool(head, params["head"], output.hidden[-1], slot_BT, slots)
-        weights = [pool.weight_BS[..., None], pool.log_scale_BS[..., None]]
-        results["pool"] = jnp.concatenate([pool.sum_BSD, *weights], axis=-1)
-    return results
 
 
 def run_batches(
@@ -133,13 +45,14 @@ def run_batches(
     """
     waiting: collections.deque = collections.deque()
     longest = 0
+    on_cpu = all(device.platform == "cpu" for device in model.row_sharding.device_set)
+    run = forward if on_cpu else forward_at_once
     try:
         for arrays, context in batches:
             longest = max(longest, arrays["tokens_BT"].shape[1])
             batch = jax.device_put(arrays, model.row_sharding)
-            waiting.append(
-                (forward(model.params, batch, model.config, model.compute, outputs), context)
-            )
+            results = run(model.params, batch, model.config, model.compute, outputs)
+            waiting.append((results, context))
             if len(waiting) == IN_FLIGHT:
                 results, context = waiting.popleft()
                 yield jax.device_get(results), context

@@ -1,8 +1,9 @@
 """Which residues are read together, and which sequence goes into which row of which compiled shape.
 
-A program is compiled for each shape, so there are few: rows of a handful of lengths, and for each
+Programs are compiled for each shape, so there are few: rows of a handful of lengths, and for each
 length one number of rows. Short rows are worth their compilation, since attention costs the square
-of a row's length.
+of a row's length; so are rows of many lengths where there is much to compute, since less of them is
+padding (of 3,000 proteins of Swiss-Prot cut at 510, 3 % instead of 9 %).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,33 +20,41 @@ import numpy as np
 from esm1nv_jax.data.packing import best_fit
 
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024)  # tokens; then doubling
+MANY_LENGTHS = (*range(32, 512, 32), *range(512, 1025, 64))
 WORTH_COMPILING = 4  # batches; a program takes about as long to compile as to run once or twice
 SLOT_TOKENS = 8  # a row of T tokens holds at most T / SLOT_TOKENS sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class RowShapes:
-    """The shapes of a model: `lengths` of rows, ascending, and about `tokens` tokens a device."""
+    """The shapes of a model: `lengths` of rows, ascending, and about `tokens` tokens a device.
+    More than `much` tokens are worth rows of many lengths."""
 
     lengths: tuple[int, ...]
     tokens: int
     devices: int
+    much: float = math.inf
 
     @classmethod
-    def up_to(cls, longest: int, tokens: int, devices: int) -> RowShapes:
+    def up_to(cls, longest: int, tokens: int, devices: int, much: float = math.inf) -> RowShapes:
         """Shapes for sequences of up to `longest` tokens, specials included."""
         lengths = [*LENGTHS]
         while lengths[-1] < longest:
             lengths.append(2 * lengths[-1])
         shorter = [length for length in lengths if length < longest]
         # The longest row is no longer than it must be: 1,026 positions need no row of 2,048.
-        return cls((*shorter, -(-longest // 32) * 32), tokens, devices)
+        return cls((*shorter, -(-longest // 32) * 32), tokens, devices, much)
 
     def for_work(self, tokens: np.ndarray) -> RowShapes:
-        """These, or one shape for all items where there is less to compute than to compile."""
-        if tokens.sum() > WORTH_COMPILING * self.tokens * self.devices:
+        """These, or one shape for all items where there is less to compute than to compile, or
+        more shapes where there is much to compute."""
+        total = tokens.sum()
+        if total <= WORTH_COMPILING * self.tokens * self.devices:
+            return dataclasses.replace(self, lengths=(self.length(int(tokens.max())),))
+        if total <= self.much:
             return self
-        return dataclasses.replace(self, lengths=(self.length(int(tokens.max())),))
+        more = {length for length in MANY_LENGTHS if length < self.lengths[-1]}
+        return dataclasses.replace(self, lengths=tuple(sorted(more.union(self.lengths))))
 
     def length(self, tokens: int) -> int:
         """The shortest row that holds so many tokens."""

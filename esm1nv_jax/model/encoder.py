@@ -78,9 +78,9 @@ class LMHead(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Embeddings, blocks and the LM head."""
+    """Embeddings, blocks (`layers` of them) and the LM head."""
 
-    def __init__(self, config: EncoderConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    def __init__(self, config: EncoderConfig, compute: ComputeConfig, layers: int, rngs: nnx.Rngs):
         D = config.width
         self.token_embedding = nnx.Embed(vocabulary(config.vocabulary).size, D, rngs=rngs)
         if config.position_kind == "learned":
@@ -89,7 +89,7 @@ class Encoder(nnx.Module):
             self.rotary_frequency = nnx.Param(jnp.zeros(D // config.heads // 2))
         if config.embedding_norm or config.norm == "post":
             self.embedding_norm = LayerNorm(config, "float32", rngs)
-        self.blocks = nnx.List([Block(config, compute, i, rngs) for i in range(config.layers)])
+        self.blocks = nnx.List([Block(config, compute, i, rngs) for i in range(layers)])
         if config.final_norm:
             self.final_norm = LayerNorm(config, "float32", rngs, config.bias)
         self.lm_head = LMHead(config, compute, rngs)
@@ -125,9 +125,7 @@ class Encoder(nnx.Module):
         return_attention,
     ):
         """As `forward`."""
-        rope = None
-        if self.config.position_kind == "rotary":
-            rope = esm2.rope_cos_sin(positions_BT, self.rotary_frequency[...])
+        rope = self.rope(positions_BT)
         x_BTD = self.embed(tokens_BT, segment_ids_BT, positions_BT, key)
         hidden, weights = {0: x_BTD}, []
         normed_BTD = None
@@ -142,13 +140,23 @@ class Encoder(nnx.Module):
                 block, x_BTD, normed_BTD, segment_ids_BT, rope, key, block_lora, next_norm
             )
             hidden[i + 1] = x_BTD
+        return self.output(x_BTD, hidden, tuple(weights), predictions_BM, layers)
+
+    def rope(self, positions_BT):
+        """Cosines and sines of rotary positions; None where positions are learned."""
+        if self.config.position_kind == "learned":
+            return None
+        return esm2.rope_cos_sin(positions_BT, self.rotary_frequency[...])
+
+    def output(self, x_BTD, hidden, weights, predictions_BM, layers) -> EncoderOutput:
+        """What `forward` returns, of the output of the last block and the states `hidden`."""
         final_norm = self.final_norm if self.config.final_norm else lambda x_BTD: x_BTD
-        x_BMD = hidden[-1] = final_norm(x_BTD)
+        x_BMD = final_norm(x_BTD)
+        hidden = hidden | {-1: x_BMD}
         if predictions_BM is not None:  # the LayerNorm, too, at these positions only
             x_BMD = final_norm(remat.gather_positions(x_BTD, predictions_BM))
         logits = self.lm_head(x_BMD, self.token_embedding.embedding[...])
-        hidden = {layer: hidden[layer] for layer in layers}
-        return EncoderOutput(logits, hidden, tuple(weights))
+        return EncoderOutput(logits, {layer: hidden[layer] for layer in layers}, weights)
 
 
 def forward(
@@ -181,9 +189,7 @@ def forward(
       lora: a config of LoRA and its parameters, not merged into `params`.
       return_attention: also return the attention weights, with T x T numbers a head.
     """
-    graph, _ = _split(config, compute)
-    state = nnx.State(jax.tree.map(nnx.Param, nnx.restore_int_paths(params)))
-    return nnx.merge(graph, state)(
+    return bind(config, params, compute)(
         tokens_BT,
         segment_ids_BT,
         positions_BT,
@@ -193,6 +199,19 @@ def forward(
         lora,
         return_attention,
     )
+
+
+def bind(config: EncoderConfig, params: dict, compute: ComputeConfig) -> Encoder:
+    """The encoder with these parameters, for calls of its parts inside `jax.jit`; it has no blocks
+    where `params` has none."""
+    graph, _ = _split(config, compute, len(params.get("blocks", ())))
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, nnx.restore_int_paths(params))))
+
+
+def bind_block(config: EncoderConfig, params: dict, compute: ComputeConfig) -> Block:
+    """A block with these parameters. Without dropout all blocks are the same function of them."""
+    graph, _ = _split_block(config, compute)
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
 
 
 def init(config: EncoderConfig, seed) -> dict:
@@ -231,7 +250,7 @@ def abstract(config: EncoderConfig) -> dict:
     def to_dict(node):  # string keys for the blocks, too, as checkpoints and other tools have them
         return {str(k): to_dict(v) for k, v in node.items()} if isinstance(node, dict) else node
 
-    return to_dict(nnx.to_pure_dict(_split(config, ComputeConfig())[1]))
+    return to_dict(nnx.to_pure_dict(_split(config, ComputeConfig(), config.layers)[1]))
 
 
 def parameter_count(config: EncoderConfig) -> int:
@@ -239,6 +258,11 @@ def parameter_count(config: EncoderConfig) -> int:
 
 
 @functools.cache
-def _split(config: EncoderConfig, compute: ComputeConfig):
+def _split(config: EncoderConfig, compute: ComputeConfig, layers: int):
     """(graph, abstract parameters): what the layers would draw themselves is never computed."""
-    return nnx.split(nnx.eval_shape(lambda: Encoder(config, compute, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Encoder(config, compute, layers, nnx.Rngs(0))))
+
+
+@functools.cache
+def _split_block(config: EncoderConfig, compute: ComputeConfig):
+    return nnx.split(nnx.eval_shape(lambda: Block(config, compute, 0, nnx.Rngs(0))))

@@ -63,3 +63,18 @@ def test_little_work_takes_one_shape():
     few = np.array([40, 300, 1000])
     assert SHAPES.for_work(few).lengths == (1024,)
     assert SHAPES.for_work(np.repeat(few, 100)) == SHAPES
+
+
+def test_much_work_takes_rows_of_many_lengths_and_less_padding():
+    sizes = np.random.default_rng(0).gamma(2.2, 160, 3000).clip(30, 510).astype(int) + 2
+    shapes = RowShapes.up_to(1026, 2048, 1, much=sizes.sum() - 1)
+    many = shapes.for_work(sizes)
+    assert shapes.for_work(sizes[1:]) == shapes
+    assert {*shapes.lengths} < {*many.lengths} and many.lengths[-1] == shapes.lengths[-1]
+    padded = [
+        sum(batch.length * chosen.rows(batch.length) for batch in pack_rows(sizes, chosen))
+        for chosen in (shapes, many)
+    ]
+    assert padded[1] < 1.05 * sizes.sum() < padded[0]
+    items = [i for batch in pack_rows(sizes, many) for row in batch.rows for i in row]
+    assert sorted(items) == list(range(len(sizes)))
