@@ -18,6 +18,8 @@ EXTRAS = {
     "notebook": ["h5py>=3.11", "scikit-learn>=1.5", "jupyterlab>=4"],
     # What benchmarks/ compares with.
     "bench": ["torch>=2.4", "transformers>=4.44", "peft>=0.17", "accelerate>=1.1"],
+    # The engines of benchmarks/embed.py --rivals.
+    "bench-engines": ["onnx>=1.16", "onnxruntime>=1.20", "openvino>=2025.0", "nncf>=2.14"],
     # Biopython reads structures, and FASTA independently; scikit-learn, nbclient and ipykernel run
     # the notebook.
     "test": [

@@ -8,7 +8,7 @@ ESM-1nv size with GELU by erf, which `transformers` has, and random weights, or 
 tokens padded to their longest, SDPA and inference mode or the engine's own fusions. Rounds
 alternate, so that a busy machine is busy for all; compare within a run, and trust the ratio. bf16
 is measured where the CPU multiplies it. `--rivals` adds ONNX Runtime and OpenVINO, fp32 and int8
-(`onnx_rivals.py`). Needs the extra `bench`.
+(`onnx_rivals.py`, the extra `bench-engines`). Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -199,11 +199,11 @@ def main(argv: list[str]) -> None:
     print(f"{'':<24} tokens/s  ratio  by CPU time  lowest cosine  largest difference")
     wall, cpu = (statistics.median(s) for s in zip(*seconds[BASE], strict=True))
     for name in programs:
-        its_wall, its_cpu = (statistics.median(s) for s in zip(*seconds[name], strict=True))
+        wall_s, cpu_s = (statistics.median(s) for s in zip(*seconds[name], strict=True))
         rows[name] = {
-            "tokens/s": tokens / its_wall,
-            "ratio": wall / its_wall,
-            "ratio by CPU time": cpu / its_cpu,
+            "tokens/s": tokens / wall_s,
+            "ratio": wall / wall_s,
+            "ratio by CPU time": cpu / cpu_s,
             **accuracy(means[name], means["ours fp32"]),
         }
         rate, ratio, by_cpu, cosine, difference = rows[name].values()
@@ -236,7 +236,7 @@ def make_programs(args, sequences: list[bytes], scratch: Path) -> dict[str, Call
         if args.rivals:
             programs |= engine_programs(sequences, weights, hf_folder, scratch)
     except ImportError as error:
-        raise UserError(f"{error}; pip install -e '.[bench]'") from None
+        raise UserError(f"{error}; pip install -e '.[bench,bench-engines]'") from None
     return programs
 
 
@@ -250,11 +250,12 @@ def first_pass(name: str, run: Callable[[], np.ndarray]) -> np.ndarray:
 def measure(programs: dict[str, Callable], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """(wall, CPU) seconds of each program in each round."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, run in programs.items():
             began, cpu = time.perf_counter(), time.process_time()
             run()
             seconds[name].append((time.perf_counter() - began, time.process_time() - cpu))
+        print(f"round {number + 1} of {rounds} is done", flush=True)
     return seconds
 
 

@@ -1,7 +1,7 @@
 """ONNX Runtime and OpenVINO on our own export, in fp32 and by their own int8.
 
 The model is exported as by `esm1nv convert --to hf`, opened by `transformers`, and written as ONNX
-for any number of rows and tokens. Needs onnx, onnxruntime, openvino and nncf, too.
+for any number of rows and tokens. Needs the extra `bench-engines`, too.
 """
 
 from __future__ import annotations
