@@ -177,7 +177,10 @@ def embed_sequences(
 
     def batches():
         for plan in (pad_rows if deterministic else pack_rows)(sizes, shapes):
-            arrays, at = fill_rows(plan, tokens, shapes.rows(plan.length))
+            rows = shapes.rows(plan.length)  # so many always, or bits would depend on neighbours
+            if not deterministic:
+                rows = shapes.fewest_rows(plan.length, len(plan.rows))
+            arrays, at = fill_rows(plan, tokens, rows)
             owned = last[at.item] - first[at.item]
             column = at.start + SPECIALS // 2 + first[at.item] - start[at.item]
             token = spans(at.row * plan.length + column, owned)

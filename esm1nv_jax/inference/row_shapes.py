@@ -22,28 +22,31 @@ from esm1nv_jax.data.packing import best_fit
 LENGTHS = (64, 128, 256, 384, 512, 768, 1024)  # tokens; then doubling
 MANY_LENGTHS = (*range(32, 512, 32), *range(512, 1025, 64))
 WORTH_COMPILING = 4  # batches; a program takes about as long to compile as to run once or twice
+MUCH_WORK = 500  # times compiling: 16 more lengths are compiled, and save 5 % of the work
 SLOT_TOKENS = 8  # a row of T tokens holds at most T / SLOT_TOKENS sequences
 
 
 @dataclasses.dataclass(frozen=True)
 class RowShapes:
-    """The shapes of a model: `lengths` of rows, ascending, and about `tokens` tokens a device.
-    More than `much` tokens are worth rows of many lengths."""
+    """The shapes of a model: `lengths` of rows, ascending, and about `tokens` tokens a device. The
+    programs of a shape take as long to compile as `compile_tokens` tokens take to compute."""
 
     lengths: tuple[int, ...]
     tokens: int
     devices: int
-    much: float = math.inf
+    compile_tokens: float = math.inf
 
     @classmethod
-    def up_to(cls, longest: int, tokens: int, devices: int, much: float = math.inf) -> RowShapes:
+    def up_to(
+        cls, longest: int, tokens: int, devices: int, compile_tokens: float = math.inf
+    ) -> RowShapes:
         """Shapes for sequences of up to `longest` tokens, specials included."""
         lengths = [*LENGTHS]
         while lengths[-1] < longest:
             lengths.append(2 * lengths[-1])
         shorter = [length for length in lengths if length < longest]
         # The longest row is no longer than it must be: 1,026 positions need no row of 2,048.
-        return cls((*shorter, -(-longest // 32) * 32), tokens, devices, much)
+        return cls((*shorter, -(-longest // 32) * 32), tokens, devices, compile_tokens)
 
     def for_work(self, tokens: np.ndarray) -> RowShapes:
         """These, or one shape for all items where there is less to compute than to compile, or
@@ -51,7 +54,7 @@ class RowShapes:
         total = tokens.sum()
         if total <= WORTH_COMPILING * self.tokens * self.devices:
             return dataclasses.replace(self, lengths=(self.length(int(tokens.max())),))
-        if total <= self.much:
+        if total <= MUCH_WORK * self.compile_tokens:
             return self
         more = {length for length in MANY_LENGTHS if length < self.lengths[-1]}
         return dataclasses.replace(self, lengths=tuple(sorted(more.union(self.lengths))))
@@ -63,6 +66,16 @@ class RowShapes:
     def rows(self, length: int) -> int:
         """Rows of a batch, over all devices."""
         return max(1, self.tokens // length) * self.devices
+
+    def fewest_rows(self, length: int, needed: int) -> int:
+        """Rows of a batch that needs so many: all, or half of them and so on, where computing the
+        rest takes longer than compiling for fewer."""
+        rows = self.rows(length) // self.devices
+        while rows > 1 and (half := -(-rows // 2)) * self.devices >= needed:
+            if (rows - half) * length <= self.compile_tokens:
+                break
+            rows = half
+        return rows * self.devices
 
     def slots(self, length: int) -> int:
         """The most sequences in a row."""

@@ -15,6 +15,7 @@ from Bio.SeqRecord import SeqRecord
 import esm1nv_jax
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference import engine
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.row_shapes import split_into_windows
@@ -93,6 +94,28 @@ def test_deterministic_bits_do_not_depend_on_the_number_of_devices(model):
     np.testing.assert_allclose(
         found[0]["mean_-1"], model.embed([tokenizer.decode(i) for i in ids]).mean, atol=1e-5
     )
+
+
+def test_fewer_rows_change_rounding_alone_and_no_deterministic_bit(model, monkeypatch):
+    ids = [tokenizer.residue_ids(s.encode()) for _, s in make_proteins(4, longest=150)]
+    outputs, usual = OutputSpec(("mean", "per_residue", "cls")), model.on_devices
+    shapes = dataclasses.replace(usual.shapes, compile_tokens=1)
+    fewer, computed, forward = dataclasses.replace(usual, shapes=shapes), [], engine.forward
+
+    def counted(params, batch, *args):
+        computed.append(batch["tokens_BT"].size)
+        return forward(params, batch, *args)
+
+    monkeypatch.setattr(engine, "forward", counted)
+    for deterministic in (False, True):
+        expected = embed_sequences(usual, ids, outputs, model.longest, deterministic)
+        before, computed = sum(computed), []
+        found = embed_sequences(fewer, ids, outputs, model.longest, deterministic)
+        assert sum(computed) == before if deterministic else sum(computed) < 0.9 * before
+        computed = []
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=1e-5)
+            assert not deterministic or found[name].tobytes() == value.tobytes()
 
 
 def test_one_row_a_residue_whatever_the_letters(model):

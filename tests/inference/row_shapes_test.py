@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esm1nv_jax.inference.row_shapes import RowShapes, pack_rows, pad_rows
+from esm1nv_jax.inference.row_shapes import MUCH_WORK, RowShapes, pack_rows, pad_rows
 
 SHAPES = RowShapes.up_to(1026, 2048, 3)
 SIZES = st.lists(st.integers(3, 1026), min_size=1, max_size=200).map(np.array)
@@ -67,7 +67,7 @@ def test_little_work_takes_one_shape():
 
 def test_much_work_takes_rows_of_many_lengths_and_less_padding():
     sizes = np.random.default_rng(0).gamma(2.2, 160, 3000).clip(30, 510).astype(int) + 2
-    shapes = RowShapes.up_to(1026, 2048, 1, much=sizes.sum() - 1)
+    shapes = RowShapes.up_to(1026, 2048, 1, compile_tokens=(sizes.sum() - 1) / MUCH_WORK)
     many = shapes.for_work(sizes)
     assert shapes.for_work(sizes[1:]) == shapes
     assert {*shapes.lengths} < {*many.lengths} and many.lengths[-1] == shapes.lengths[-1]
@@ -78,3 +78,12 @@ def test_much_work_takes_rows_of_many_lengths_and_less_padding():
     assert padded[1] < 1.05 * sizes.sum() < padded[0]
     items = [i for batch in pack_rows(sizes, many) for row in batch.rows for i in row]
     assert sorted(items) == list(range(len(sizes)))
+
+
+def test_a_batch_that_is_not_full_has_fewer_rows_where_that_is_worth_a_program():
+    shapes = RowShapes.up_to(1026, 2048, 2, compile_tokens=500)
+    assert [shapes.fewest_rows(512, needed) for needed in range(1, 9)] == [2, 2, 4, 4, 8, 8, 8, 8]
+    assert [shapes.fewest_rows(64, needed) for needed in (1, 16, 17, 64)] == [16, 16, 32, 64]
+    assert shapes.fewest_rows(1056, 1) == shapes.rows(1056) == 2
+    for length in SHAPES.lengths:  # by default no program is worth it
+        assert SHAPES.fewest_rows(length, 1) == SHAPES.rows(length)
