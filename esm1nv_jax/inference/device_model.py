@@ -31,6 +31,7 @@ class DeviceModel:
     params: dict
     row_sharding: jax.sharding.Sharding
     shapes: RowShapes
+    platform: str  # of the devices: cpu, gpu or tpu
 
 
 def place(
@@ -57,7 +58,8 @@ def place(
     else:  # programs take longer to compile and batches less to compute
         tokens, compile_tokens = TOKENS_ACCELERATOR, math.inf
     shapes = RowShapes.up_to(longest, tokens, len(devices), compile_tokens)
-    return DeviceModel(config, compute, jax.device_put(params | heads, replicated), sharded, shapes)
+    params = jax.device_put(params | heads, replicated)
+    return DeviceModel(config, compute, params, sharded, shapes, platform)
 
 
 def _kernels_in_bf16(params: dict) -> dict:

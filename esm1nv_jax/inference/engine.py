@@ -45,8 +45,7 @@ def run_batches(
     """
     waiting: collections.deque = collections.deque()
     longest = 0
-    on_cpu = all(device.platform == "cpu" for device in model.row_sharding.device_set)
-    run = forward if on_cpu else forward_at_once
+    run = forward if model.platform == "cpu" else forward_at_once
     try:
         for arrays, context in batches:
             longest = max(longest, arrays["tokens_BT"].shape[1])

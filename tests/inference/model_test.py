@@ -118,6 +118,13 @@ def test_fewer_rows_change_rounding_alone_and_no_deterministic_bit(model, monkey
             assert not deterministic or found[name].tobytes() == value.tobytes()
 
 
+def test_accelerators_compute_the_same_in_one_program(model, monkeypatch):
+    sequences = [sequence for _, sequence in make_proteins(4)]
+    expected = model.embed(sequences)
+    monkeypatch.setattr(engine, "forward", engine.forward_at_once)
+    np.testing.assert_allclose(model.embed(sequences).mean, expected.mean, atol=1e-5)
+
+
 def test_one_row_a_residue_whatever_the_letters(model):
     found = model.embed(["mkv", "MKV", "MJ*-KV", "M<mask>V", "XBZUO"])
     assert [len(x) for x in found.per_residue] == [3, 3, 5, 3, 5]  # the gap is no residue
