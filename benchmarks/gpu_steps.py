@@ -282,7 +282,7 @@ def plain(name: str) -> str:
 
 def by_name(name: str) -> tuple[str, str]:
     """Phase and kind of a kernel that no instruction of the program names."""
-    match = re.search("(?:flash|residual_norm)_(forward|backward)", name)
+    match = re.search("(?:flash|residual_norm|gelu)_(forward|backward)", name)
     phase = match[1] if match else "unknown"
     for pattern, kind in (
         ("flash_|fmha|sdpa", "attention"),
@@ -290,7 +290,7 @@ def by_name(name: str) -> tuple[str, str]:
         ("nccl", "collective"),
         ("memcpy|memset|copy|transpose", "copy"),
         ("reduce|residual_norm", "reduction"),
-        ("fusion|loop|wrapped", "elementwise"),
+        ("fusion|loop|wrapped|gelu", "elementwise"),
     ):
         if re.search(pattern, name, re.IGNORECASE):
             return phase, kind

@@ -38,9 +38,9 @@ class Block(nnx.Module):
         self.config, self.compute, self.layer = config, compute, layer
 
     def linear(
-        self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None, add_bias=True
+        self, name: str, x_BTK, key: DropoutKey | None, lora: LoraBlock | None, bias="trained"
     ):
-        y_BTN = getattr(self, name)(x_BTK, add_bias)
+        y_BTN = getattr(self, name)(x_BTK, bias)
         if lora is None:
             return y_BTN
         return lora.add(name, y_BTN, x_BTK, key, self.layer, self.compute.operand_dtype)
@@ -77,17 +77,26 @@ class Block(nnx.Module):
 
     def ffn(self, x_BTD, key: DropoutKey | None, lora):
         """What `fc2` projects."""
-        x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
-        return activate(self.config.ffn_activation, x_BTF)
+        config, backend = self.config, self.compute.backend("gelu")
+        fc1_bias = self.fc1.bias if config.ffn_activation == "gelu_tanh" else None
+        fc1_bias = fc1_bias if backend != "xla" else None
+        bias = "trained" if fc1_bias is None else "constant"
+        x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora, bias), remat.FC1)
+        if fc1_bias is not None:
+            # Pallas takes 0.1 s to import, and a CPU never needs it.
+            from esm1nv_jax.model.kernels.gelu import gelu_of_biased
+
+            return gelu_of_biased(backend, x_BTF, fc1_bias[...])
+        return activate(config.ffn_activation, x_BTF)
 
     def add(self, x_BTD, name: str, y_BTK, key: DropoutKey | None, lora, norm: LayerNorm | None):
         """The residual with what the last layer of a branch, `name`, makes of y; and that under
         `norm`, if there is one."""
-        config, backend = self.config, self.compute.residual
+        config, backend = self.config, self.compute.backend("residual_norm")
         rate, scale = config.dropout, config.branch_scale
         site = drop.ATTENTION_OUTPUT if name == "out_proj" else drop.FFN_OUTPUT
         if norm is not None and backend != "xla":
-            branch_BTD = self.linear(name, y_BTK, key, lora, add_bias=False)
+            branch_BTD = self.linear(name, y_BTK, key, lora, "none")
             keys_B = key.rows(self.layer, site) if key is not None and rate else None
             bias = getattr(self, name).bias
             return add_residual_and_norm(

@@ -130,7 +130,7 @@ class Encoder(nnx.Module):
         hidden, weights = {0: x_BTD}, []
         normed_BTD = None
         # In one kernel with a block's last sum: the norm that the next block begins with.
-        fused = self.compute.residual != "xla" and self.config.norm == "pre"
+        fused = self.compute.backend("residual_norm") != "xla" and self.config.norm == "pre"
         next_norms = [block.attention_norm if fused else None for block in self.blocks[1:]] + [None]
         for i, (block, next_norm) in enumerate(zip(self.blocks, next_norms, strict=True)):
             block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM1NV, vocabulary
 from esm1nv_jax.model.attention import AUTO, BACKENDS
+from esm1nv_jax.model.kernels import is_plain
 from esm1nv_jax.model.kernels.matmul import EMULATED_BFLOAT16
 from esm1nv_jax.model.kernels.remat import KEPT
 
@@ -125,7 +126,7 @@ class ComputeConfig:
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
     emulate_bfloat16: bool = False  # bf16 operands as rounded fp32, where a CPU lacks instructions
     attention: str = AUTO  # a backend that `select_backend` returned; auto is xla here
-    residual: str = "xla"  # sum, dropout and LayerNorm in one kernel: pallas (GPU) or pallas_tpu
+    token_kernels: str = "xla"  # where `residual_norm` and `gelu` run: pallas (GPU), pallas_tpu
     chip: str = ""  # `device_kind` of a GPU, for tile sizes that were measured on it
 
     @property
@@ -133,6 +134,10 @@ class ComputeConfig:
         """What `matmul` takes for a dtype."""
         emulated = self.dtype == "bfloat16" and self.emulate_bfloat16
         return EMULATED_BFLOAT16 if emulated else DTYPES[self.dtype]
+
+    def backend(self, kernel: str) -> str:
+        """`token_kernels`, or xla where the environment asks for the plain form of the kernel."""
+        return "xla" if is_plain(kernel) else self.token_kernels
 
     def __post_init__(self):
         _check_choices(
@@ -142,7 +147,7 @@ class ComputeConfig:
             activation_dtype=DTYPES,
             remat=REMATS,
             attention=(AUTO, *BACKENDS),
-            residual=("xla", "pallas", "pallas_tpu"),
+            token_kernels=("xla", "pallas", "pallas_tpu"),
         )
 
 

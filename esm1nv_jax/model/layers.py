@@ -20,10 +20,12 @@ class Linear(nnx.Linear):
         super().__init__(D_in, D_out, use_bias=bias, rngs=rngs)
         self.operand_dtype, self.activation_dtype = compute.operand_dtype, compute.activation_dtype
 
-    def __call__(self, x, add_bias=True):  # Flax's has a sharding in the second place
+    def __call__(self, x, bias="trained"):  # Flax's has a sharding in the second place
+        """`bias`: trained, constant (a kernel that follows has its gradient) or none."""
         y = matmul(x, self.kernel[...], self.operand_dtype, False)
-        if add_bias and self.bias is not None:
-            y = y + self.bias[...]
+        if bias != "none" and self.bias is not None:
+            b = self.bias[...]
+            y = y + (jax.lax.stop_gradient(b) if bias == "constant" else b)
         if self.activation_dtype == "float32":
             return y
         return cast_with_gradient(y, DTYPES[self.activation_dtype])

@@ -30,8 +30,12 @@ shift-right-logical shift-left clamp reduce reduce-window""".split()
 _MOVES = """
 copy transpose concatenate pad slice reshape parameter bitcast fusion broadcast constant
 dynamic-slice dynamic-update-slice copy-start slice-start""".split()
-# Of each element of kernels/residual_norm.py, in the PTX of its loops.
-RESIDUAL_NORM_OPERATIONS = {"forward": 43, "backward": 60}
+# Of each element in a kernel of kernels/token_kernel.py, in the PTX of its loop.
+TOKEN_KERNEL_OPERATIONS = {
+    "residual_norm_forward": 43,
+    "residual_norm_backward": 60,
+    "gelu_backward": 24,
+}
 _PARTIAL = {"gather", "dynamic-slice", "slice"}  # read as much as they return
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -311,14 +315,15 @@ def _convolution_flops(it: _Instruction, scope: _Computation) -> float:
 def _vector_operations(it: _Instruction, scope: _Computation) -> float:
     """Operations on elements; a transcendental counts as the instructions it takes, about 12."""
     cost = 12 if it.opcode in _TRANSCENDENTAL else 1 if it.opcode in _ARITHMETIC else 0
-    if _is_residual_norm(it):
-        cost = RESIDUAL_NORM_OPERATIONS["backward" if "_norm_backward" in it.op else "forward"]
+    cost = TOKEN_KERNEL_OPERATIONS.get(_token_kernel(it), cost)
     sized = scope.get(it.operands[0], it) if it.opcode in ("reduce", "reduce-window") else it
     return float(cost * math.prod(_dimensions(sized.shape))) if cost else 0.0
 
 
-def _is_residual_norm(it: _Instruction) -> bool:
-    return it.opcode == "custom-call" and "residual_norm_" in it.op
+def _token_kernel(it: _Instruction) -> str:
+    """Its name in TOKEN_KERNEL_OPERATIONS, or an empty text."""
+    names = TOKEN_KERNEL_OPERATIONS if it.opcode == "custom-call" else ()
+    return next((name for name in names if name in it.op), "")
 
 
 def _kind(it: _Instruction, opcodes: set[str], flops: float) -> str:
@@ -328,8 +333,8 @@ def _kind(it: _Instruction, opcodes: set[str], flops: float) -> str:
         return "attention"
     if flops:
         return "gemm"
-    if _is_residual_norm(it):
-        return "reduction"
+    if name := _token_kernel(it):
+        return "elementwise" if name == "gelu_backward" else "reduction"
     if opcodes & {"sort", "scatter", "gather"} or it.opcode == "custom-call":
         return "other"
     if opcodes & {"reduce", "reduce-window"}:

@@ -111,7 +111,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
         "hosts": hosts,
         "devices": count,
         "attention": compute.attention,
-        "residual": compute.residual,
+        "token_kernels": compute.token_kernels,
         "remat": compute.remat,
         "microbatches": settings.microbatches,
         "rows": rows,

@@ -25,7 +25,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.packing import rows_for, stream_config
 from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
-from esm1nv_jax.model.kernels import residual_backend
+from esm1nv_jax.model.kernels import token_backend
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import MaskingConfig, recipe
 from esm1nv_jax.training.objectives import Objective
@@ -264,7 +264,7 @@ class RunConfig:
             # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
             activation_dtype="float32" if device.platform == "cpu" else self.compute.dtype,
             emulate_bfloat16=not multiplies_bf16(device.platform),
-            residual=residual_backend(spec.platform, spec.capability),
+            token_kernels=token_backend(spec.platform, spec.capability),
             chip=device.device_kind if device.platform != "cpu" else "",
         )
         return StepConfig(

@@ -42,7 +42,7 @@ def test_card_on_176_a100s():
     """The real step at full width: packed rows, both dropouts, the flash kernel, 22 hosts."""
     result = plan(CARD, *SHORT, "--chip=a100-80gb", "--hosts=22", "--devices-per-host=8")
     assert result["devices"] == 176
-    assert result["attention"] == result["residual"] == "pallas"
+    assert result["attention"] == result["token_kernels"] == "pallas"
     kernels = {(k["phase"], k["kind"]): k["kernels"] for k in result["kernels"]}
     assert kernels["forward", "attention"] == kernels["backward", "attention"] == 2
     # No row leaves its device, and gradients are summed in fp32, under the backward.

@@ -41,7 +41,7 @@ for T in (1024, 8192):
 @pytest.mark.parametrize("chip", ["tpu-v5e", "tpu-v6e", "tpu-v7"])
 def test_the_step_of_packed_rows_with_dropout_compiles(chip):
     result = plan(SMALL, f"--chip={chip}", "--devices-per-host=8", "--config.batch.rows=64")
-    assert result["attention"] == result["residual"] == "pallas_tpu" and result["fits"]
+    assert result["attention"] == result["token_kernels"] == "pallas_tpu" and result["fits"]
     kernels = {(k["phase"], k["kind"]): k["kernels"] for k in result["kernels"]}
     assert kernels["forward", "attention"] == kernels["backward", "attention"] == 1
     assert {(c["kind"], c["dtype"]) for c in result["collectives"]} == {("all-reduce", "f32")}

@@ -21,6 +21,7 @@ from esm1nv_jax.common.errors import UserError
 VARIABLE = "ESM1NV_PLAIN_KERNELS"
 NAMES = (
     "attention_xla",
+    "gelu",
     "layer_norm",
     "matmul",
     "remat",
@@ -42,12 +43,12 @@ def is_plain(name: str) -> bool:
     return name in plain or "all" in plain
 
 
-def residual_backend(platform: str, capability: float) -> str:
-    """Which form of `residual_norm` a device of this platform takes: xla where it has none.
+def token_backend(platform: str, capability: float) -> str:
+    """Where a device of this platform runs `residual_norm` and `gelu`: xla has other forms of them.
 
     `capability` is that of an NVIDIA GPU.
     """
-    if is_plain("residual_norm") or (platform == "gpu" and capability < 8):
+    if platform == "gpu" and capability < 8:
         return "xla"
     return {"gpu": "pallas", "tpu": "pallas_tpu"}.get(platform, "xla")
 

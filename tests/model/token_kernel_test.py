@@ -1,5 +1,5 @@
-"""Residual sum, dropout and LayerNorm in one kernel, interpreted on a CPU: against NumPy in fp64,
-and against the encoder without it."""
+"""Kernels that read each token once, interpreted on a CPU: residual sum, dropout and LayerNorm, and
+the gradient of GELU; against NumPy in fp64, and against the encoder without them."""
 
 import functools
 
@@ -10,6 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from esm1nv_jax.model import dropout, encoder, kernels, lora
+from esm1nv_jax.model.kernels.gelu import gelu_of_biased
 from esm1nv_jax.model.kernels.residual_norm import ResidualNorm, residual_norm
 from tests.model.rows import pack, random_tokens
 
@@ -85,6 +86,25 @@ def test_what_is_dropped_is_what_the_other_form_drops(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [24, 1100])  # a GPU takes 1,024 columns at a time
+def test_the_gradient_of_gelu_and_of_the_bias_within(backend, width):
+    random = np.random.default_rng(2)
+    x, g = random.normal(size=(2, 1, 140, width)) * 3
+    x[0, 0, :2] = -100, 100  # where the exponential overflows
+    slope = (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5
+    arrays = jnp.asarray(x, jnp.float32), jnp.ones(width)
+    out, pull = jax.vjp(functools.partial(gelu_of_biased, backend), *arrays)
+    dx, dbias = pull(jnp.asarray(g, jnp.float32))
+    np.testing.assert_allclose(out, gelu_tanh(x), atol=1e-5)
+    np.testing.assert_allclose(dx, g * slope, atol=3e-5)
+    np.testing.assert_allclose(dbias, (g * slope).sum((0, 1)), atol=1e-4)
+
+
+def gelu_tanh(x):
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_in_and_out(backend):
     """The residual and its gradient stay fp32; the branch, the norm and theirs are bfloat16."""
     config = ResidualNorm(backend, jnp.bfloat16, 1e-5, True, 0.1, 1.0)
@@ -105,7 +125,7 @@ def test_bfloat16_in_and_out(backend):
 MODERN = {"norm_kind": "layernorm_no_bias", "bias": False, "branch_scale": 0.6, "dropout": 0.0}
 
 
-def outputs(residual, remat="none", with_lora=False, **fields):
+def outputs(token_kernels, remat="none", with_lora=False, **fields):
     """Loss, hidden states and gradients of a model of two blocks, with dropout."""
     config = encoder.EncoderConfig(
         **{"layers": 2, "width": 24, "heads": 2, "ffn": 48, "positions": 40} | fields
@@ -121,7 +141,7 @@ def outputs(residual, remat="none", with_lora=False, **fields):
             config,
             params if with_lora else trained,
             *(batch[name] for name in ("tokens", "segment_ids", "positions")),
-            compute=encoder.ComputeConfig(residual=residual, remat=remat),
+            compute=encoder.ComputeConfig(token_kernels=token_kernels, remat=remat),
             dropout_key=key,
             hidden_layers=(1, 2, -1),
             lora=(lora_config, trained) if with_lora else None,
@@ -142,7 +162,7 @@ def outputs(residual, remat="none", with_lora=False, **fields):
     ],
 )
 def test_the_encoder_is_the_same_with_the_kernel(options):
-    found, expected = (outputs(residual, **options) for residual in ("pallas", "xla"))
+    found, expected = (outputs(backend, **options) for backend in ("pallas", "xla"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7),
         found,
@@ -155,6 +175,7 @@ def test_the_encoder_is_the_same_with_the_kernel(options):
     [("gpu", 8.0, "pallas"), ("gpu", 7.5, "xla"), ("tpu", 0.0, "pallas_tpu"), ("cpu", 0.0, "xla")],
 )
 def test_who_takes_it_and_how_it_is_turned_off(platform, capability, chosen, monkeypatch):
-    assert kernels.residual_backend(platform, capability) == chosen
+    assert kernels.token_backend(platform, capability) == chosen
+    compute = encoder.ComputeConfig(token_kernels=chosen)
     monkeypatch.setenv(kernels.VARIABLE, "residual_norm")
-    assert kernels.residual_backend(platform, capability) == "xla"
+    assert (compute.backend("residual_norm"), compute.backend("gelu")) == ("xla", chosen)
