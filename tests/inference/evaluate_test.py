@@ -158,8 +158,11 @@ def test_order_batch_and_devices_change_nothing(model, params, found, proteins):
     mesh = jax.make_mesh((1,), ("rows",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     alone = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    one.__dict__["on_devices"] = type(placed)(
-        CONFIG, one.compute, jax.device_put(params, everywhere), alone, RowShapes.up_to(130, 700, 1)
+    one.__dict__["on_devices"] = dataclasses.replace(
+        placed,
+        params=jax.device_put(params, everywhere),
+        row_sharding=alone,
+        shapes=RowShapes.up_to(130, 700, 1),
     )
     np.testing.assert_allclose(
         flat(evaluate_model(one, MemorySource(proteins))), reference, rtol=1e-6
