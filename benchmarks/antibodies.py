@@ -11,8 +11,6 @@ have. Two questions, the same for every model:
   nearest other domain of the same length, at least 70 % identical, gives natural substitutions;
   against each stand three other residues at that position, drawn at random. Masked marginals
   (`esm1nv score`), AUC by domain, mean and standard error over domains. The baseline is BLOSUM62.
-
-Needs Biopython (the extra `structures`).
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import re
 import sys
 
 import numpy as np
-from Bio.Align import substitution_matrices
 
 import esm1nv_jax
 from esm1nv_jax.common import command
@@ -29,10 +26,11 @@ from esm1nv_jax.common.command import Parser
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.source import MemorySource
 from esm1nv_jax.inference.evaluate import evaluate_model
+from esm1nv_jax.inference.evaluation_report import ORDER, blosum62
+from esm1nv_jax.inference.mutants import AMINO_ACIDS
 from esm1nv_jax.inference.proteingym_summary import auc
 from esm1nv_jax.model.label_metrics import standard_error
 
-AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 # First cysteine, tryptophan of framework 2, second cysteine, of heavy and of light chains.
 HEAVY = re.compile(r"C.{8,16}W[VIFL][RK]Q.{38,52}D[TSAM][AG][VTMILR]Y[YF]C")
 LIGHT = re.compile(r"C.{8,18}W[YFLH][QKLR]Q.{36,50}[ED][DA][EVTFASIL][AGD]?.{0,2}Y[YF]C")
@@ -96,8 +94,11 @@ def main(argv: list[str]) -> None:
         model = esm1nv_jax.load(path)
         overall[name] = evaluate_model(model, source)["overall"]
         scores[name] = [model.score_variants(wild, list(mutants)) for wild, mutants in tables]
-    matrix = substitution_matrices.load("BLOSUM62")
-    scores["BLOSUM62"] = [np.array([matrix[m[0]][m[-1]] for m in ms]) for _, ms in tables]
+    matrix = blosum62()
+    scores["BLOSUM62"] = [
+        np.array([matrix[ORDER.index(m[0]), ORDER.index(m[-1])] for m in mutants])
+        for _, mutants in tables
+    ]
 
     count = sum(sum(mutants.values()) for _, mutants in tables)
     print(f"{len(tables)} wild types, {count} natural substitutions\n")

@@ -61,7 +61,8 @@ def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, output
     for i in range(config.layers):
         block = params["blocks"][str(i)]
         x_BTD, weights = _block(block, x_BTD, segment_ids_BT, rope, config, compute, with_attention)
-        attention.append(weights)
+        if with_attention:
+            attention.append(weights)
         if i + 1 in outputs.layers:
             hidden[i + 1] = x_BTD
     return _results(ends, batch, x_BTD, hidden, tuple(attention), config, compute, outputs)

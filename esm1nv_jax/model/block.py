@@ -77,17 +77,16 @@ class Block(nnx.Module):
 
     def ffn(self, x_BTD, key: DropoutKey | None, lora):
         """What `fc2` projects."""
-        config, backend = self.config, self.compute.backend("gelu")
-        fc1_bias = self.fc1.bias if config.ffn_activation == "gelu_tanh" else None
-        fc1_bias = fc1_bias if backend != "xla" else None
-        bias = "trained" if fc1_bias is None else "constant"
-        x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora, bias), remat.FC1)
-        if fc1_bias is not None:
-            # Pallas takes 0.1 s to import, and a CPU never needs it.
-            from esm1nv_jax.model.kernels.gelu import gelu_of_biased
+        activation, bias = self.config.ffn_activation, self.fc1.bias
+        backend = self.compute.backend("gelu")
+        if backend == "xla" or activation != "gelu_tanh" or bias is None:
+            x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora), remat.FC1)
+            return activate(activation, x_BTF)
+        # Pallas takes 0.1 s to import, and a CPU never needs it.
+        from esm1nv_jax.model.kernels.gelu import gelu_of_biased
 
-            return gelu_of_biased(backend, x_BTF, fc1_bias[...])
-        return activate(config.ffn_activation, x_BTF)
+        x_BTF = checkpoint_name(self.linear("fc1", x_BTD, key, lora, "constant"), remat.FC1)
+        return gelu_of_biased(backend, x_BTF, bias[...])
 
     def add(self, x_BTD, name: str, y_BTK, key: DropoutKey | None, lora, norm: LayerNorm | None):
         """The residual with what the last layer of a branch, `name`, makes of y; and that under
