@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +43,20 @@ _ORBAX = os.path.dirname(ocp.__file__)
 logging.getLogger("absl").addFilter(
     lambda record: record.levelno >= logging.CRITICAL or not record.pathname.startswith(_ORBAX)
 )
+# When a disk is full half way, the save fails with its first array; of all others asyncio logs, and
+# tensorstore's threads raise, that nobody asks for them any more.
+logging.getLogger("asyncio").addFilter(lambda record: _ORBAX not in record.getMessage())
+
+
+def _hide_late_arrays(hook):
+    def unraisablehook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return unraisablehook
+
+
+sys.unraisablehook = _hide_late_arrays(sys.unraisablehook)
 
 
 class SaveError(OSError):
