@@ -139,6 +139,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "dtype": "bfloat16",  # operands of matrix products: bfloat16 or float32
         "attention": "auto",  # auto, the first that fits, or cudnn, pallas, pallas_tpu, splash, xla
         "remat": "none",  # recomputed in the backward pass: none, dots (all but products), block
+        "residual_dtype": "float32",  # of the residual stream: float32, or bfloat16, fewer bytes
         "reduce_dtype": "float32",  # of the sum of gradients over devices: float32 or bfloat16
         "deterministic": False,  # on GPUs: the same bits from the same start, slower
     }

@@ -23,7 +23,8 @@ class Block(nnx.Module):
     def __init__(self, config: EncoderConfig, compute: ComputeConfig, layer: int, rngs: nnx.Rngs):
         D, F, bias = config.width, config.ffn, config.bias
         # Before a product a norm returns its operand, after a sum the residual.
-        norm_dtype = compute.activation_dtype if config.norm == "pre" else "float32"
+        pre = config.norm == "pre"
+        norm_dtype = compute.activation_dtype if pre else compute.residual_dtype
         self.attention_norm = LayerNorm(config, norm_dtype, rngs)
         self.qkv = Linear(D, 3 * D, compute, rngs, bias)
         if config.qk_norm:

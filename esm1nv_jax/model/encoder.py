@@ -1,10 +1,10 @@
 """The ESM-1nv encoder with its masked-LM head.
 
 A Transformer encoder on packed rows. Tokens and learned positions are embedded; each block adds
-self-attention and a feed-forward network to a residual stream that stays fp32; the LM head shares
-its output matrix with the token embedding. LayerNorm stands before each branch (`norm='pre'`, and
-once more at the end) or after each sum (`'post'`, and once more on the embeddings). Other fields of
-the config make of it an ESM-1, an ESM-1b, an ESM-2 or an ESMC.
+self-attention and a feed-forward network to a residual stream, which is fp32 or, by the compute
+config, bf16; the LM head shares its output matrix with the token embedding. LayerNorm stands before
+each branch (`norm='pre'`, and once more at the end) or after each sum (`'post'`, and once more on
+the embeddings). Other fields of the config make of it an ESM-1, an ESM-1b, an ESM-2 or an ESMC.
 
 The names of arrays end in their axes:
   B rows                T tokens of a row         S keys, where T are queries
@@ -31,7 +31,7 @@ from esm1nv_jax.model import dropout as drop
 from esm1nv_jax.model import esm2, soft_tokens
 from esm1nv_jax.model.block import Block, run_block
 from esm1nv_jax.model.dropout import DropoutKey
-from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
+from esm1nv_jax.model.encoder_config import DTYPES, ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import remat
 from esm1nv_jax.model.kernels.matmul import matmul
 from esm1nv_jax.model.layers import LayerNorm, Linear, activate, add_residual
@@ -111,7 +111,8 @@ class Encoder(nnx.Module):
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         if config.embedding_norm or config.norm == "post":
             x_BTD = self.embedding_norm(x_BTD)
-        return add_residual(0.0, x_BTD, config.dropout, key, 0, drop.EMBEDDING)
+        nothing = jnp.zeros((), DTYPES[self.compute.residual_dtype])
+        return add_residual(nothing, x_BTD, config.dropout, key, 0, drop.EMBEDDING)
 
     def __call__(
         self,
@@ -156,7 +157,8 @@ class Encoder(nnx.Module):
         if predictions_BM is not None:  # the LayerNorm, too, at these positions only
             x_BMD = final_norm(remat.gather_positions(x_BTD, predictions_BM))
         logits = self.lm_head(x_BMD, self.token_embedding.embedding[...])
-        return EncoderOutput(logits, {layer: hidden[layer] for layer in layers}, weights)
+        hidden = {layer: hidden[layer].astype(jnp.float32) for layer in layers}
+        return EncoderOutput(logits, hidden, weights)
 
 
 def forward(

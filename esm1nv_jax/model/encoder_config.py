@@ -122,7 +122,8 @@ class ComputeConfig:
     """How the encoder is evaluated; none of it changes what is computed, rounding apart."""
 
     dtype: str = "float32"  # of the operands of matrix products
-    activation_dtype: str = "float32"  # of results between products; the residual is fp32
+    activation_dtype: str = "float32"  # of results between products, but the residual stream
+    residual_dtype: str = "float32"  # of the residual stream and its gradient, between sums in fp32
     remat: str = "none"  # what the backward computes again: nothing, all but products, each block
     emulate_bfloat16: bool = False  # bf16 operands as rounded fp32, where a CPU lacks instructions
     attention: str = AUTO  # a backend that `select_backend` returned; auto is xla here
@@ -145,6 +146,7 @@ class ComputeConfig:
             self,
             dtype=DTYPES,
             activation_dtype=DTYPES,
+            residual_dtype=DTYPES,
             remat=REMATS,
             attention=(AUTO, *BACKENDS),
             token_kernels=("xla", "pallas", "pallas_tpu"),

@@ -10,7 +10,7 @@ from esm1nv_jax.model.dropout import DropoutKey, dropout
 from esm1nv_jax.model.encoder_config import DTYPES, FFN_ACTIVATIONS, ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels.layer_norm import layer_norm
 from esm1nv_jax.model.kernels.matmul import matmul
-from esm1nv_jax.model.kernels.remat import cast_with_gradient
+from esm1nv_jax.model.kernels.remat import cast_with_gradient, round_to_bfloat16
 
 
 class Linear(nnx.Linear):
@@ -68,12 +68,14 @@ def activate(name: str, x):
 
 
 def add_residual(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
-    """The fp32 residual plus a branch under dropout, whose mask the backward draws again."""
+    """The residual plus a branch under dropout, whose mask the backward draws again: summed in
+    fp32, returned in the dtype of the residual."""
 
     def dropped(branch_BTD, key):
         return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
 
-    return x_BTD + jax.checkpoint(dropped)(branch_BTD, key)
+    sum_BTD = x_BTD.astype(jnp.float32) + jax.checkpoint(dropped)(branch_BTD, key)
+    return sum_BTD if x_BTD.dtype == jnp.float32 else round_to_bfloat16(sum_BTD)
 
 
 def add_residual_and_norm(

@@ -115,6 +115,7 @@ class PrecisionConfig:
     remat: str
     reduce_dtype: str
     deterministic: bool
+    residual_dtype: str = "float32"
 
     def __post_init__(self):
         if self.reduce_dtype not in REDUCE_DTYPES:
@@ -212,7 +213,11 @@ class RunConfig:
             )
         _ = self.profile_steps  # raises UserError
         self.masking.config()  # raises UserError
-        ComputeConfig(dtype=self.compute.dtype, remat=self.compute.remat)  # raises UserError
+        ComputeConfig(  # raises UserError
+            dtype=self.compute.dtype,
+            remat=self.compute.remat,
+            residual_dtype=self.compute.residual_dtype,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as nested dictionaries of JSON values."""
@@ -260,6 +265,7 @@ class RunConfig:
         compute = ComputeConfig(
             dtype=self.compute.dtype,
             remat=self.compute.remat,
+            residual_dtype=self.compute.residual_dtype,
             attention=attention.select_backend(self.compute.attention, spec),
             # A CPU computes faster in fp32 what an accelerator is too slow to read and write in it.
             activation_dtype="float32" if device.platform == "cpu" else self.compute.dtype,
@@ -304,6 +310,7 @@ def flat_with_defaults(nested: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
         f"{group}.{field.name}": field.default
         for group, kind in (
+            ("compute", PrecisionConfig),
             ("masking", MaskingChoice),
             ("model", EncoderConfig),
             ("optimizer", OptimizerConfig),

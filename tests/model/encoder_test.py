@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -62,6 +63,27 @@ def test_every_layer_equals_the_numpy_reference(norm, ffn):
         size = np.abs(logits).max()
         assert np.abs(np.asarray(found.logits[0, part, :30]) - logits).max() < 1e-5 * max(size, 1)
         start += len(tokens)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_bfloat16_residual_is_as_near_to_numpy_as_its_roundings(norm):
+    """Each rounding is by at most 2^-8: of the embeddings, of two sums a block and, in "post", of
+    their norms. Here the branches do not amplify it."""
+    config = dataclasses.replace(SMALL, norm=norm)
+    params, tokens = parameters(config), random_tokens(1, 40)
+    compute = encoder.ComputeConfig(residual_dtype="bfloat16")
+    layers, roundings = tuple(range(config.layers + 1)), 2 if norm == "pre" else 4
+    found = run(config, params, pack([[tokens]], 64), compute=compute, hidden_layers=layers)
+    params64 = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    hidden, logits = reference.forward(params64, tokens, config.heads, norm)
+    for layer in layers:
+        x = np.asarray(found.hidden[layer])
+        np.testing.assert_array_equal(x, x.astype(ml_dtypes.bfloat16).astype(np.float32))
+        difference = np.linalg.norm(x[0, : len(tokens)] - hidden[layer])
+        bound = (roundings * layer + 1) * 2**-8
+        assert difference < bound * np.linalg.norm(hidden[layer]), layer
+    difference = np.linalg.norm(np.asarray(found.logits[0, : len(tokens), :30]) - logits)
+    assert difference < bound * np.linalg.norm(logits)
 
 
 def test_a_sequence_has_the_same_logits_packed_and_alone():

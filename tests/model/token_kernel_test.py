@@ -122,10 +122,36 @@ def test_bfloat16_in_and_out(backend):
     np.testing.assert_allclose(np.asarray(normed, np.float64), exact[1], atol=2e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bfloat16_residual_is_rounded_once_and_normalized_as_stored(backend):
+    """And so is its gradient, from a sum in fp32."""
+    config = ResidualNorm(backend, jnp.float32, 1e-5, True, 0.1, 1.0)
+    random = np.random.default_rng(1)
+    x, branch, *g = (jnp.asarray(a, jnp.bfloat16) for a in random.normal(size=(4, 2, 140, 24)))
+    vectors = (jnp.full(WIDTH, 0.1),) * 3
+    # By default XLA drops a cast to bfloat16 and back; a GPU's or a TPU's compiler does not.
+    run = jax.jit(
+        kernel.__wrapped__, static_argnums=0, compiler_options={"xla_allow_excess_precision": False}
+    )
+    arrays, g = (x, branch, *vectors), (g[0], g[1].astype(jnp.float32))
+    (total, normed), (dx, *_) = run(config, arrays, g)
+    assert {total.dtype, dx.dtype} == {jnp.dtype("bfloat16")}
+    exact, _ = reference(config, *(np.asarray(a, np.float64) for a in arrays))
+    np.testing.assert_allclose(np.asarray(total, np.float64), exact, rtol=2**-8)
+    stored = total.astype(jnp.float32)
+    zeros = jnp.zeros_like(stored), jnp.zeros(WIDTH)
+    _, exact = reference(
+        config, *(np.asarray(a, np.float64) for a in (stored, *zeros, *vectors[1:]))
+    )
+    np.testing.assert_allclose(normed, exact, atol=1e-5)
+    _, (exact, *_) = run(config, (stored, *zeros, *vectors[1:]), (g[0].astype(jnp.float32), g[1]))
+    np.testing.assert_allclose(np.asarray(dx, np.float32), exact, rtol=2**-8)
+
+
 MODERN = {"norm_kind": "layernorm_no_bias", "bias": False, "branch_scale": 0.6, "dropout": 0.0}
 
 
-def outputs(token_kernels, remat="none", with_lora=False, **fields):
+def outputs(token_kernels, remat="none", residual_dtype="float32", with_lora=False, **fields):
     """Loss, hidden states and gradients of a model of two blocks, with dropout."""
     config = encoder.EncoderConfig(
         **{"layers": 2, "width": 24, "heads": 2, "ffn": 48, "positions": 40} | fields
@@ -141,7 +167,9 @@ def outputs(token_kernels, remat="none", with_lora=False, **fields):
             config,
             params if with_lora else trained,
             *(batch[name] for name in ("tokens", "segment_ids", "positions")),
-            compute=encoder.ComputeConfig(token_kernels=token_kernels, remat=remat),
+            compute=encoder.ComputeConfig(
+                token_kernels=token_kernels, remat=remat, residual_dtype=residual_dtype
+            ),
             dropout_key=key,
             hidden_layers=(1, 2, -1),
             lora=(lora_config, trained) if with_lora else None,
@@ -165,6 +193,22 @@ def test_the_encoder_is_the_same_with_the_kernel(options):
     found, expected = (outputs(backend, **options) for backend in ("pallas", "xla"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-7),
+        found,
+        expected,
+    )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_bfloat16_residual_is_the_same_with_the_kernel(norm):
+    """To one rounding: XLA's form rounds the gradient of the norm before it is added, too."""
+    found, expected = (
+        outputs(backend, residual_dtype="bfloat16", norm=norm) for backend in ("pallas", "xla")
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_less(
+            np.linalg.norm(a - b), 2**-8 * np.linalg.norm(b) + 1e-7
+        ),
         found,
         expected,
     )

@@ -55,6 +55,10 @@ def get_config(arg=""):
         (["--config.batch.rows=7", "--config.batch.microbatches=2"], "take 8"),
         (["--config.masking.recipe=bert"], "card, shipped"),
         (["--config.compute.dtype=int8"], "float32, bfloat16"),
+        (
+            ["--config.compute.residual_dtype=float16"],
+            "compute.residual_dtype='float16' is unknown",
+        ),
         (["--config.platform=gpu"], "found 0 such devices"),
         (["--config.platform=cray"], "auto, cpu, gpu, tpu"),
         (["--config.init_from=/nowhere"], "/nowhere does not exist"),

@@ -71,7 +71,9 @@ def test_a_run_of_an_older_version_goes_on(tmp_path, train_here):
 
 
 def test_fields_that_a_record_lacks_have_their_defaults():
-    found = flat_with_defaults({"optimizer": {"peak_lr": 1.0, "kind": "muon"}, "seed": 3})
+    recorded = {"optimizer": {"peak_lr": 1.0, "kind": "muon"}, "compute": {}, "seed": 3}
+    found = flat_with_defaults(recorded)
     assert found["optimizer.peak_lr"] == 1.0 and found["optimizer.kind"] == "muon"
     assert found["optimizer.muon_beta"] == OptimizerConfig.muon_beta and found["seed"] == 3
+    assert found["compute.residual_dtype"] == "float32"
     assert not any(name.startswith("model.") for name in found)

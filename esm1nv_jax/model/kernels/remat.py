@@ -34,6 +34,12 @@ def cast_with_gradient(x, dtype):
     return x.astype(dtype), None
 
 
+def round_to_bfloat16(x):
+    """fp32 x in bf16, and so its gradient, both rounded for certain: without `reduce_precision` XLA
+    may take the fp32 values wherever it computes on, and without the barrier write them, too."""
+    return jax.lax.optimization_barrier(jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16))
+
+
 def checkpoint_block(run, remat: str):
     """`jax.checkpoint` of `run((params, x_BTD, rope), others)` that keeps the values `KEPT[remat]`
     and computes gradients in order. Others get no gradient.

@@ -44,7 +44,7 @@ def residual_norm(
     config: ResidualNorm, x_BTD, branch_BTD, branch_bias_D, scale_D, bias_D, row_keys_B
 ):
     """Returns the residual stream x plus the branch with its bias under dropout, in the dtype of x,
-    and the LayerNorm of that sum by `scale_D` and `bias_D`, in `config.dtype`.
+    and the LayerNorm of that sum, as it is returned, by `scale_D` and `bias_D`, in `config.dtype`.
 
     `row_keys_B` is as of `DropoutKey.rows`; any uint32 where the rate is 0.
     """
@@ -55,7 +55,7 @@ def _forward(config, x_BTD, branch_BTD, branch_bias_D, scale_D, bias_D, row_keys
     sum_BTD, normalized_BTD = token_kernel(
         config.backend,
         "residual_norm_forward",
-        functools.partial(_forward_tokens, config, x_BTD.shape[-1]),
+        functools.partial(_forward_tokens, config, x_BTD.dtype, x_BTD.shape[-1]),
         row_keys_B,
         (x_BTD, branch_BTD),
         (branch_bias_D, scale_D, bias_D),
@@ -83,9 +83,10 @@ def _backward(config, residuals, gradients):
 residual_norm.defvjp(_forward, _backward)
 
 
-def _forward_tokens(config, D, place, x, branch, branch_bias, scale, bias):
+def _forward_tokens(config, dtype, D, place, x, branch, branch_bias, scale, bias):
     """(sum, normalized) of tokens [*, D or more] in fp32, and nothing to sum up over tokens."""
     x = x + _dropped(config, D, place, (branch + branch_bias) * config.branch_factor)
+    x = x.astype(dtype).astype(jnp.float32)  # the backward normalizes what is stored
     return (x, _normalize(config, D, x)[0] * scale + bias), ()
 
 
