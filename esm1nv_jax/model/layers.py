@@ -74,8 +74,13 @@ def add_residual(x_BTD, branch_BTD, rate: float, key: DropoutKey | None, layer: 
     def dropped(branch_BTD, key):
         return dropout(branch_BTD.astype(jnp.float32), rate, key, layer, site)
 
-    sum_BTD = x_BTD.astype(jnp.float32) + jax.checkpoint(dropped)(branch_BTD, key)
-    return sum_BTD if x_BTD.dtype == jnp.float32 else round_to_bfloat16(sum_BTD)
+    def rounded(x_BTD, branch_BTD, key):
+        return round_to_bfloat16(x_BTD.astype(jnp.float32) + dropped(branch_BTD, key))
+
+    if x_BTD.dtype == jnp.float32:
+        return x_BTD + jax.checkpoint(dropped)(branch_BTD, key)
+    # All of it, or the checkpoint would write the gradient in fp32.
+    return jax.checkpoint(rounded)(x_BTD, branch_BTD, key)
 
 
 def add_residual_and_norm(

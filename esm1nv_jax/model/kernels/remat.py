@@ -34,10 +34,12 @@ def cast_with_gradient(x, dtype):
     return x.astype(dtype), None
 
 
+@with_gradient("remat", lambda _, g: _cast_backward(None, None, g))
 def round_to_bfloat16(x):
-    """fp32 x in bf16, and so its gradient, both rounded for certain: without `reduce_precision` XLA
-    may take the fp32 values wherever it computes on, and without the barrier write them, too."""
-    return jax.lax.optimization_barrier(jax.lax.reduce_precision(x, 8, 7).astype(jnp.bfloat16))
+    """fp32 x in bf16, and so its gradient. x is rounded for certain: without `reduce_precision` XLA
+    may take the fp32 values where it computes on, and without the barrier write them, too."""
+    x = jax.lax.reduce_precision(x, 8, 7)
+    return jax.lax.optimization_barrier(x.astype(jnp.bfloat16)), None
 
 
 def checkpoint_block(run, remat: str):
