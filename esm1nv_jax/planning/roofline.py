@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.model.kernels.flash_gpu import padded_head_size
 from esm1nv_jax.planning.chips import Chip, Efficiency
 from esm1nv_jax.planning.hlo import Kernel, Program
 
@@ -150,6 +151,8 @@ def attention_seconds(kernel: Kernel, chip: Chip, load: Load, step: Step) -> flo
         products, passes, scores = 2, 1, forward
     scores *= step.model.heads * load.slowest
     head_size = step.model.width // step.model.heads
+    if step.attention.startswith("pallas"):
+        head_size = padded_head_size(head_size)
     seconds = scores * products * 2 * head_size / chip.flops
     return seconds + (scores * passes * operations / chip.vector if chip.vector else 0.0)
 

@@ -83,6 +83,15 @@ def test_values_and_gradients_equal_the_reference(name, rate):
         np.testing.assert_allclose(found, right, atol=5e-6)
 
 
+def test_heads_of_other_sizes():
+    """24 as in ESM-2 35M: zeros fill a head, and its scores are divided by the root of 24."""
+    qkv, g = inputs(6, (1, 60, 3, N, 24))
+    ids = segments([20, 33], length=60)
+    expected = reference.attention(qkv, ids, g, 0.3, ROW_KEYS)
+    for found, right in zip(run("pallas", qkv, ids, g, 0.3), expected, strict=True):
+        np.testing.assert_allclose(found, right, atol=5e-6)
+
+
 @pytest.mark.parametrize("name", BACKENDS[:2])
 def test_what_is_dropped_is_that_of_the_reference_bit_by_bit(name):
     """Of equal probabilities, with unit vectors for values and for the gradient."""
@@ -186,7 +195,8 @@ def case(**changes):
         ({"rate": 0.0}, "pallas"),
         ({"dtype": "float32"}, "xla"),
         ({"capability": 7.5}, "xla"),
-        ({"head_size": 48}, "xla"),
+        ({"head_size": 24}, "pallas"),
+        ({"head_size": 192}, "xla"),
         ({"platform": "cpu", "capability": 0}, "xla"),
     ],
 )

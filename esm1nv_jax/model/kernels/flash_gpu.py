@@ -61,6 +61,7 @@ MEASURED = {"NVIDIA H200": Blocks(64, 64, 64, backward_stages=3)}  # 1.063, 0.95
 @dataclasses.dataclass(frozen=True)
 class _Static:
     length: int  # of a row before it was padded to whole blocks: dropout counts in it
+    head_size: int  # before it was padded
     rate: float
     blocks: Blocks
     interpret: bool
@@ -72,21 +73,26 @@ def flash_attention(
     """As `attention.attention`: [B, T, N, H] in the dtype of `qkv_BTCNH`; 0 in padding.
 
     Args:
-      qkv_BTCNH: bfloat16, float16 or float32; H a power of two from 16.
+      qkv_BTCNH: bfloat16, float16 or float32; zeros fill H up to a power of two.
       segment_ids_BT: int32, 0 in padding.
       rate, row_keys_B: dropout of the probabilities, by `dropout.attention_mask`.
       blocks: tile sizes.
       interpret: run the kernels as plain JAX, on any platform: for tests.
     """
-    B, T = segment_ids_BT.shape
-    padding = -T % blocks.step
-    if padding:
-        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0)))
+    B, T, _, _, H = qkv_BTCNH.shape
+    padding, more_H = -T % blocks.step, padded_head_size(H) - H
+    if padding or more_H:
+        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, padding), (0, 0), (0, 0), (0, more_H)))
         segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, padding)))
     if row_keys_B is None:
         rate, row_keys_B = 0.0, jnp.zeros(B, jnp.uint32)
-    static = _Static(T, attention_rate(rate), blocks, interpret)
-    return _flash(static, qkv_BTCNH, segment_ids_BT, row_keys_B)[:, :T]
+    static = _Static(T, H, attention_rate(rate), blocks, interpret)
+    return _flash(static, qkv_BTCNH, segment_ids_BT, row_keys_B)[:, :T, :, :H]
+
+
+def padded_head_size(H: int) -> int:
+    """The next power of two, at least 16: what both kernels compute with."""
+    return max(16, 1 << (H - 1).bit_length())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -234,7 +240,7 @@ def _forward_kernel(
     start, head, row_key = pl.program_id(0) * Q, pl.program_id(1), key_ref[...]
     q = q_ref[...]
     q_ids = _own_ids(segment_ids_ref[pl.ds(start, Q)])
-    scale = math.log2(math.e) / H**0.5  # powers of two are what the chip computes
+    scale = math.log2(math.e) / static.head_size**0.5  # powers of two are what the chip computes
 
     def visit(j, carry):
         acc, top, total = carry
@@ -287,7 +293,7 @@ def _backward_kernel(
     ids = _own_ids(segment_ids_ref[own])
     q, k, v = q_ref[own, :], k_ref[own, :], v_ref[own, :]
     low, high, row_key = low_ref[...], high_ref[...], key_ref[...]
-    scale, keep_scale = H**-0.5, 1 / (1 - static.rate)
+    scale, keep_scale = static.head_size**-0.5, 1 / (1 - static.rate)
     zero = jnp.zeros((size, H), jnp.float32)
 
     def probabilities(scores, is_same, minus_lse):

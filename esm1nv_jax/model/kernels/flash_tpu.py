@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from esm1nv_jax.model.dropout import attention_hashes, attention_rate, kept_attention
-from esm1nv_jax.model.kernels.flash_gpu import visited_blocks
+from esm1nv_jax.model.kernels.flash_gpu import padded_head_size, visited_blocks
 from esm1nv_jax.model.kernels.matmul import precision
 from esm1nv_jax.model.kernels.remat import FUSED_ATTENTION
 
@@ -42,12 +42,13 @@ _MIN_SCORE = -1e20  # no score is lower, and exp2(_MASKED_SCORE - _MIN_SCORE) is
 class _Static:
     length: int  # of a row before it was padded to whole blocks: dropout counts in it
     head_size: int
+    lanes: int  # of a head once it is padded
     rate: float
     interpret: bool
 
     @property
     def heads(self) -> int:  # in a block
-        return BLOCK // self.head_size
+        return BLOCK // self.lanes
 
     @property
     def scale(self) -> float:  # of scores, whose powers of two are taken
@@ -58,7 +59,7 @@ def flash_attention(qkv_BTCNH, segment_ids_BT, rate=0.0, row_keys_B=None, interp
     """As `attention.attention`: [B, T, N, H] in the dtype of `qkv_BTCNH`; 0 in padding.
 
     Args:
-      qkv_BTCNH: bfloat16 or float32; H a power of two from 16 to 128.
+      qkv_BTCNH: bfloat16 or float32; H at most 128; zeros fill it up to a power of two.
       segment_ids_BT: int32, 0 in padding.
       rate, row_keys_B: dropout of the probabilities, by `dropout.attention_mask`.
       interpret: run the kernels as plain JAX, on any platform: for tests.
@@ -66,14 +67,14 @@ def flash_attention(qkv_BTCNH, segment_ids_BT, rate=0.0, row_keys_B=None, interp
     B, T, C, N, H = qkv_BTCNH.shape
     if row_keys_B is None:
         rate, row_keys_B = 0.0, jnp.zeros(B, jnp.uint32)
-    static = _Static(T, H, attention_rate(rate), interpret)
-    more_T, more_N = -T % BLOCK, -N % static.heads
-    if more_T or more_N:
-        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, more_T), (0, 0), (0, more_N), (0, 0)))
+    static = _Static(T, H, padded_head_size(H), attention_rate(rate), interpret)
+    more_T, more_N, more_H = -T % BLOCK, -N % static.heads, static.lanes - H
+    if more_T or more_N or more_H:
+        qkv_BTCNH = jnp.pad(qkv_BTCNH, ((0, 0), (0, more_T), (0, 0), (0, more_N), (0, more_H)))
         segment_ids_BT = jnp.pad(segment_ids_BT, ((0, 0), (0, more_T)))
-    qkv_BTE = qkv_BTCNH.reshape(B, T + more_T, C * (N + more_N) * H)
+    qkv_BTE = qkv_BTCNH.reshape(B, T + more_T, C * (N + more_N) * static.lanes)
     out_BTD = _flash(static, qkv_BTE, segment_ids_BT, row_keys_B)
-    return out_BTD.reshape(B, T + more_T, N + more_N, H)[:, :T, :N]
+    return out_BTD.reshape(B, T + more_T, N + more_N, static.lanes)[:, :T, :N, :H]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,7 +111,7 @@ def _forward(static, qkv_BTE, segment_ids_BT, row_keys_B):
 def _backward(static, residuals, g_BTD):
     qkv_BTE, segment_ids_BT, row_keys_B, out_BTD, lse = residuals
     B, T, E = qkv_BTE.shape
-    P, blocks, H = E // 3 // BLOCK, T // BLOCK, static.head_size
+    P, blocks, H = E // 3 // BLOCK, T // BLOCK, static.lanes
     g_BTD = g_BTD.astype(qkv_BTE.dtype)
     # sum_j p_ij dp_ij of the softmax's backward, which is the output times its gradient. The kernel
     # multiplies its sums by the factor of dropout, so here it is divided out.
@@ -201,7 +202,7 @@ def _of_head(static: _Static, x, n: int):
     if static.heads == 1:
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    is_own = (lane >= n * static.head_size) & (lane < (n + 1) * static.head_size)
+    is_own = (lane >= n * static.lanes) & (lane < (n + 1) * static.lanes)
     return jnp.where(is_own, x, jnp.zeros_like(x))
 
 
@@ -240,7 +241,7 @@ def _forward_kernel(
 ):
     """One block of queries of a group of heads against the keys of its segments."""
     b, p, i = (pl.program_id(axis) for axis in range(3))
-    blocks, H, heads = pl.num_programs(2), static.head_size, range(static.heads)
+    blocks, H, heads = pl.num_programs(2), static.lanes, range(static.heads)
 
     @pl.when(i == 0)
     def _():  # what every block of queries reads
