@@ -140,7 +140,7 @@ def probe(
         "precision": model.precision,
         "layers": {
             "layer": layer,
-            "metric": "-MSE" if task.name == "regression" else "accuracy",
+            "metric": "-MSE" if task.kind == "regression" else "accuracy",
             "curve": curve,
         },
         "test_set": task.fingerprint,
@@ -188,7 +188,7 @@ def parse_layers(words: list[str], model: Model) -> tuple[int, ...]:
 def main_metric(task: Task, split: Split, predicted: np.ndarray) -> float:
     """What settings and rounds are chosen by; higher is better."""
     value = metrics(task, split, predicted)[_mean_metric(task)]
-    return -value if task.name == "regression" else value
+    return -value if task.kind == "regression" else value
 
 
 def metrics(task: Task, split: Split, predicted: np.ndarray) -> dict[str, float]:
@@ -240,12 +240,12 @@ def gain(task: Task, head: str, predictions: dict[tuple[str, str], list]) -> dic
 
 
 def _mean_metric(task: Task) -> str:
-    return "mse" if task.name == "regression" else "accuracy"
+    return "mse" if task.kind == "regression" else "accuracy"
 
 
 def _by_label(task: Task, predicted: np.ndarray) -> np.ndarray:
     """Of each test label, used or not: whether it is correct, or its squared error."""
-    if task.name == "regression":
+    if task.kind == "regression":
         return (task.test.labels - predicted[:, 0]) ** 2
     return (predicted.argmax(axis=1) == task.test.labels).astype(np.float64)
 
