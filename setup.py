@@ -12,6 +12,8 @@ VERSION = re.search(r'__version__ = "(.+)"', PACKAGE)[1]  # it stands there alon
 EXTRAS = {
     # Embedding files as Parquet and HDF5.
     "embed": ["pyarrow>=17", "h5py>=3.11"],
+    # --precision int8, on a CPU.
+    "int8": ["onnx>=1.17", "onnxruntime>=1.20"],
     # Structures as PDB and mmCIF, for the precision of contacts.
     "structures": ["biopython>=1.83"],
     # notebooks/inference.ipynb.
@@ -32,6 +34,8 @@ EXTRAS = {
         "scikit-learn>=1.5",
         "nbclient>=0.10",
         "ipykernel>=6.29",
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
         "pyyaml>=6",  # launch/jobset.yaml
     ],
     # Linter, formatter, types, import rules, and the hook that runs them before a commit.

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from esm1nv_jax.inference import onnx_blocks
+from esm1nv_jax.inference.onnx_blocks import RunBlocks
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
@@ -32,6 +34,7 @@ class DeviceModel:
     row_sharding: jax.sharding.Sharding
     shapes: RowShapes
     platform: str  # of the devices: cpu, gpu or tpu
+    run_blocks: RunBlocks | None = None  # instead of `params["blocks"]`, which are not there then
 
 
 def place(
@@ -41,10 +44,12 @@ def place(
     heads: dict,
     longest: int,
     devices: Sequence[jax.Device],
+    int8: bool = False,
 ) -> DeviceModel:
     """The model on `devices`, with shapes for rows of up to `longest` tokens.
 
-    `heads` are parameters that stay fp32 whatever `compute` says.
+    `heads` are parameters that stay fp32 whatever `compute` says. With `int8` ONNX Runtime computes
+    the blocks.
     """
     mesh = jax.make_mesh((len(devices),), ("rows",), (jax.sharding.AxisType.Auto,), devices=devices)
     platform = devices[0].platform
@@ -58,8 +63,12 @@ def place(
     else:  # programs take longer to compile and batches less to compute
         tokens, compile_tokens = TOKENS_ACCELERATOR, math.inf
     shapes = RowShapes.up_to(longest, tokens, len(devices), compile_tokens)
+    run_blocks = None
+    if int8:
+        run_blocks = onnx_blocks.compile_blocks(config, params["blocks"])
+        params = {name: value for name, value in params.items() if name != "blocks"}
     params = jax.device_put(params | heads, replicated)
-    return DeviceModel(config, compute, params, sharded, shapes, platform)
+    return DeviceModel(config, compute, params, sharded, shapes, platform, run_blocks)
 
 
 def _kernels_in_bf16(params: dict) -> dict:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +46,9 @@ def run_batches(
     """
     waiting: collections.deque = collections.deque()
     longest = 0
-    run = forward if model.platform == "cpu" else forward_at_once
+    run: Callable = forward_at_once
+    if model.platform == "cpu":
+        run = functools.partial(forward, run_blocks=model.run_blocks)
     try:
         for arrays, context in batches:
             longest = max(longest, arrays["tokens_BT"].shape[1])

@@ -109,6 +109,8 @@ def run(
     proteins = scan(request.fasta, request.on_error == "skip", advice, columns)
     console.print(f"{request.fasta}: {proteins}")
     request.check_ids(proteins)
+    if request.precision == "int8":
+        console.print("matrix products in int8, by ONNX Runtime")
     job = _Job(request, verb, proteins, load())
     if not request.overwrite:  # other devices would cut it otherwise
         job.part_residues = (results.settings() or {}).get("part_residues") or job.part_residues
@@ -268,7 +270,7 @@ def add_arguments(parser: Parser, out: str) -> None:
     add("--fasta", help="proteins: FASTA, plain or compressed by gzip, zstd or xz; CSV or Parquet")
     add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
     add("--out", required=True, help=f"file to write: {out}")
-    add("--precision", default="fp32", help="of matrix products: fp32 (default) or bf16")
+    add("--precision", default="fp32", help="of matrix products: fp32 (default), bf16 or int8")
     add("--long", help="proteins too long: window (default), truncate or error")
     add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
     add("--deterministic", action="store_true", help="the same bits whatever else is in the file")

@@ -12,7 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.inference.onnx_blocks import RunBlocks
 from esm1nv_jax.model import contact_head, encoder, heads
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
@@ -37,7 +39,14 @@ class OutputSpec:
         return names + ["logits"] * ("logits" in self.kinds)
 
 
-def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, outputs: OutputSpec):
+def forward(
+    params,
+    batch,
+    config: EncoderConfig,
+    compute: ComputeConfig,
+    outputs: OutputSpec,
+    run_blocks: RunBlocks | None = None,
+):
     """One batch through the encoder, by three programs: embeddings, a block, and what is returned.
     `forward_at_once` is the same as one program.
 
@@ -46,6 +55,7 @@ def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, output
         `prediction_positions_BM`; for embeddings `slot_BT` (which of the S sequences of its row
         owns a residue, else -1) and `starts_BS` (columns of their `<s>`).
       outputs: what else is wanted.
+      run_blocks: computes the blocks; it has no attention weights.
 
     Returns `log_probs` fp32 [B, M, vocabulary] at `prediction_positions_BM` where it is given; sums
     over residues under `mean_*` fp32 [B, S, D], `cls_*` [B, S, D], `per_residue_*` [B, T, D],
@@ -58,7 +68,12 @@ def forward(params, batch, config: EncoderConfig, compute: ComputeConfig, output
     x_BTD, rope = _embed(ends, batch["tokens_BT"], segment_ids_BT, positions_BT, config, compute)
     with_attention = bool({"attention", "contacts"} & {*outputs.kinds})
     hidden, attention = {0: x_BTD} if 0 in outputs.layers else {}, []
-    for i in range(config.layers):
+    if run_blocks is not None and with_attention:
+        raise UserError("attention weights: int8 has none; take --precision fp32 or bf16")
+    if run_blocks is not None:
+        x_BTD, blocks_hidden = run_blocks(x_BTD, segment_ids_BT, rope, outputs.layers)
+        hidden |= blocks_hidden
+    for i in range(config.layers if run_blocks is None else 0):
         block = params["blocks"][str(i)]
         x_BTD, weights = _block(block, x_BTD, segment_ids_BT, rope, config, compute, with_attention)
         if with_attention:

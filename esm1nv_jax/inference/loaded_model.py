@@ -23,7 +23,8 @@ from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.model.masking import MaskingConfig, recipe
 
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+# Of operands of matrix products; what int8 leaves to XLA is fp32 (`onnx_blocks`).
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32"}
 # Attention scores [heads, T, T] of the longest row, in fp32, and how often they are held at once:
 # on a CPU, 3.05 GiB for scores of one.
 SCORES_BYTES, COPIES = 1 << 30, 3
@@ -103,7 +104,8 @@ class LoadedModel:
         heads = {"head": self.head_params, contact_head.NAME: self.contact_head_params}
         heads = {name: params for name, params in heads.items() if params is not None}
         longest = self.longest + SPECIALS
-        return place(self.config, self.compute, self.params, heads, longest, devices)
+        int8 = self.precision == "int8"
+        return place(self.config, self.compute, self.params, heads, longest, devices, int8)
 
     @property
     def sees_wrong_residues_only(self) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
-from esm1nv_jax.inference import contact_maps, likelihood
+from esm1nv_jax.inference import contact_maps, likelihood, onnx_blocks
 from esm1nv_jax.inference.api_types import (
     Embeddings,
     HeadPredictions,
@@ -223,6 +223,8 @@ class Model(LoadedModel):
           layers: hidden states to return.
           return_attention: also return the attention weights of every block.
         """
+        if self.precision == "int8":
+            raise UserError("int8 has no gradient; load the model in fp32 or bf16")
         tokens_BT = jnp.asarray(tokens_BT)
         soft_tokens.check(tokens_BT)
         tokens_BT = tokens_BT.astype(jnp.int32 if tokens_BT.ndim == 2 else jnp.float32)
@@ -264,14 +266,16 @@ def load(path: str, precision: str = "fp32", max_residues: int | None = None) ->
 
     Args:
       path: where it lies.
-      precision: of matrix products, "fp32" or "bf16".
+      precision: of matrix products, "fp32", "bf16" or, on a CPU, "int8".
       max_residues: read at once; by default what training has used.
 
-    Raises UserError where there is no model.
+    Raises UserError where there is no model, or none in this precision.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
     weights = load_weights(path)
+    if precision == "int8":
+        onnx_blocks.check(weights.model)
     room = weights.model.positions - SPECIALS
     if max_residues is not None and not 1 <= max_residues <= room:
         raise UserError(
