@@ -46,8 +46,8 @@ def run_batches(
     """
     waiting: collections.deque = collections.deque()
     longest = 0
-    run: Callable = forward_at_once
-    if model.platform == "cpu":
+    run: Callable = forward if model.platform == "cpu" else forward_at_once
+    if model.run_blocks is not None:
         run = functools.partial(forward, run_blocks=model.run_blocks)
     try:
         for arrays, context in batches:
