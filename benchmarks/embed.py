@@ -7,14 +7,16 @@ ESM-1nv size with GELU by erf, which `transformers` has, and random weights, or 
 `--checkpoint`. The rivals get what their users do to be fast: sorted by length, batches of 4,096
 tokens padded to their longest, SDPA and inference mode or the engine's own fusions. Rounds
 alternate, so that a busy machine is busy for all; compare within a run, and trust the ratio. bf16
-is measured where the CPU multiplies it. `--rivals` adds ONNX Runtime and OpenVINO, fp32 and int8
-(`onnx_rivals.py`, the extra `bench-engines`). Needs the extra `bench`.
+is measured where the CPU multiplies it, int8 where the extra `int8` is installed. `--rivals` adds
+ONNX Runtime and OpenVINO, fp32 and int8 (`onnx_rivals.py`, the extra `bench-engines`). Needs the
+extra `bench`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -229,6 +231,8 @@ def make_programs(args, sequences: list[bytes], scratch: Path) -> dict[str, Call
     }
     if multiplies_bf16("cpu"):
         programs["ours bf16"] = ours(sequences, "bf16", weights=weights)
+    if importlib.util.find_spec("onnxruntime"):
+        programs["ours int8"] = ours(sequences, "int8", weights=weights)
     try:
         programs[BASE] = rival(sequences, bf16=False, folder=hf_folder)
         if multiplies_bf16("cpu"):
