@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from embed import accuracy
 
 from esm1nv_jax.common import config_file
 from esm1nv_jax.data.packing import stream_config
@@ -74,11 +75,10 @@ def main() -> None:
         right, right_loss, growth = results.pop("fp32")
         print(f"{layers} layers: the residual grows {growth:.1f} times, loss {right_loss:.5f}")
         for name, (x, loss, _) in results.items():
-            norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(right, axis=-1)
-            cosine = (np.sum(x * right, axis=-1) / norms).min()
+            cosine, difference = accuracy(x, right).values()
             print(
-                f"  {name}: lowest cosine {cosine:.6f}, largest difference "
-                f"{np.abs(x - right).max():.1e}, loss {loss - right_loss:+.1e}"
+                f"  {name}: lowest cosine {cosine:.6f}, largest difference {difference:.1e}, "
+                f"loss {loss - right_loss:+.1e}"
             )
 
 

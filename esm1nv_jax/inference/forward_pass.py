@@ -68,12 +68,13 @@ def forward(
     x_BTD, rope = _embed(ends, batch["tokens_BT"], segment_ids_BT, positions_BT, config, compute)
     with_attention = bool({"attention", "contacts"} & {*outputs.kinds})
     hidden, attention = {0: x_BTD} if 0 in outputs.layers else {}, []
-    if run_blocks is not None and with_attention:
-        raise UserError("attention weights: int8 has none; take --precision fp32 or bf16")
     if run_blocks is not None:
+        if with_attention:
+            raise UserError("attention weights: int8 has none; take --precision fp32 or bf16")
         x_BTD, blocks_hidden = run_blocks(x_BTD, segment_ids_BT, rope, outputs.layers)
         hidden |= blocks_hidden
-    for i in range(config.layers if run_blocks is None else 0):
+        return _results(ends, batch, x_BTD, hidden, (), config, compute, outputs)
+    for i in range(config.layers):
         block = params["blocks"][str(i)]
         x_BTD, weights = _block(block, x_BTD, segment_ids_BT, rope, config, compute, with_attention)
         if with_attention:
