@@ -60,7 +60,11 @@ def preparation_table(data: str) -> Table | None:
 
 
 def masked_positions(batch: Batch, row: int, rate: float) -> np.ndarray:
-    """Tokens of a row that would be predicted: those of the smallest hashes. bool [row_length]."""
+    """Tokens of a row that would be predicted: those of the smallest hashes. bool [row_length].
+
+    The rule is that of `model.masking.mask`, which this package may not import; a test compares
+    them.
+    """
     segment, bits = batch["segment_ids"][row], batch["mask_bits"][row].astype(np.int64)
     residue = (segment > 0) & (batch["tokens"][row] >= tokenizer.FIRST_RESIDUE)
     masked = np.zeros(len(segment), bool)

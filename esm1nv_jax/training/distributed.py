@@ -20,6 +20,7 @@ from esm1nv_jax.checkpoints.manager import SaveError
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 from esm1nv_jax.training.launcher import initialize_arguments
 from esm1nv_jax.training.process_group import ABORT_KEY, ProcessGroup
+from esm1nv_jax.training.run_config import ClusterConfig
 
 EXIT_LOST = 1
 PERIOD = 1.0  # seconds between two checks of the watchdog
@@ -32,7 +33,7 @@ ENVIRONMENT_ERRORS = (TimeoutError, SaveError)
 
 
 @contextlib.contextmanager
-def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[ProcessGroup, Watchdog]]:
+def join(timeouts: ClusterConfig) -> Iterator[tuple[ProcessGroup, Watchdog]]:
     """Start JAX on the cluster, if there is one, and watch the process while the body runs.
 
     An exception that leaves the body ends the whole run: with several processes this one publishes
@@ -40,9 +41,10 @@ def join(start_timeout: float, stall_timeout: float) -> Iterator[tuple[ProcessGr
     """
     arguments = initialize_arguments()
     if arguments is not None:
-        _initialize(arguments, start_timeout)
-    group = ProcessGroup(start_timeout)
-    with Watchdog(group, max(start_timeout, stall_timeout), LOST_AFTER) as watchdog:
+        _initialize(arguments, timeouts.start_timeout)
+    group = ProcessGroup(timeouts.start_timeout)
+    longest = max(timeouts.start_timeout, timeouts.stall_timeout)
+    with Watchdog(group, longest, LOST_AFTER) as watchdog:
         try:
             yield group, watchdog
         except BaseException as error:

@@ -59,7 +59,7 @@ class RunMonitor:
     ):
         self._config, self._group, self._log, self._watchdog = config, group, log, watchdog
         self._seconds_before, self._started = seconds, time.monotonic()
-        self._finished_at: int | None = None
+        self._unlogged: tuple[int, dict[str, float]] | None = None  # the last step, its metrics
         self._objective, primary = objective, group.is_primary
         self._writer = MetricsWriter(run_dir, step, primary)
         tuning = config.finetune.tuning if config.finetune else None
@@ -103,26 +103,38 @@ class RunMonitor:
             yield
         self.heartbeat(f"at step {step}")
 
-    def process_metrics(self, step: int, batch: dict, metrics: ScalarMetrics) -> None:
-        """Fetch the metrics of `step`, log them, and raise NonfiniteStep where they end the run."""
+    def process_metrics(
+        self, step: int, batch: dict, metrics: ScalarMetrics, last: bool = False
+    ) -> None:
+        """Fetch the metrics of `step`; log them, if it is time or this is the `last` step.
+
+        Raises NonfiniteStep where they end the run.
+        """
         with self._clock.waiting("device_wait"):
             values = metrics.fetch()
         if values["halted"]:
             raise NonfiniteStep(step, batch, values)
         self._window.add(values)
-        if step % self._config.log.every == 0 or step == self._finished_at:
-            norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
-            train = self._window.take() | {name: values[name] for name in (*norms, "nonfinite")}
-            self._writer.write(step, "train", train)
-            hosts = self._clock.take()
-            self._writer.write(step, "hosts", hosts)
-            listed = "  ".join(f"{name} {value:.3g}" for name, value in hosts.items())
-            log_line(self._log, f"step {step}  {listed}")
-            self._progress.note = (
-                f"{self._objective.progress_note(train)}  "
-                f"{train['tokens_per_second']:,.0f} tokens/s"
-            )
+        self._unlogged = step, values
+        if last or step % self._config.log.every == 0:
+            self.write_train()
         self._progress.update(step, self._progress.note)
+
+    def write_train(self) -> None:
+        """Log the training metrics of the steps since the last line, if there are any."""
+        if self._unlogged is None:
+            return
+        (step, values), self._unlogged = self._unlogged, None
+        norms = ("gradient_norm", "parameter_norm", "update_norm", "learning_rate")
+        train = self._window.take() | {name: values[name] for name in (*norms, "nonfinite")}
+        self._writer.write(step, "train", train)
+        hosts = self._clock.take()
+        self._writer.write(step, "hosts", hosts)
+        listed = "  ".join(f"{name} {value:.3g}" for name, value in hosts.items())
+        log_line(self._log, f"step {step}  {listed}")
+        self._progress.note = (
+            f"{self._objective.progress_note(train)}  {train['tokens_per_second']:,.0f} tokens/s"
+        )
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -139,18 +151,14 @@ class RunMonitor:
         """The time that all steps so far took, from the first start of the run on."""
         return self._seconds_before + time.monotonic() - self._started
 
-    def finished(self, step: int) -> bool:
-        """Return whether the run ends, done, after `step`: the same on every process.
-
-        Call it once a step; with a limit of time, process 0's clock decides for all.
+    def reached_limit(self, step: int) -> bool:
+        """Return whether `step` is the last by `config.steps` or `config.minutes`; call it once a
+        step. All processes get the same answer: process 0's clock decides.
         """
         limit = 60 * self._config.minutes
-        done = step >= self._config.steps
-        if limit and not done:
-            over = self._group.broadcast(f"time/{step}", lambda: str(self.seconds >= limit))
-            done = over == "True"
-        self._finished_at = step if done else None
-        return done
+        if step >= self._config.steps or not limit:
+            return step >= self._config.steps
+        return self._group.broadcast(f"time/{step}", lambda: str(self.seconds >= limit)) == "True"
 
     def should_stop(self, step: int) -> bool:
         """Return whether a signal asks to stop after `step`; call it once a step."""

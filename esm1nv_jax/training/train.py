@@ -32,13 +32,12 @@ def train(config: RunConfig, workdir: str, strict: bool = False) -> int:
     With several processes each calls this. `strict` stops at a damaged checkpoint, where otherwise
     the run falls back to an older one.
 
-    Returns the exit status: 0 when `config.steps` steps are done or `config.minutes` have passed;
-    75 or 130 when a signal ended the run early, saved; 1 when more than `config.skip_nonfinite`
-    steps were not finite. Raises UserError where the config does not fit the data, the devices or
-    the folder; nothing that the folder holds is lost.
+    Returns the exit status: 0 when `config.steps` steps are done, `config.minutes` have passed or
+    `config.finetune.patience` ends the run; 75 or 130 when a signal ended it early, saved; 1 when
+    more than `config.skip_nonfinite` steps were not finite. Raises UserError where the config does
+    not fit the data, the devices or the folder; nothing that the folder holds is lost.
     """
-    timeouts = config.cluster
-    with distributed.join(timeouts.start_timeout, timeouts.stall_timeout) as (group, watchdog):
+    with distributed.join(config.cluster) as (group, watchdog):
         return run(config, workdir, strict, group, watchdog)
 
 
@@ -62,33 +61,34 @@ def run(
     with lock_workdir(workdir, group) as run_dir, open_host_log(run_dir, group, watchdog) as log:
         if group.is_primary:
             write_or_check_config(run_dir, config, data.fingerprints)
-        best_by = objective.best_metric, objective.maximize
-        checkpoints = RunCheckpoints(run_dir, config.checkpoint, strict, *best_by)
+        checkpoints = RunCheckpoints(
+            run_dir, config.checkpoint, strict, objective.best_metric, objective.maximize
+        )
         layout = {"devices": mesh.size, "processes": group.size, "rows": stream.rows}
         metadata = {"config": config.to_dict(), "code": __version__, "layout": layout}
         metadata |= data.metadata
 
         watchdog.heartbeat("restoring the checkpoint")
-        state, data_state, saved = restore_or_initialize(
+        state, stream_state, saved_metadata = restore_or_initialize(
             config, step_config, mesh, checkpoints, data, fork, group
         )
         step = int(state.step)  # steps done
         if group.is_primary:
             summary.print_start(config, step_config, stream, data, mesh, hosts, run_dir, step)
             if fork:
-                summary.print_fork(config.fork_from, data_state is None)
-            summary.print_layout_change(saved.get("layout"), layout)
+                summary.print_fork(config.fork_from, anew=stream_state is None)
+            summary.print_layout_change(saved_metadata.get("layout"), layout)
         watchdog.heartbeat("compiling")
         train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
         memory.bound_kept_memory(train_step)
         # Gloo's collectives wait half a minute for their peers; compile times may differ by more.
+        # Until `monitor.start` the watchdog has the longer of the start and the stall timeout.
         group.barrier("compiled", watchdog.stall_timeout)
 
-        monitor = RunMonitor(
-            config, objective, run_dir, group, watchdog, log, mesh, step, saved.get("seconds", 0.0)
-        )
+        seconds = saved_metadata.get("seconds", 0.0)
+        monitor = RunMonitor(config, objective, run_dir, group, watchdog, log, mesh, step, seconds)
         batches = training_batches(
-            data.train, stream, objective, mesh, config.data.workers, data_state
+            data.train, stream, objective, mesh, config.data.workers, stream_state
         )
         validate = functools.partial(
             validation_metrics, objective, data.validation, stream, mesh, monitor, eval_step
@@ -115,7 +115,7 @@ def run(
             return 1
         watchdog.heartbeat("waiting until the last checkpoint is on disk")
         checkpoints.wait()
-        group.barrier("saved", config.cluster.stall_timeout)
+        group.barrier("saved", watchdog.stall_timeout)
         if finished:
             evaluation.test_once(data, state, stream, mesh, group, watchdog, eval_step, run_dir)
         watchdog.enabled = False
@@ -146,29 +146,29 @@ def training_loop(
     """
     monitor.start()
     pending = None  # a step whose metrics are not fetched yet
-    finished = monitor.finished(step) or out_of_patience(config, checkpoints, step)
+    finished = monitor.reached_limit(step) or out_of_patience(config, checkpoints, step)
     stop = finished
     while not stop:
         with monitor.waiting_for_batch(step + 1, state):
             batch, device_batch = next(batches)
         state, metrics = train_step(state, device_batch)
         step += 1
-        # The device works on this step while the metrics of the last are fetched.
+        # The metrics of the previous step are fetched while the device computes this one.
         if pending is not None:
             monitor.process_metrics(*pending)
         pending = (step, batch, metrics)
         checkpoints.check()
-        finished = monitor.finished(step)
+        finished = monitor.reached_limit(step)
         stop = monitor.should_stop(step) or finished  # all processes ask every step
         evaluate_now = step % config.evaluation.every == 0 or finished
         save_now = stop or checkpoints.should_save(step)
         if not (evaluate_now or save_now):
             continue
-        monitor.process_metrics(*pending)
+        monitor.process_metrics(*pending, last=finished)
         pending = None
         with monitor.pause():
-            metadata["seconds"] = monitor.seconds
-            items = checkpoint_items(state, batches.get_state(), source, metadata)
+            now = metadata | {"seconds": monitor.seconds}
+            items = checkpoint_items(state, batches.get_state(), source, now)
             if evaluate_now:
                 value = validate(state, step)[checkpoints.best_metric]
                 checkpoints.save_if_best(value, step, *items)
@@ -177,11 +177,13 @@ def training_loop(
             if stop or save_now:
                 monitor.heartbeat(f"saving step {step}")
                 checkpoints.save(step, *items)
+    if finished:  # if by patience, validation decided it after the metrics of the step
+        monitor.write_train()
     return state, step, finished
 
 
 def out_of_patience(config: RunConfig, checkpoints: RunCheckpoints, step: int) -> bool:
-    """Return whether fine-tuning ends since so many validations have brought nothing better."""
+    """Return whether the last `finetune.patience` validations have not improved the metric."""
     patience = config.finetune.patience if config.finetune else 0
     return bool(patience) and step - checkpoints.best_step >= patience * config.evaluation.every
 
@@ -192,17 +194,17 @@ def training_batches(
     objective: Objective,
     mesh: jax.sharding.Mesh,
     workers: int = 0,
-    data_state: pipeline.State | None = None,
+    stream_state: pipeline.State | None = None,
 ) -> grain.DatasetIterator:
     """Return an endless iterator of (this process's rows, the global batch on the devices), which
-    goes on from `data_state` and is prefetched in a thread."""
+    goes on from `stream_state` and is prefetched in a thread."""
 
     def place(batch: pipeline.Batch) -> tuple[pipeline.Batch, dict[str, jax.Array]]:
         return batch, sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
 
     rows = sharding.local_rows(mesh, stream.rows)
     dataset = pipeline.train_dataset(source, stream, rows, workers)
-    return pipeline.prefetch(dataset.map(place), data_state)
+    return pipeline.prefetch(dataset.map(place), stream_state)
 
 
 def validation_metrics(

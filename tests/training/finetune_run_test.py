@@ -158,9 +158,11 @@ def test_going_on_equals_straight(run):
 def test_training_stops_when_validation_does_not_improve(run):
     options = ("--method", "head", "--config.evaluation.every=2", *FIXED)
     options += ("--config.finetune.patience=2", "--config.optimizer.peak_lr=0", "--config.steps=50")
+    options += ("--config.log.every=5",)
     status, out = run("run", *options)
     assert status == 0
     assert [line["step"] for line in lines(out, "validation")] == [0, 2, 4, 6]
+    assert [line["step"] for line in lines(out, "train")] == [5, 6]
     assert (
         step_folder.steps(out) == [6] and json.loads((out / "test.json").read_text())["step"] == 2
     )
