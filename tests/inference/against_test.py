@@ -11,6 +11,7 @@ from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command
 from esm1nv_jax.model import encoder
+from tests.model.parameters import random_parameters
 
 CONFIG = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=130)
 
@@ -23,13 +24,13 @@ def write(folder, params, config=CONFIG):
 @pytest.fixture
 def models(tmp_path):
     """A model, one that differs a little, and one that reads less."""
-    params = jax.tree.map(lambda x: np.asarray(3 * x), encoder.init(CONFIG, 3))
+    params = jax.tree.map(lambda x: np.asarray(3 * x), random_parameters(CONFIG, 3))
     near = jax.tree.map(lambda x: x * np.float32(1.02), params)
     short = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=66)
     return (
         write(tmp_path / "a", params),
         write(tmp_path / "b", near),
-        write(tmp_path / "short", encoder.init(short, 3), short),
+        write(tmp_path / "short", random_parameters(short, 3), short),
     )
 
 

@@ -20,6 +20,7 @@ from esm1nv_jax.inference.average import Member, average, paired_difference, sel
 from esm1nv_jax.model import encoder
 from esm1nv_jax.training import sharding
 from tests.checkpoints.policies import checkpoint_config
+from tests.model.parameters import random_parameters
 
 CONFIG = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
 
@@ -34,7 +35,7 @@ def save(run, steps, config=CONFIG, devices=1, params=None):
     data_state = {"epoch": 0, "window": 0, "row": 0, "data": "fingerprint"}
     checkpoints = RunCheckpoints(run, checkpoint_config())
     for step in steps:
-        value = params or encoder.init(config, step)
+        value = params or random_parameters(config, step)
         value = jax.device_put(value, sharding.sharding(mesh, "state"))
         checkpoints.save(step, value, {"step": np.int32(step)}, data_state, metadata)
     checkpoints.wait()
@@ -68,7 +69,7 @@ def test_it_is_the_mean_that_numpy_takes(runs):
 
 def test_sums_are_kept_in_fp64(tmp_path):
     """In fp32 the small one would be lost beside the large ones."""
-    zeros = jax.tree.map(np.zeros_like, encoder.init(CONFIG, 0))
+    zeros = jax.tree.map(np.zeros_like, random_parameters(CONFIG))
     for step, value in ((1, 2.0**25), (2, 1.0), (3, -(2.0**25))):
         save(tmp_path, [step], params=jax.tree.map(lambda x, v=value: x + np.float32(v), zeros))
     found = average(select([str(tmp_path)])).params
@@ -184,7 +185,7 @@ def test_another_architecture_is_named(runs, tmp_path):
 
 
 def test_a_leaf_of_another_shape_is_named(runs, tmp_path):
-    params = encoder.init(CONFIG, 0)
+    params = random_parameters(CONFIG)
     params["lm_head"]["bias"] = params["lm_head"]["bias"][:64]
     other = save(tmp_path / "short", (7,), params=params)
     with pytest.raises(UserError, match=r"checkpoint 7 .*short: parameter lm_head/bias .*\(64,\)"):

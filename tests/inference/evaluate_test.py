@@ -25,6 +25,7 @@ from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.perplexity import GroupedMean
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.model import encoder
+from tests.model.parameters import random_parameters
 
 CONFIG = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=130)
 
@@ -32,7 +33,7 @@ CONFIG = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=13
 @pytest.fixture(scope="module")
 def params():
     """Large enough that predictions differ from each other."""
-    return jax.tree.map(lambda x: np.asarray(3 * x), encoder.init(CONFIG, 3))
+    return jax.tree.map(lambda x: np.asarray(3 * x), random_parameters(CONFIG, 3))
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +232,10 @@ def test_the_standard_error_is_the_spread_of_repeated_samples():
 
 def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say():
     config = dataclasses.replace(CONFIG, vocabulary=ESM1NV.removesuffix(" O"))
-    model = Model(config, encoder.init(config, 0), {})
+    model = Model(config, random_parameters(config), {})
     source = MemorySource([("a", b"MKO" * 20), ("b", b"OOOO"), ("c", b"ACDEFGHIKL")])
     found = evaluate_model(model, source, pseudo=True)
-    whole = evaluate_model(Model(CONFIG, encoder.init(CONFIG, 0), {}), source)["overall"]
+    whole = evaluate_model(Model(CONFIG, random_parameters(CONFIG), {}), source)["overall"]
     assert found["overall"]["perplexity"] < 40 and "O" not in found["by_residue"]
     assert 0 < found["overall"]["positions"] < whole["positions"]
     assert [s["residues"] for s in found["pseudo_perplexity"]["sequences"]] == [40, 0, 10]

@@ -11,6 +11,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import engine, loaded_model
 from esm1nv_jax.model import encoder
 from tests.inference.models import make_proteins, write_fasta
+from tests.model.parameters import random_parameters
 
 CONFIG = encoder.EncoderConfig(
     layers=1, width=32, heads=4, ffn=64, positions=4098, dropout=0.0, attention_dropout=0.0
@@ -21,7 +22,7 @@ LONG = ("TITIN_PART", "ACDEFGHIKLMNPQRSTVWY" * 20)
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "long"
-    params = jax.device_get(encoder.init(CONFIG, 7))
+    params = random_parameters(CONFIG, 7)
     model_folder.write(str(path), model_folder.Weights(params, CONFIG, {}))
     return str(path)
 

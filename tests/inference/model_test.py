@@ -22,6 +22,7 @@ from esm1nv_jax.inference.row_shapes import split_into_windows
 from esm1nv_jax.model import encoder
 from tests.inference.models import make_proteins
 from tests.model import reference
+from tests.model.parameters import random_parameters
 
 
 def literal(model, sequence, layer=-1):
@@ -266,7 +267,7 @@ def test_what_is_no_list_is_refused(model, sequences):
 def test_a_protein_of_thousands_of_residues_is_read_in_windows():
     """A row of 8,000 tokens would need gigabytes of attention scores."""
     config = encoder.EncoderConfig(layers=1, width=32, heads=16, ffn=32, positions=40_000)
-    long = Model(config, encoder.init(config, 0), {})
+    long = Model(config, random_parameters(config), {})
     assert 2_000 < long.longest < 4_200
     assert dataclasses.replace(long, max_residues=39_000).longest == 39_000
     found = long.embed(["MKTVRQERLK" * 800])

@@ -5,6 +5,7 @@ import numpy as np
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.model import encoder, heads
+from tests.model.parameters import random_parameters
 
 CONFIG = encoder.EncoderConfig(
     layers=2, width=32, heads=4, ffn=64, positions=66, dropout=0.0, attention_dropout=0.0
@@ -14,7 +15,7 @@ LETTERS = np.frombuffer(b"LASGVERTDIPKNFQYHMCW", np.uint8)
 
 def make_model(path, recipe="card", config=CONFIG):
     """Writes a model folder with random weights and says where."""
-    params = jax.device_get(encoder.init(config, 7))
+    params = random_parameters(config, 7)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: (x + rng.normal(0, 0.2, x.shape)).astype(np.float32), params)
     data = {"max_residues": config.positions - 2, "crop": "prefix"}

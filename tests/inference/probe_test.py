@@ -21,6 +21,7 @@ from esm1nv_jax.inference.model import load
 from esm1nv_jax.inference.probe_features import EmbeddingCache, key_of, model_digest
 from esm1nv_jax.inference.probe_heads import LabeledFeatures, Scale, Setting
 from esm1nv_jax.model import encoder, label_metrics
+from tests.model.parameters import random_parameters
 
 LETTERS = "LASGVERTDIPKNFQYHMCW"
 
@@ -190,7 +191,7 @@ def test_macro_f1_and_mcc_are_their_definitions():
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "model"
     config = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=66)
-    params = encoder.init(config, 7)
+    params = random_parameters(config, 7)
     model_folder.write(str(path), model_folder.Weights(params, config, {}))
     return str(path)
 
@@ -357,7 +358,7 @@ def test_what_changes_an_embedding_changes_its_key(checkpoint):
     model = load(checkpoint)
     digest = model_digest(model)
     assert digest == model_digest(load(checkpoint))
-    others = {"precision": "bf16", "max_residues": 30, "params": encoder.init(model.config, 8)}
+    others = {"precision": "bf16", "max_residues": 30, "params": random_parameters(model.config, 8)}
     for name, value in others.items():
         assert model_digest(dataclasses.replace(model, **{name: value})) != digest
     cases = [(b"MK", b"TV"), (b"MKT", b"V"), (b"TV", b"MK")]

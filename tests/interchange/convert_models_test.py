@@ -22,6 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.interchange import witness  # noqa: E402
 from tests.interchange.convert_parity_test import differences  # noqa: E402
+from tests.model.parameters import random_parameters  # noqa: E402
 
 TRASTUZUMAB = [
     "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYLQMNSLRAEDT"
@@ -196,7 +197,7 @@ def test_users_mistakes_are_one_line_and_status_2(tmp_path):
     (tmp_path / "empty").mkdir()
     model = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=40)
     model_folder.write(
-        str(tmp_path / "tanh"), model_folder.Weights(encoder.init(model, 0), model, {})
+        str(tmp_path / "tanh"), model_folder.Weights(random_parameters(model), model, {})
     )
     calls = [
         (["--from", "hf", tmp_path / "empty"], "no config.json"),

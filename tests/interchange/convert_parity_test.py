@@ -11,6 +11,7 @@ from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.interchange import convert, hf_config, tensor_names
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
+from tests.model.parameters import random_parameters
 from tests.model.rows import pack
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
@@ -125,7 +126,7 @@ def test_a_model_from_here_opens_there_and_comes_back_bit_for_bit(norm, tmp_path
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda x: np.asarray(x) + 0.05 * rng.standard_normal(x.shape).astype(np.float32),
-        encoder.init(config, 0),
+        random_parameters(config),
     )
     weights = model_folder.Weights(params, config, {"run": "somewhere", "steps": [7]})
     model_folder.write(str(tmp_path / "model"), weights)

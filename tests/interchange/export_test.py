@@ -12,6 +12,7 @@ from esm1nv_jax.data import fasta, tokenizer
 from esm1nv_jax.interchange import convert
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
+from tests.model.parameters import random_parameters
 
 pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
@@ -24,7 +25,7 @@ TINY = encoder.EncoderConfig(
 @pytest.fixture
 def exported(tmp_path):
     model_folder.write(
-        str(tmp_path / "model"), model_folder.Weights(encoder.init(TINY, 0), TINY, {"run": "r"})
+        str(tmp_path / "model"), model_folder.Weights(random_parameters(TINY), TINY, {"run": "r"})
     )
     convert.to_hf(str(tmp_path / "model"), str(tmp_path / "there"))
     return tmp_path / "there"
@@ -75,7 +76,7 @@ def test_the_card_states_what_the_provenance_records(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
     made = {"run": str(tmp_path), "steps": [10], "config": config, "licence": "cc-by-4.0"}
     model_folder.write(
-        str(tmp_path / "model"), model_folder.Weights(encoder.init(TINY, 0), TINY, made)
+        str(tmp_path / "model"), model_folder.Weights(random_parameters(TINY), TINY, made)
     )
     convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -105,7 +106,7 @@ def test_the_card_of_an_average_names_the_data_of_its_metrics(tmp_path):
         "metrics": {"data": "sample:test", "perplexity": 15.25, "perplexity_mask": 17.5},
     }
     model_folder.write(
-        str(tmp_path / "model"), model_folder.Weights(encoder.init(TINY, 0), TINY, made)
+        str(tmp_path / "model"), model_folder.Weights(random_parameters(TINY), TINY, made)
     )
     convert.to_hf(str(tmp_path / "model"), str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -114,13 +115,13 @@ def test_the_card_of_an_average_names_the_data_of_its_metrics(tmp_path):
 
 def test_a_model_folder_is_opened_before_a_config_of_transformers_beside_it(copy):
     path = copy("esm")
-    model_folder.write(str(path), model_folder.Weights(encoder.init(TINY, 0), TINY, {}))
+    model_folder.write(str(path), model_folder.Weights(random_parameters(TINY), TINY, {}))
     assert load_weights(str(path)).model == TINY
 
 
 def test_tanh_gelu_is_refused_or_measured(tmp_path):
     model = dataclasses.replace(TINY, ffn_activation="gelu_tanh")
-    params = encoder.init(model, 0)
+    params = random_parameters(model)
     params["blocks"]["0"]["fc1"]["kernel"] *= 50  # so that the forms are far apart
     model_folder.write(str(tmp_path / "model"), model_folder.Weights(params, model, {}))
     with pytest.raises(UserError, match=r"gelu_tanh.*--approximate"):

@@ -16,6 +16,7 @@ from esm1nv_jax.interchange import convert
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
+from tests.model.parameters import random_parameters
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[interchange-test]'")
 transformers = pytest.importorskip("transformers")
@@ -47,7 +48,7 @@ name_of = "{0.level}-{0.kind}".format
 
 def make(path, head, config=ESM, provenance=None):
     """A model folder with random weights, none of them at its neutral value."""
-    params = encoder.init(config, 7) | {"head": heads.init(head, config.width, 8)}
+    params = random_parameters(config, 7) | {"head": heads.init(head, config.width, 8)}
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.float32(x + rng.normal(0, 0.1, x.shape)), params)
     made = {"base": {"path": "models/first", "digest": "0"}} if provenance is None else provenance

@@ -13,6 +13,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM2
 from esm1nv_jax.model import encoder
 from tests.model import reference
+from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
 SMALL = encoder.EncoderConfig(layers=3, width=48, heads=4, ffn=96, positions=130)
@@ -23,7 +24,7 @@ def parameters(config, seed=0):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: np.asarray(x) * 3 + 0.1 * rng.standard_normal(x.shape).astype(np.float32),
-        encoder.init(config, seed),
+        random_parameters(config, seed),
     )
 
 

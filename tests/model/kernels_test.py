@@ -14,6 +14,7 @@ from esm1nv_jax.model.encoder_config import REMATS
 from esm1nv_jax.model.kernels.layer_norm import layer_norm
 from esm1nv_jax.model.kernels.matmul import EMULATED_BFLOAT16, cast_operand, matmul
 from esm1nv_jax.model.kernels.remat import after, checkpoint_block, gather_positions
+from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
 CONFIG = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=64)
@@ -130,7 +131,7 @@ def gradients(**compute):
         )
         return masking.cross_entropy_sums(output.logits, masked)["loss"]
 
-    return jax.tree.leaves(jax.jit(jax.grad(total))(encoder.init(CONFIG, 0)))
+    return jax.tree.leaves(jax.jit(jax.grad(total))(random_parameters(CONFIG)))
 
 
 @functools.cache
@@ -172,7 +173,7 @@ def test_a_plain_kernel_is_differentiated_by_jax(monkeypatch):
 def test_activations_in_bfloat16_are_as_near_as_their_rounding():
     """As on an accelerator: gradients of every parameter, with dropout, with and without remat."""
     config = encoder.EncoderConfig(layers=2, width=32, heads=2, ffn=64, positions=32)
-    params = encoder.init(config, 0)
+    params = random_parameters(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(5, 25, (2, 32)), jnp.int32)
     ids, positions = jnp.ones((2, 32), jnp.int32), jnp.tile(jnp.arange(32), (2, 1))
     key = DropoutKey.at(0, 1, jnp.arange(2, dtype=jnp.uint32))

@@ -10,13 +10,14 @@ import pytest
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder, lora
 from esm1nv_jax.model.dropout import DropoutKey
+from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
 MODEL = encoder.EncoderConfig(
     layers=2, width=32, heads=2, ffn=64, positions=66, dropout=0.0, attention_dropout=0.0
 )
 ALL = lora.LoraConfig(rank=4, alpha=8.0, projections=lora.PROJECTIONS)
-PARAMS = encoder.init(MODEL, 0)
+PARAMS = random_parameters(MODEL)
 BATCH = pack([[random_tokens(1, 20), random_tokens(2, 25)], [random_tokens(3, 60)]], 64)
 
 
@@ -46,7 +47,7 @@ def trained(config):
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_the_start_has_the_bits_of_the_base(norm, dtype):
     model = dataclasses.replace(MODEL, norm=norm)
-    params = encoder.init(model, 0)
+    params = random_parameters(model)
     start = (ALL, lora.init(model, ALL, 1))
     np.testing.assert_array_equal(
         hidden(model, params, start, dtype=dtype), hidden(model, params, dtype=dtype)

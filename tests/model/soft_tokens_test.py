@@ -11,6 +11,7 @@ import pytest
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.model import encoder, soft_tokens
+from tests.model.parameters import random_parameters
 
 OURS = encoder.EncoderConfig(
     layers=2, width=32, heads=4, ffn=64, positions=66, dropout=0.0, attention_dropout=0.0
@@ -25,7 +26,7 @@ POST = dataclasses.replace(OURS, norm="post", vocabulary=NO_X)
 def make(config):
     rng = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: np.float32(x + rng.normal(0, 0.2, x.shape)), encoder.init(config, 1)
+        lambda x: np.float32(x + rng.normal(0, 0.2, x.shape)), random_parameters(config, 1)
     )
 
 

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from esm1nv_jax.model import dropout, encoder, kernels, lora
 from esm1nv_jax.model.kernels.gelu import gelu_of_biased
 from esm1nv_jax.model.kernels.residual_norm import ResidualNorm, residual_norm
+from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
 # No powers of two: rows end within blocks of 128 tokens (TPU), of 8 and of 64 (GPU).
@@ -158,7 +159,8 @@ def outputs(token_kernels, remat="none", residual_dtype="float32", with_lora=Fal
     )
     batch = pack([[random_tokens(1, 20), random_tokens(2, 10)], [random_tokens(3, 30)]], 40)
     key = dropout.DropoutKey.at(0, 1, jnp.arange(2, dtype=jnp.uint32))
-    params, lora_config = encoder.init(config, 0), lora.LoraConfig(2, projections=("out_proj",))
+    params = random_parameters(config)
+    lora_config = lora.LoraConfig(2, projections=("out_proj",))
     adapter = lora.init(config, lora_config, 1)
     trained = adapter if with_lora else params
 

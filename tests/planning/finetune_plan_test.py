@@ -18,6 +18,7 @@ from esm1nv_jax.training.objectives.labels import LabelPrediction
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
 from esm1nv_jax.training.tuning import Tuning
+from tests.model.parameters import random_parameters
 from tests.planning.run_plan import plan
 
 MODEL = encoder.EncoderConfig(
@@ -32,7 +33,7 @@ HEAD = 2 * MODEL.width + 2
 def config(tmp_path):
     """`--config` of a tiny model and a table of residues of two classes."""
     base, table = str(tmp_path / "model"), str(tmp_path / "t.csv")
-    model_folder.write(base, model_folder.Weights(encoder.init(MODEL, 0), MODEL, {}))
+    model_folder.write(base, model_folder.Weights(random_parameters(MODEL), MODEL, {}))
     rng = np.random.default_rng(0)
     with open(table, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -9,6 +9,7 @@ from esm1nv_jax.data import labeled_data
 from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.training import finetune, sharding
+from tests.model.parameters import random_parameters
 
 MODEL = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
 SPLITS = ("train", "train", "train", "train", "valid", "valid", "test", "test")
@@ -38,7 +39,7 @@ SERIES = ["1 2 3 4 5"] * 8
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    params = encoder.init(MODEL, 0)
+    params = random_parameters(MODEL)
     head = HeadConfig("protein", "classification", ("x", "y"))
     tuned = params | {"head": heads.init(head, MODEL.width, 0)}
     model_folder.write(str(folder / "base"), model_folder.Weights(params, MODEL, {}))

@@ -7,10 +7,11 @@ import pytest
 
 from esm1nv_jax.checkpoints.model_folder import flatten
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.model import encoder, heads
+from esm1nv_jax.model import heads
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer
 from tests.model.modern_test import ESMC
+from tests.model.parameters import random_parameters
 
 SHARED = {"peak_lr": 0.1, "min_lr": 0.1, "warmup": 0, "constant": 0, "horizon": 9}
 MUON = OptimizerConfig(kind="muon", **SHARED)
@@ -42,7 +43,7 @@ def random_like(params, seed):
 @pytest.fixture(scope="module")
 def params():
     head = heads.init(HeadConfig("residue", "classification", ("H", "E", "C")), ESMC.width, 0)
-    return jax.device_get(encoder.init(ESMC, 0) | {"head": head})
+    return jax.device_get(random_parameters(ESMC) | {"head": head})
 
 
 def test_three_steps_equal_numpy(params):

@@ -1,6 +1,7 @@
 """One step is the same step on any number of devices and in any number of parts."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -17,7 +18,7 @@ from tests.model.rows import pack, random_tokens
 CONFIG = step.StepConfig(
     seed=1,
     model=encoder.EncoderConfig(
-        layers=2, width=32, heads=2, ffn=64, positions=66, dropout=0.1, attention_dropout=0.1
+        layers=1, width=32, heads=2, ffn=64, positions=66, dropout=0.1, attention_dropout=0.1
     ),
     compute=encoder.ComputeConfig(),
     objective=MaskedLM(masking.recipe("card")),
@@ -34,15 +35,33 @@ def batch(number: int, rows: int = 16) -> dict[str, np.ndarray]:
     return pack([*made, []], 64)
 
 
-def train(config, devices: int, steps: int):
+@functools.cache
+def jitted(config, devices: int):
+    """(train step, mesh): tests of one config share its compilation."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    train_step, _ = step.jit_steps(config, mesh)
-    layout = sharding.sharding(mesh, "state")
-    state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)(config)
+    return step.jit_steps(config, mesh)[0], mesh
+
+
+@functools.cache
+def initial_state(config, devices: int):
+    """The fresh state, in NumPy: a step consumes the device arrays that it is given."""
+    layout = sharding.sharding(jitted(config, devices)[1], "state")
+    create_state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
+    return jax.device_get(create_state(config))
+
+
+def one_step(config, devices: int, state, arrays):
+    train_step, mesh = jitted(config, devices)
+    # Without the alias: the step overwrites its input.
+    state = jax.device_put(state, sharding.sharding(mesh, "state"), may_alias=False)
+    return train_step(state, jax.device_put(arrays, sharding.sharding(mesh, "batch")))
+
+
+def train(config, devices: int, steps: int, state=None):
+    state = initial_state(config, devices) if state is None else state
     losses = []
     for n in range(steps):
-        arrays = jax.device_put(batch(n), sharding.sharding(mesh, "batch"))
-        state, values = train_step(state, arrays)
+        state, values = one_step(config, devices, state, batch(n))
         values = values.fetch()
         losses.append(values["loss"] / values["num_targets"])
     return state, np.array(losses)
@@ -54,8 +73,7 @@ def alone():
 
 
 def compiled_text(config, devices: int) -> str:
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    train_step, _ = step.jit_steps(config, mesh)
+    train_step, _ = jitted(config, devices)
     state = jax.eval_shape(lambda: step.create_state(config))
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(0).items()}
     return train_step.lower(state, shapes).compile().as_text()
@@ -67,7 +85,7 @@ def test_the_loss_falls(alone):
 
 
 def test_eight_devices_learn_as_one(alone):
-    state, losses = train(CONFIG, 8, 10)
+    state, losses = train(CONFIG, 8, 10, initial_state(CONFIG, 1))
     np.testing.assert_allclose(losses, alone[1], rtol=1e-5)
     assert int(state.step) == 10
 
@@ -100,10 +118,9 @@ def test_gradients_travel_in_the_dtype_asked_for():
     text = compiled_text(dataclasses.replace(CONFIG, reduce_dtype="bfloat16"), 8)
     lowered = re.findall(r"all-reduce(?:-start)?\(.*", text)
     assert lowered
-    mesh = sharding.make_mesh(jax.devices()[:8])
     config = dataclasses.replace(CONFIG, reduce_dtype="bfloat16")
     state = jax.eval_shape(lambda: step.create_state(config))
-    stable = step.jit_steps(config, mesh)[0].lower(state, batch(0)).as_text()
+    stable = jitted(config, 8)[0].lower(state, batch(0)).as_text()
     operands = re.findall(r"stablehlo.all_reduce.*?\n.*?\n.*?\n.*?: \((.*?)\)", stable, re.S)
     kernels = [o for o in operands if "64x32" in o]
     assert kernels and all("bf16" in o for o in kernels)
@@ -111,7 +128,7 @@ def test_gradients_travel_in_the_dtype_asked_for():
 
 @pytest.mark.integration
 def test_dropout_changes_with_the_step_and_not_with_the_layout():
-    params = encoder.init(CONFIG.model, 0)
+    params = initial_state(CONFIG, 1).params
     whole = batch(0)
 
     def loss(rows, number):
@@ -128,7 +145,7 @@ def test_dropout_changes_with_the_step_and_not_with_the_layout():
 def poisoned(state, leaf_value):
     params = jax.tree.map(lambda x: x, state.params)
     block = params["blocks"]["0"]["qkv"]
-    block["bias"] = block["bias"].at[0].set(leaf_value)
+    block["bias"] = np.concatenate(([leaf_value], block["bias"][1:])).astype(np.float32)
     return dataclasses.replace(state, params=params)
 
 
@@ -136,11 +153,8 @@ def poisoned(state, leaf_value):
 @pytest.mark.parametrize("allowed", [0, 1])
 def test_a_step_that_is_not_finite_moves_nothing(allowed):
     config = dataclasses.replace(CONFIG, nonfinite_allowed=allowed)
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    train_step, _ = step.jit_steps(config, mesh)
-    state = poisoned(step.create_state(config), jnp.nan)
-    before = jax.device_get(state)
-    after, values = train_step(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
+    before = poisoned(initial_state(config, 1), np.nan)
+    after, values = one_step(config, 1, before, batch(0))
     after = jax.device_get(after)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
     jax.tree.map(np.testing.assert_array_equal, before.opt_state, after.opt_state)
@@ -151,32 +165,22 @@ def test_a_step_that_is_not_finite_moves_nothing(allowed):
 
 
 def test_after_a_halt_nothing_moves_even_where_it_could():
-    config = CONFIG
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    train_step, _ = step.jit_steps(config, mesh)
-    state = dataclasses.replace(step.create_state(config), nonfinite=jnp.int32(1))
-    before = jax.device_get(state)
-    after, values = train_step(state, jax.device_put(batch(0), sharding.sharding(mesh, "batch")))
+    before = dataclasses.replace(initial_state(CONFIG, 1), nonfinite=np.int32(1))
+    after, values = one_step(CONFIG, 1, before, batch(0))
     jax.tree.map(np.testing.assert_array_equal, before.params, jax.device_get(after.params))
     values = values.fetch()
     assert values["finite"] and values["halted"] and int(after.nonfinite) == 1
 
 
 def test_the_gradient_is_the_mean_over_all_predictions():
-    config = dataclasses.replace(
-        CONFIG, model=dataclasses.replace(CONFIG.model, dropout=0.0, attention_dropout=0.0)
-    )
-    params = encoder.init(config.model, 0)
-    whole = batch(0)
+    before, whole = initial_state(CONFIG, 1), batch(0)
+    key = step.DropoutKey.at(CONFIG.seed, 0, jnp.arange(16, dtype=jnp.uint32))
 
     def mean_loss(params):
-        sums = step.batch_sums(config, params, whole, None)
+        sums = step.batch_sums(CONFIG, params, whole, key)
         return sums["loss"] / sums["num_targets"]
 
-    expected = jax.jit(jax.grad(mean_loss))(params)
+    expected = jax.jit(jax.grad(mean_loss))(before.params)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(expected)))
-    mesh = sharding.make_mesh(jax.devices()[:4])
-    train_step, _ = step.jit_steps(config, mesh)
-    state = jax.device_put(step.state_from_params(config, params), sharding.sharding(mesh, "state"))
-    _, values = train_step(state, jax.device_put(whole, sharding.sharding(mesh, "batch")))
+    _, values = one_step(CONFIG, 8, before, whole)
     assert values.fetch()["gradient_norm"] == pytest.approx(norm, rel=1e-5)
