@@ -114,12 +114,12 @@ def test_bad_input_stops_with_file_line_and_reason_or_is_counted(tmp_path, name,
         "--test",
         "5",
     ]
-    assert command.run(dispatch, argv) == EXIT_USER
+    assert command.run(dispatch, [*argv, "--workers=1"]) == EXIT_USER
     output = capsys.readouterr().err.strip().splitlines()[-1]
     assert str(bad) in output and line in output and words in output and "--on-error=skip" in output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.fasta", "good.fasta"]
 
-    assert command.run(dispatch, [*argv, "--on-error=skip"]) == 0
+    assert command.run(dispatch, [*argv, "--workers=2", "--on-error=skip"]) == 0
     content = manifest.verify(tmp_path / "set")
     assert content["skipped"][counted] == 1
     kept = sum(split["examples"] for split in content["splits"].values())

@@ -42,7 +42,7 @@ def test_a_split_without_sequences(tmp_path):
 
 
 def test_sizes_that_do_not_fit_are_answered_with_some_that_do(fasta_file, tmp_path, capsys):
-    argv = ["prepare", "--fasta", str(fasta_file), "--out", str(tmp_path / "set")]
+    argv = ["prepare", "--fasta", str(fasta_file), "--out", str(tmp_path / "set"), "--workers=1"]
     assert command.run(dispatch, [*argv, "--validation=5000", "--test=10000"]) == EXIT_USER
     output = capsys.readouterr().err
     assert "15,000 sequences" in output
@@ -96,10 +96,8 @@ def test_an_identical_sequence_does_not_lie_on_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_clusters_are_not_divided(tmp_path, workers):
-    proteins = made_up(15_000)
-    path, table = tmp_path / "a", tmp_path / "clusters.tsv.gz"
-    path.write_bytes(fasta(proteins))
+def test_clusters_are_not_divided(proteins, fasta_file, tmp_path, workers):
+    table = tmp_path / "clusters.tsv.gz"
     numbers = [int(i[-5:]) for i, _, _ in proteins]
     names = [b"C%d" % (n // 3 if n < 6000 else n // 20 + 10_000) for n in numbers]
     cluster = {i: name for (i, _, _), name in zip(proteins, names, strict=True)}
@@ -107,7 +105,7 @@ def test_clusters_are_not_divided(tmp_path, workers):
         gzip.compress(b"".join(b"%b\tx\t%b\n" % (i[9:], c) for i, c in cluster.items()))
     )
     options = Preparation(
-        (str(path),), str(tmp_path / "set"), groups=str(table), workers=workers, **SIZES
+        (str(fasta_file),), str(tmp_path / "set"), groups=str(table), workers=workers, **SIZES
     )
     content = prepare.prepare(options)
     found = read_back(tmp_path / "set")

@@ -12,6 +12,7 @@ import pytest
 
 from esm1nv_jax import cli
 from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, tokenizer
 from esm1nv_jax.interchange.loader import load_weights
@@ -193,7 +194,7 @@ def test_antiberty(antiberty, tmp_path):
     assert right >= 28, f"{right} of {len(places)}"  # 30 when this was written
 
 
-def test_users_mistakes_are_one_line_and_status_2(tmp_path):
+def test_users_mistakes_are_one_line_and_status_2(tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     model = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=40)
     model_folder.write(
@@ -206,13 +207,12 @@ def test_users_mistakes_are_one_line_and_status_2(tmp_path):
     ]
     for argv, message in calls:
         words = [*map(str, argv), "--out", str(tmp_path / "out")]
-        done = subprocess.run(
-            [sys.executable, "-m", "esm1nv_jax", "convert", *words], capture_output=True, text=True
-        )
-        assert done.returncode == 2, done.stderr
-        assert done.stderr.startswith("error: "), done.stderr
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
+        status = command.run(cli.dispatch, ["convert", *words])
+        error = capfd.readouterr().err
+        assert status == 2, error
+        assert error.startswith("error: "), error
+        assert message in error
+        assert error.count("\n") == 1, error
     for argv, message in [
         (["--to", "hf", "--out", "x"], "name one model"),
         (["--to", "hf", "a", "--checkpoint", "b", "--out", "x"], "name one model"),

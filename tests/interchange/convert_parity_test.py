@@ -57,9 +57,10 @@ def test_letters_that_a_vocabulary_lacks_are_read_as_unknown(tmp_path):
     model = witness.make(kind)
     weights = load_weights(witness.save(model, kind, tmp_path))
     sequences = ["MXKBZJL", "UOX"]
-    worst = differences(model, kind, weights, sequences, [sequences], 32)
+    rows = [sequences, []]
+    worst = differences(model, kind, weights, sequences, rows, 128)
     assert worst.max() < 1e-5, worst
-    logits = run_packed(weights, [sequences], 32)["UOX"][1]
+    logits = run_packed(weights, rows, 128)["UOX"][1]
     chance = np.asarray(jax.nn.softmax(logits, axis=-1))
     assert chance[:, [OUR_ID[c] for c in "XBZUO"]].max() == 0
     np.testing.assert_allclose(chance[:, columns(witness.tokens_of(kind))].sum(-1), 1, rtol=1e-5)
@@ -176,9 +177,9 @@ def test_token_dropout_does_not_see_the_neighbours(tmp_path):
     kind = "esm2"
     weights = load_weights(witness.save(witness.make(kind), kind, tmp_path))
     alone, neighbour = proteins(7, 30, masked=0.1)[0], proteins(8, 30, masked=0.6)[0]
-    one = run_packed(weights, [[alone]], 64)[alone][1]
-    two = run_packed(weights, [[neighbour, alone]], 64)[alone][1]
+    one = run_packed(weights, [[alone], []], 128)[alone][1]
+    two = run_packed(weights, [[neighbour, alone], []], 128)[alone][1]
     np.testing.assert_allclose(one, two, atol=1e-5)
     model = dataclasses.replace(weights.model, token_dropout=False)
     off = dataclasses.replace(weights, model=model)
-    assert np.abs(run_packed(off, [[alone]], 64)[alone][1] - one).max() > 1e-2
+    assert np.abs(run_packed(off, [[alone], []], 128)[alone][1] - one).max() > 1e-2

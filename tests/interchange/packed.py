@@ -1,5 +1,7 @@
 """Sequences for the comparisons with other tools, computed here in packed rows."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -29,9 +31,9 @@ def run_packed(weights, rows, row_length):
     config = weights.model
     layers = (*range(config.layers), -1 if config.norm == "pre" else config.layers)
     batch = pack([[our_ids(s) for s in row] for row in rows], row_length)
-    out = jax.jit(
-        lambda params, *arrays: encoder.forward(config, params, *arrays, hidden_layers=layers)
-    )(weights.params, batch["tokens"], batch["segment_ids"], batch["positions"])
+    out = _forward(
+        config, layers, weights.params, batch["tokens"], batch["segment_ids"], batch["positions"]
+    )
     found = {}
     for r, row in enumerate(rows):
         start = 0
@@ -41,6 +43,11 @@ def run_packed(weights, rows, row_length):
             found[sequence] = hidden, np.asarray(out.logits[r, part])
             start = part.stop
     return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _forward(config, layers, params, *arrays):
+    return encoder.forward(config, params, *arrays, hidden_layers=layers)
 
 
 def columns(tokens):

@@ -15,6 +15,7 @@ from esm1nv_jax.training.metrics import ThroughputWindow, training_flops
 from esm1nv_jax.training.objectives.labels import LabelPrediction, balanced_weights
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.tuning import Tuning
+from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
 MODEL = encoder.EncoderConfig(
@@ -84,6 +85,12 @@ def reads(config, arrays):
     return {name: arrays[name] for name in config.objective.batch_dtypes}
 
 
+def fresh(objective) -> dict:
+    """Parameters to start from, in NumPy."""
+    added = objective.init_added(MODEL, 0)
+    return random_parameters(MODEL) | jax.tree.map(np.asarray, added)
+
+
 def train(config, head: str, devices: int, steps: int, params=None):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     train_step, _ = step.jit_steps(config, mesh)
@@ -116,7 +123,7 @@ def test_eight_devices_learn_as_one(head, method):
 @pytest.mark.parametrize("head", HEADS)
 def test_packed_equals_alone(head):
     objective = config(head, "lora=4").objective
-    params = jax.tree.map(np.asarray, objective.init(MODEL, 0))
+    params = fresh(objective)
 
     def outputs(rows):
         arrays = labeled(pack(rows, 64), HEADS[head])
@@ -147,7 +154,7 @@ def test_packed_equals_alone(head):
 )
 def test_only_what_is_trained_moves(method):
     chosen = config("protein", method)
-    params = jax.tree.map(np.asarray, chosen.objective.init(MODEL, 0))
+    params = fresh(chosen.objective)
     state, _ = train(chosen, "protein", 1, 2, params)
     before, after = flatten(params), flatten(jax.device_get(state.all_params))
     assert before.keys() == after.keys()
@@ -175,7 +182,7 @@ def test_only_what_is_trained_moves(method):
 
 
 def test_lora_starts_at_the_loss_of_its_base():
-    params = jax.tree.map(np.asarray, config("residue", "lora=4").objective.init(MODEL, 0))
+    params = fresh(config("residue", "lora=4").objective)
     arrays = batch("residue")
     plain = {name: value for name, value in params.items() if name != "lora"}
     losses = [
@@ -187,7 +194,7 @@ def test_lora_starts_at_the_loss_of_its_base():
 
 @pytest.mark.integration
 def test_frozen_kernels_in_bf16_change_no_bit_of_a_bf16_step():
-    params = jax.tree.map(np.asarray, config("residue", "lora=4").objective.init(MODEL, 0))
+    params = fresh(config("residue", "lora=4").objective)
     states = []
     for dtype in ("float32", "bfloat16"):
         chosen = config("residue", "lora=4", dtype="bfloat16", frozen_dtype=dtype)
@@ -202,7 +209,7 @@ def test_class_weights_and_masked_labels():
     """A weight of two counts as a second copy of the example."""
     arrays = reads(config(), batch("residue"))
     objective = dataclasses.replace(config().objective, class_weights=(1.0, 2.0, 1.0))
-    params = objective.init(MODEL, 0)
+    params = fresh(objective)
 
     def sums(objective, arrays):
         return jax.device_get(
@@ -229,7 +236,7 @@ def test_a_batch_without_labels_moves_nothing_but_by_weight_decay():
     train_step, _ = step.jit_steps(chosen, mesh)
     arrays = reads(chosen, batch("residue"))
     arrays["labels"] = np.full_like(arrays["labels"], -1)
-    _, values = train_step(step.create_state(chosen), arrays)
+    _, values = train_step(step.state_from_params(chosen, fresh(chosen.objective)), arrays)
     values = values.fetch()
     assert values["finite"] and values["loss"] == 0 and values["gradient_norm"] == 0
 
@@ -242,7 +249,7 @@ def test_what_is_no_method(text):
 
 def test_more_blocks_than_there_are():
     with pytest.raises(UserError, match="last=3: the model has 2 blocks"):
-        step.create_state(config("residue", "last=3"))
+        jax.eval_shape(lambda: step.create_state(config("residue", "last=3")))
 
 
 @pytest.mark.parametrize("method", ["full", "last=1", "lora=4", "head"])
