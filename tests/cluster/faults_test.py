@@ -39,7 +39,7 @@ def test_a_lost_peer_ends_the_others_and_is_named(tmp_path, how, victim):
 
 def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
     """The straight run is the witness; the launcher starts the other again by itself."""
-    options = ("--config.steps=80", "--config.checkpoint.every=5")
+    options = ("--config.steps=40", "--config.checkpoint.every=5")
     with Run(tmp_path / "straight", 2, *options) as run:
         assert run.wait() == 0, run.text
     path, release = processes.held_data(tmp_path / "held", after=20)
@@ -49,7 +49,7 @@ def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
         release.touch()
         assert run.wait() == 0, run.text
         assert "starting again (1 of 2)" in run.text and "resuming" in run.text
-    assert same_bits(parameters(tmp_path / "killed", 80), parameters(tmp_path / "straight", 80))
+    assert same_bits(parameters(tmp_path / "killed", 40), parameters(tmp_path / "straight", 40))
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 

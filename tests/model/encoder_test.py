@@ -16,6 +16,8 @@ from tests.model import reference
 from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
+# Where two gradients are compared, LLVM need not optimize them: half the time to compile.
+UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 SMALL = encoder.EncoderConfig(layers=2, width=48, heads=4, ffn=96, positions=130)
 
 
@@ -119,7 +121,7 @@ def test_padding_has_no_gradient_and_no_influence():
         ).logits
         return (logits[..., :30] * (batch["segment_ids"] > 0)[..., None]).sum()
 
-    gradient = jax.jit(jax.grad(loss))
+    gradient = jax.jit(jax.grad(loss), compiler_options=UNOPTIMIZED)
     a, b = (jax.device_get(gradient(params, x)) for x in (batch, noisy))
     jax.tree.map(np.testing.assert_array_equal, a["blocks"], b["blocks"])
 
@@ -215,7 +217,7 @@ def test_rematerialisation_changes_nothing(remat):
             )
             return (output.logits[..., :30] ** 2).sum()
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss), compiler_options=UNOPTIMIZED)(params)
 
     for a, b in zip(*map(jax.tree.leaves, (gradient("none"), gradient(remat))), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
@@ -235,7 +237,7 @@ def test_bf16_operands_give_fp32_gradients_close_to_those_of_fp32():
             )
             return jax.nn.log_softmax(output.logits)[0, :32, 5].sum()
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss), compiler_options=UNOPTIMIZED)(params)
 
     exact, rough = gradient("float32"), gradient("bfloat16")
     assert {x.dtype.name for x in jax.tree.leaves(rough)} == {"float32"}

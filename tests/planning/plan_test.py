@@ -183,6 +183,7 @@ def test_predictions_hold_on_this_cpu():
     assert completed.returncode == 0, completed.stdout + completed.stderr
 
 
+@pytest.mark.integration
 def test_the_bandwidth_of_this_cpu_is_that_of_memory_which_is_there():
     """Not that of fresh pages, which is a small part of it."""
     big, times = np.ones(2**26, np.float32), []
@@ -202,7 +203,11 @@ def test_the_bandwidth_of_this_cpu_is_that_of_memory_which_is_there():
         (["--chip=this-cpu", "--hosts=0"], "at least 1"),
         (["--chip=this-cpu", "--against=/nowhere"], "metrics.jsonl"),
         (["--chip=tpu-v5e", "--devices-per-host=3"], "there are slices of"),
-        (["--chip=this-cpu", "--config.compute.attention=pallas"], "runs on gpu"),
+        pytest.param(
+            ["--chip=this-cpu", "--config.compute.attention=pallas"],
+            "runs on gpu",
+            marks=pytest.mark.integration,  # it measures the CPU first
+        ),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments, expected):
