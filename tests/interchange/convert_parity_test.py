@@ -11,6 +11,7 @@ from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.interchange import convert, hf_config, tensor_names
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder
+from tests.model.compiling import UNOPTIMIZED
 from tests.model.parameters import random_parameters
 from tests.model.rows import pack
 
@@ -102,7 +103,7 @@ def test_gradients(kind, tmp_path):
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
         return -jnp.sum(jnp.where(batch["tokens"] == 4, chosen, 0)) / (2 * len(asked))
 
-    gradient = jax.jit(jax.grad(loss), compiler_options={"xla_backend_optimization_level": 0})
+    gradient = jax.jit(jax.grad(loss), compiler_options=UNOPTIMIZED)
     ours = model_folder.flatten(gradient(weights.params))
     family = hf_config.ESM if model.config.model_type == "esm" else hf_config.BERT
     ours = tensor_names.to_tensors(

@@ -13,13 +13,12 @@ from esm1nv_jax.model import attention
 from esm1nv_jax.model.kernels import flash_gpu
 from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention, visited_blocks
 from tests.model import attention_reference as reference
+from tests.model.compiling import UNOPTIMIZED
 
 B, T, N, H = 4, 140, 2, 16
 ROW_KEYS = np.array([7, 123456789, 2**32 - 1, 0], np.uint32)
 SMALL = Blocks(queries=64, keys=32, backward=32)
 UNEVEN = Blocks(queries=32, keys=64, backward=64)
-# An interpreted kernel is no program that runs anywhere else: LLVM need not optimize it.
-INTERPRETED = {"xla_backend_optimization_level": 0}
 
 
 def segments(*rows: list[int], length=T) -> np.ndarray:
@@ -52,7 +51,7 @@ def run(name, qkv, ids, g, rate=0.0, keys=ROW_KEYS):
 @functools.cache
 def compiled(name, rate):
     """One program for all layouts of a shape."""
-    options = {} if name == "xla" else INTERPRETED
+    options = {} if name == "xla" else UNOPTIMIZED
 
     @functools.partial(jax.jit, compiler_options=options)
     def both(qkv, ids, g, keys):

@@ -13,11 +13,10 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import ESM2
 from esm1nv_jax.model import encoder
 from tests.model import reference
+from tests.model.compiling import UNOPTIMIZED
 from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
-# Where two gradients are compared, LLVM need not optimize them: half the time to compile.
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 SMALL = encoder.EncoderConfig(layers=2, width=48, heads=4, ffn=96, positions=130)
 
 

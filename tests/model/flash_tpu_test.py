@@ -10,13 +10,14 @@ import pytest
 from esm1nv_jax.model.attention import AttentionSpec, select_backend
 from esm1nv_jax.model.kernels.flash_tpu import flash_attention
 from tests.model import attention_reference as reference
-from tests.model.attention_test import INTERPRETED, ROW_KEYS, inputs, segments
+from tests.model.attention_test import ROW_KEYS, inputs, segments
+from tests.model.compiling import UNOPTIMIZED
 
 T, N, H = 140, 3, 64  # a block of 128 lanes holds two heads, so that one is added
 LAYOUT = segments([50, 1, 1, 67, 3], [T])
 
 
-@functools.partial(jax.jit, static_argnames="rate", compiler_options=INTERPRETED)
+@functools.partial(jax.jit, static_argnames="rate", compiler_options=UNOPTIMIZED)
 def both(qkv, ids, g, rate):
     keys = jnp.asarray(ROW_KEYS[: len(qkv)]) if rate else None
     out, pull = jax.vjp(lambda qkv: flash_attention(qkv, ids, rate, keys, interpret=True), qkv)

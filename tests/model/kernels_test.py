@@ -14,11 +14,10 @@ from esm1nv_jax.model.encoder_config import REMATS
 from esm1nv_jax.model.kernels.layer_norm import layer_norm
 from esm1nv_jax.model.kernels.matmul import EMULATED_BFLOAT16, cast_operand, matmul
 from esm1nv_jax.model.kernels.remat import after, checkpoint_block, gather_positions
+from tests.model.compiling import UNOPTIMIZED
 from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
-# Two forms of one sum are compared before LLVM optimizes them: half the time to compile.
-UNOPTIMIZED = {"xla_backend_optimization_level": 0}
 CONFIG = encoder.EncoderConfig(layers=1, width=32, heads=2, ffn=64, positions=64)
 
 

@@ -12,6 +12,7 @@ from esm1nv_jax.model import encoder
 from esm1nv_jax.model.kernels import VARIABLE
 from esm1nv_jax.training.metrics import training_flops
 from tests.model import encoder_test, reference
+from tests.model.compiling import UNOPTIMIZED
 from tests.model.encoder_test import run
 from tests.model.rows import pack, random_tokens
 

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from esm1nv_jax.model import dropout, encoder, kernels, lora
 from esm1nv_jax.model.kernels.gelu import gelu_of_biased
 from esm1nv_jax.model.kernels.residual_norm import ResidualNorm, residual_norm
-from tests.model.attention_test import INTERPRETED
+from tests.model.compiling import UNOPTIMIZED
 from tests.model.parameters import random_parameters
 from tests.model.rows import pack, random_tokens
 
@@ -35,7 +35,7 @@ def kept(rate):
     return np.asarray(dropout.dropout(ones, rate, KEY, 4, dropout.FFN_OUTPUT)) != 0
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=INTERPRETED)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=UNOPTIMIZED)
 def kernel(config, arrays, gradients):
     """Both results, and the gradients of all arrays."""
     keys = KEY.rows(4, dropout.FFN_OUTPUT)
@@ -180,7 +180,7 @@ def outputs(token_kernels, remat="none", residual_dtype="float32", with_lora=Fal
         return jnp.sum(jnp.square(output.logits[..., 5:25])), output.hidden
 
     gradient = jax.value_and_grad(total, has_aux=True)
-    return jax.jit(gradient, compiler_options=INTERPRETED)(trained)
+    return jax.jit(gradient, compiler_options=UNOPTIMIZED)(trained)
 
 
 @pytest.mark.parametrize(
