@@ -147,7 +147,7 @@ def _whole(name):
     ("kind", "edit", "message"),
     [
         ("esm", _pop("lm_head.dense.weight"), "lm_head.dense.weight is missing"),
-        ("esm", _pop("esm.encoder.layer.1.output.dense.bias"), "layer.1.output.dense.bias is miss"),
+        ("esm", _pop("esm.encoder.layer.2.output.dense.bias"), "layer.2.output.dense.bias is miss"),
         ("esm", _put("esm.encoder.layer.3.output.dense.bias", 48), "layer.3.*is unknown"),
         ("esm", _put("esm.embeddings.extra", 3), "esm.embeddings.extra is unknown"),
         ("esm", _put("lm_head.dense.weight", 48, 47), r"\(48, 47\), config.json means \(48, 48\)"),

@@ -13,7 +13,7 @@ ESM2_TOKENS = transformers.models.esm.configuration_esm.get_default_vocab_list()
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"ACDEFGHIKLMNPQRSTVWY")  # AntiBERTy's
 
 _SMALL = dict(
-    num_hidden_layers=2,
+    num_hidden_layers=3,
     hidden_size=48,
     num_attention_heads=4,
     intermediate_size=96,
