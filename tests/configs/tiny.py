@@ -12,7 +12,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config.batch.rows = args["batch"]
     config.data.update(max_residues=62, row_length=64)
     config.model.update(layers=1, width=16, heads=2, ffn=32, positions=64, dropout=0.1)
-    config.optimizer.update(warmup=2, horizon=1000)
+    config.model.position_kind = "learned"
+    config.optimizer.update(kind="adamw", warmup=2, horizon=1000)
     config.evaluation.update(every=6, sequences=40)
     config.checkpoint.update(every=4, keep=10)
     config.log.every = 2
