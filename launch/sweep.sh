@@ -65,9 +65,8 @@ run() { # number of a run, options of every run; its status is that of training,
   rm -f "$folder/done" "$folder/evaluation.json" # of another command
   "$python" -m esm1nv_jax.main $options --workdir="$folder" "$@" >>"$log" 2>&1 &
   trap "kill -TERM $! 2>/dev/null" TERM
+  while kill -0 $! 2>/dev/null; do wait $!; done # each signal ends a `wait`, before the run has saved
   wait $!; status=$?
-  # A signal ends `wait` before the run has saved.
-  if kill -0 $! 2>/dev/null; then wait $!; status=$?; fi
   if [ $status -eq 0 ] && [ -n "${EVALUATE-}" ]; then
     "$python" -m esm1nv_jax evaluate --checkpoint "$folder" $EVALUATE \
       --json "$folder/evaluation.json" >>"$log" 2>&1 || status=$?

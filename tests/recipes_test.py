@@ -141,7 +141,7 @@ def test_a_wrong_argument_is_one_line(arg, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("steps", "warmup"), [(400, 40), (20, 2), (1, 0)])
+@pytest.mark.parametrize(("steps", "warmup"), [(450, 40), (20, 2), (1, 0)])
 def test_a_quickstart_may_be_short(steps, warmup):
     config = run_config(ROOT / "configs/quickstart.py", f"steps={steps}")
     assert config.optimizer.warmup == warmup

@@ -32,6 +32,7 @@ else:
 open(here + "/calls", "a").write(" ".join(arguments) + "\\n")
 if os.path.exists(here + "/" + os.path.basename(run) + ".slow"):
     def stop(*_):
+        time.sleep(0.5)
         open(run + "/saved", "w")
         sys.exit(75)
     signal.signal(signal.SIGTERM, stop)
@@ -57,6 +58,7 @@ class Sweep:
         return subprocess.Popen(
             [script, str(self.folder / "list.txt"), str(self.out), "--config.data.path=D"],
             cwd=ROOT,
+            start_new_session=True,
             env=os.environ
             | {"PYTHON": str(self.folder / "python"), "PATH": f"{self.folder}:{os.environ['PATH']}"}
             | env,
@@ -135,8 +137,10 @@ def test_a_run_that_is_stopped_stops_the_sweep(sweep):
     assert len(sweep.calls()) == 2
 
 
+# A terminal and some schedulers signal every process of the job at once.
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize("script", ["launch/sweep.sh", "launch/sweep.sbatch"])
-def test_sigterm_reaches_the_run_which_saves(sweep, script):
+def test_sigterm_reaches_the_run_which_saves(sweep, script, send):
     (sweep.folder / "baseline-0.slow").touch()
     ids = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "9"}
     process = sweep.start(script, **ids)
@@ -144,7 +148,7 @@ def test_sigterm_reaches_the_run_which_saves(sweep, script):
     while not (sweep.out / "baseline-0" / "started").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    send(process.pid, signal.SIGTERM)
     assert process.wait(30) == 75
     assert (sweep.out / "baseline-0" / "saved").exists()
     assert len(sweep.calls()) == 1
