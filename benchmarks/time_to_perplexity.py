@@ -4,13 +4,13 @@
 
 The same small architecture from the same initial weights (ours, converted), on the same proteins;
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
-batches of like length and fused AdamW. Both warm up over a twentieth of the time and fall by a
-cosine to a tenth of the peak, which each chooses from one grid in runs of `--grid-minutes`. The
-rival has about `--minutes`, ours `--share` of what it took. Compilation counts as time; evaluation
-does not, nor does what the rival reads into memory before it begins. With several seeds, of initial
-weights and of the order of proteins, the two take turns and the means over seeds are compared.
-Writes FOLDER/curves.json and FOLDER/curves.png; what curves.json holds is not run again. Needs the
-extra `bench`.
+batches of like length and fused AdamW; ours is trained by `--optimizer`, AdamW too or Muon. Both
+warm up over a twentieth of the time and fall by a cosine to a tenth of the peak, which each chooses
+from one grid in runs of `--grid-minutes`. The rival has about `--minutes`, ours `--share` of what it
+took. Compilation counts as time; evaluation does not, nor does what the rival reads into memory
+before it begins. With several seeds, of initial weights and of the order of proteins, the two take
+turns and the means over seeds are compared. Writes FOLDER/curves.json and FOLDER/curves.png; what
+curves.json holds is not run again. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ def followed(
 def ours(args, data: str, run: Run) -> Curve:
     began = time.perf_counter()
     config = configured(args, run)
+    with config.unlocked():
+        config.optimizer.kind = args.optimizer
     program = Ours(config, data)
     mesh = sharding.make_mesh(jax.local_devices())
     held_out = open_split(data, "validation")
@@ -241,6 +243,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--dtype", default="bfloat16" if multiplies_bf16("cpu") else "float32")
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of ours")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--share", type=float, default=0.7, help="of its time, for ours")
     parser.add_argument("--seeds", type=int, default=1)
