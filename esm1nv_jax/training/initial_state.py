@@ -96,6 +96,8 @@ def restore_or_initialize(
 
     chosen = group.broadcast("checkpoint", choose)
     checkpoints.best_step = int(group.broadcast("best", lambda: str(checkpoints.best_step)))
+    if chosen and not checkpoints.best_step:  # damaged: what is to be better counts from here
+        checkpoints.best_step = int(chosen)
     shapes = abstract_state(step_config, mesh)
     create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
     if chosen:

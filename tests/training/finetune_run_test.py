@@ -172,6 +172,10 @@ def test_training_stops_when_validation_does_not_improve(run):
     renamed.rename(out)
     assert run("run", *options)[0] == 0  # it has ended
     assert lines(out, "validation")[-1]["step"] == 6
+    (array,) = (out / "best/2/params/d").glob("*")  # the best damaged: patience begins again
+    array.write_bytes(array.read_bytes()[:-1])
+    assert run("run", *options)[0] == 0
+    assert lines(out, "validation")[-1]["step"] == 12
 
 
 @pytest.mark.integration
