@@ -6,8 +6,8 @@ The same small architecture from the same initial weights (ours, converted), on 
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
 batches of like length and fused AdamW; ours is trained by `--optimizer`, AdamW too or Muon. Both
 warm up over a twentieth of the time and fall by a cosine to a tenth of the peak, which each chooses
-from one grid in runs of `--grid-minutes`. The rival has about `--minutes`, ours `--share` of what it
-took. Compilation counts as time; evaluation does not, nor does what the rival reads into memory
+from one grid in runs of `--grid-minutes`. The rival has about `--minutes`, ours `--share` of what
+it took. Compilation counts as time; evaluation does not, nor does what the rival reads into memory
 before it begins. With several seeds, of initial weights and of the order of proteins, the two take
 turns and the means over seeds are compared. Writes FOLDER/curves.json and FOLDER/curves.png; what
 curves.json holds is not run again. Needs the extra `bench`.
