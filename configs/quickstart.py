@@ -3,7 +3,7 @@
     python -m esm1nv_jax.main --config=configs/quickstart.py
 
 Hardware and time: two CPU cores, about 2 minutes. Expected metric: validation perplexity
-17.10 at `<mask>` positions, below the composition baseline, 17.33 (README).
+17.09 at `<mask>` positions, below the composition baseline, 17.33 (README).
 
 It differs from ESM-1nv in its size, in its positions, which are rotary instead of learned, and in
 its optimizer, Muon instead of AdamW.
