@@ -64,6 +64,16 @@ speed() { # NAME COMMAND...: a command that writes its figures with --json
   run "$@" --json "$out/$1.json"
 }
 
+ablations() {
+  local data=$out/ablations/data runs=$out/ablations/runs
+  [ -f "$data/manifest.json" ] \
+    || esm1nv prepare --fasta "${training[@]}" --out "$data" --validation 1000 --test 1000 || return
+  JOBS=2 EVALUATE="--data $data:test --masking card" \
+    launch/sweep.sh configs/ablations/sweep.txt "$runs" "--config.data.path=$data" || return
+  esm1nv compare "$runs" --out "$runs/index.html" || return
+  benchmarks/averaging_spacings.sh "$runs" "$data" "$out/ablations/averages"
+}
+
 input() {
   [ -f "$out/input/manifest.json" ] || esm1nv prepare --out "$out/input" \
     --fasta "$corpus"/sp201401_nr50-0[0-4].fasta.gz --validation 1000 --test 1000 || return
@@ -108,6 +118,8 @@ run soak python tests/soak.py --kills 30 --processes 2
 # docs/results.md
 speed averaging python benchmarks/averaging.py --members 47 --folder "$out/averaging-run"
 run whole_recipe benchmarks/whole_recipe.sh "$corpus" "$downstream" "$out/recipe"
+# docs/ablations.md
+run ablations ablations
 # docs/performance.md again, the longest last
 perplexity=(python benchmarks/time_to_perplexity.py --fasta "${training[@]}" --grid 3e-4)
 run perplexity_short "${perplexity[@]}" --minutes 4 --seeds 3 --out "$out/perplexity-short"
