@@ -3,8 +3,8 @@
 #
 #   benchmarks/averaging_spacings.sh RUNS DATA OUT
 #
-# RUNS is the folder of configs/ablations/sweep.txt, whose runs `constant_at_peak` (constant from
-# step 24 to 204, then decayed) and `baseline` keep a checkpoint every 5 steps. Writes
+# RUNS is the folder of configs/ablations/sweep.txt, whose runs `constant_at_peak` (at the peak rate
+# from step 24 to 204) and `baseline` (decayed) keep a checkpoint every 5 steps. Writes
 # OUT/RUN-STEP-SPACING/evaluation.json and prints a line each: run, last step, spacing, perplexity at
 # `<mask>` of the last checkpoint and of the average, same masks. Goes on where it stopped.
 set -euo pipefail
@@ -19,7 +19,7 @@ evaluated() { # checkpoint, folder: perplexity at <mask>
 }
 
 for seed in 0 1 2; do
-  for end in constant_at_peak:200 constant_at_peak:300 baseline:300; do
+  for end in constant_at_peak:200 baseline:300; do
     run=${end%:*}-$seed step=${end#*:}
     last=$out/$run-$step
     mkdir -p "$last"
