@@ -13,8 +13,8 @@ mkdir -p "$out"
 
 evaluated() { # checkpoint, folder: perplexity at <mask>
   [ -f "$2/evaluation.json" ] || esm1nv evaluate --checkpoint "$1" --data "$data:test" --masking card \
-    --json "$2/evaluation.json" >"$2/log"
-  python -c 'import json, sys; print("%.3f" % json.load(open(sys.argv[1]))["perplexity_mask"])' \
+    --json "$2/evaluation.json" >"$2/log" 2>&1
+  python -c 'import json, sys; print("%.3f" % json.load(open(sys.argv[1]))["overall"]["perplexity_mask"])' \
     "$2/evaluation.json"
 }
 
@@ -29,7 +29,7 @@ for seed in 0 1 2; do
       average=$last-$spacing
       mkdir -p "$average"
       [ -d "$average/model" ] || esm1nv average --workdir "$runs/$run" --steps "$steps" \
-        --out "$average/model" >/dev/null
+        --out "$average/model" >/dev/null 2>&1
       echo "$run $step $spacing $before $(evaluated "$average/model" "$average")"
     done
   done
