@@ -5,8 +5,8 @@
 The parent packs sequences into rows; this puts one in each, as the original. With batch=0 both see
 370 sequences a device and step, so their curves over steps should coincide.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
-Answer (docs/ablations.md): no, +0.0007 ± 0.0003 nats for padded rows, two seeds, a million
-parameters, 1M tokens, Muon.
+Answer (docs/ablations.md): no, -0.0006 ± 0.0013 nats for padded rows, a million parameters, 1M
+tokens, Muon.
 """
 
 from esm1nv_jax.common.config_file import parent
