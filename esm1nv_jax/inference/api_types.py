@@ -22,6 +22,11 @@ def as_list(texts: Iterable) -> list:
     return list(texts)
 
 
+def sequence_ids(sequences: Iterable) -> list[np.ndarray]:
+    """`residue_ids` of each of several sequences."""
+    return [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
+
+
 def _is_biopython(value: object) -> bool:
     return type(value).__module__.partition(".")[0] == "Bio"
 

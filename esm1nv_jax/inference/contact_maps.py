@@ -15,8 +15,8 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tokenizer import FIRST_RESIDUE, STANDARD
-from esm1nv_jax.inference.device_model import DeviceModel
 from esm1nv_jax.inference.engine import OutputSpec, fill_rows, run_batches
+from esm1nv_jax.inference.loaded_model import DeviceModel
 from esm1nv_jax.inference.row_shapes import RowBatch
 from esm1nv_jax.inference.structures import MIN_SEPARATION, Structure
 from esm1nv_jax.model import contact_head

@@ -19,8 +19,8 @@ import numpy as np
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
-from esm1nv_jax.inference.device_model import DeviceModel
 from esm1nv_jax.inference.forward_pass import OutputSpec, forward, forward_at_once
+from esm1nv_jax.inference.loaded_model import DeviceModel
 from esm1nv_jax.inference.row_shapes import RowBatch, pack_rows, pad_rows, split_into_windows
 from esm1nv_jax.model import heads
 

@@ -1,4 +1,5 @@
-"""A model in memory: its parameters, what its record says of its training, and what it can do."""
+"""A model in memory and on devices: its parameters, what its record says of its training, what it
+can do, and how batches of rows are spread over devices."""
 
 from __future__ import annotations
 
@@ -10,24 +11,48 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.packing import SPECIALS
+from esm1nv_jax.inference import onnx_blocks
 from esm1nv_jax.inference.api_types import residue_ids
-from esm1nv_jax.inference.device_model import DeviceModel, place
-from esm1nv_jax.model import contact_head
+from esm1nv_jax.inference.row_shapes import RowShapes
+from esm1nv_jax.model import contact_head, encoder
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
+from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import MaskingConfig, recipe
 
 # Of operands of matrix products; what int8 leaves to XLA is fp32 (`onnx_blocks`).
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32"}
+# Modes of scoring that read visible residues, and those to take where these mean nothing.
+INSTEAD = {"wt-marginals": "masked-marginals", "one-pass": "pseudo-perplexity"}
 # Attention scores [heads, T, T] of the longest row, in fp32, and how often they are held at once:
 # on a CPU, 3.05 GiB for scores of one.
 SCORES_BYTES, COPIES = 1 << 30, 3
+# Tokens in a batch on one device: enough to keep its matrix units full.
+TOKENS_CPU, TOKENS_ACCELERATOR = 2_048, 32_768
+# Parameters times tokens that a CPU computes while it compiles the programs of a shape: of ESM-1nv
+# 465 tokens, 0.7 CPU-seconds of an AMD EPYC (Zen 3).
+COMPILE_WORK = 2e10
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceModel:
+    """A model on devices: replicated parameters, those of heads under "head" and "contact_head",
+    and how rows are spread over the devices."""
+
+    config: EncoderConfig
+    compute: ComputeConfig
+    params: dict
+    row_sharding: jax.sharding.Sharding
+    shapes: RowShapes
+    platform: str  # of the devices: cpu, gpu or tpu
+    run_blocks: onnx_blocks.RunBlocks | None = None  # instead of `params["blocks"]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,21 +125,30 @@ class LoadedModel:
         return self.to_devices(devices[:1] if devices[0].platform == "cpu" else devices)
 
     def to_devices(self, devices: Sequence[jax.Device]) -> DeviceModel:
-        """The model on these devices, over which the rows of a batch are spread."""
+        """The model on these devices, with shapes for rows of up to `longest` residues."""
+        platform, axis_type = devices[0].platform, jax.sharding.AxisType.Auto
+        mesh = jax.make_mesh((len(devices),), ("rows",), (axis_type,), devices=devices)
+        by_row, replicated = (
+            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+            for axes in (["rows"], [])
+        )
+        if platform == "cpu":
+            tokens, compile_tokens = TOKENS_CPU, COMPILE_WORK / encoder.parameter_count(self.config)
+        else:  # programs take longer to compile and batches less to compute
+            tokens, compile_tokens = TOKENS_ACCELERATOR, math.inf
+        shapes = RowShapes.up_to(self.longest + SPECIALS, tokens, len(devices), compile_tokens)
+        emulate = not multiplies_bf16(platform)
+        compute = dataclasses.replace(self.compute, emulate_bfloat16=emulate)
+        params, run_blocks = self.params, None
+        if self.precision == "bf16":
+            params = _kernels_in_bf16(params)
+        elif self.precision == "int8":
+            run_blocks = onnx_blocks.compile_blocks(self.config, params["blocks"])
+            params = {name: value for name, value in params.items() if name != "blocks"}
         heads = {"head": self.head_params, contact_head.NAME: self.contact_head_params}
-        heads = {name: params for name, params in heads.items() if params is not None}
-        longest = self.longest + SPECIALS
-        int8 = self.precision == "int8"
-        return place(self.config, self.compute, self.params, heads, longest, devices, int8)
-
-    @property
-    def sees_wrong_residues_only(self) -> bool:
-        """Whether in training a visible residue at a predicted position was always a wrong one, so
-        that predictions at visible positions mean nothing."""
-        trained = self.masking
-        if trained is None:
-            return False
-        return trained.mask + trained.random >= 1 and not trained.may_repeat
+        params = params | {name: of_head for name, of_head in heads.items() if of_head is not None}
+        params = jax.device_put(params, replicated)
+        return DeviceModel(self.config, compute, params, by_row, shapes, platform, run_blocks)
 
     @property
     def masking(self) -> MaskingConfig | None:
@@ -142,11 +176,14 @@ class LoadedModel:
     def check_mode(self, mode: str, force: bool = False) -> None:
         """Raises UserError where a mode of scoring means nothing for this model."""
         self.require_lm_head()
-        instead = {"wt-marginals": "masked-marginals", "one-pass": "pseudo-perplexity"}
-        if mode in instead and self.sees_wrong_residues_only and not force:
+        instead, trained = INSTEAD.get(mode), self.masking
+        if instead is None or trained is None or force:
+            return
+        # A visible residue at a predicted position was always a wrong one.
+        if trained.mask + trained.random >= 1 and not trained.may_repeat:
             raise UserError(
                 f"{mode}: this model was trained without unchanged targets, so what it predicts at "
-                f"visible residues means nothing; take {instead[mode]} (or force it)"
+                f"visible residues means nothing; take {instead} (or force it)"
             )
 
     def read_whole(self, sequence: str | bytes, name: str = "the sequence") -> np.ndarray:
@@ -158,6 +195,15 @@ class LoadedModel:
                 "cut it into domains"
             )
         return ids
+
+
+def _kernels_in_bf16(params: dict) -> dict:
+    """Kernels in bf16 once, instead of at every batch; everything else stays as it is."""
+
+    def cast(path, leaf):
+        return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def _digest(params: dict) -> str:

@@ -28,6 +28,7 @@ from esm1nv_jax.inference.api_types import (
     as_list,
     residue_ids,
     residue_letters,
+    sequence_ids,
 )
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
@@ -58,7 +59,7 @@ class Model(LoadedModel):
         Raises UserError, a ValueError, for an unknown layer or for what is no sequence.
         """
         check_layers((layer,), self.config)
-        ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
+        ids = sequence_ids(sequences)
         if not ids:
             none = np.zeros((0, self.config.width), np.float32)
             return Embeddings([], none, none)
@@ -78,7 +79,7 @@ class Model(LoadedModel):
         Columns are `esm1nv_jax.data.tokenizer.TOKENS`; `<mask>` may stand in a sequence.
         """
         self.require_lm_head()
-        ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
+        ids = sequence_ids(sequences)
         if not ids:
             return []
         results = embed_sequences(self.on_devices, ids, OutputSpec(("logits",), ()), self.longest)
@@ -126,7 +127,7 @@ class Model(LoadedModel):
         Raises UserError where the model has no head.
         """
         head = self.require_head()
-        ids = [residue_ids(s, f"sequence {i}") for i, s in enumerate(as_list(sequences))]
+        ids = sequence_ids(sequences)
         if not ids:
             return HeadPredictions(head, [])
         outputs = OutputSpec((), head=head)
@@ -282,17 +283,17 @@ def load(path: str, precision: str = "fp32", max_residues: int | None = None) ->
             f"max_residues={max_residues}: this model has {weights.model.positions} positions; "
             f"give 1 to {room}"
         )
-    params = jax.device_put(weights.encoder_params)
-    head_params = jax.device_put(weights.params.get("head"))
+    params = (weights.encoder_params, weights.params.get("head"), weights.contact_head)
+    encoder_params, head, contacts = jax.device_put(params)
     return Model(
         weights.model,
-        params,
+        encoder_params,
         weights.provenance,
         precision,
         max_residues,
         weights.head,
-        head_params,
-        jax.device_put(weights.contact_head),
+        head,
+        contacts,
     )
 
 
