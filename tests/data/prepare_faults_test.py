@@ -48,7 +48,9 @@ def group_lives(group):
     return True
 
 
-@pytest.mark.parametrize("after", [0.4, 0.7, 1.2, 2.0])
+@pytest.mark.parametrize(
+    "after", [0.7, *(pytest.param(s, marks=pytest.mark.integration) for s in (0.4, 1.2, 2.0))]
+)
 def test_killed_at_any_moment_and_run_again(tmp_path, fasta_file, after):
     out = tmp_path / "set"
     words = [
@@ -120,7 +122,9 @@ def test_a_file_too_large_for_the_disk(tmp_path, fasta_file):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-@pytest.mark.parametrize("size", ["1m", "5m", "7m"])
+@pytest.mark.parametrize(
+    "size", ["5m", *(pytest.param(s, marks=pytest.mark.integration) for s in ("1m", "7m"))]
+)
 def test_a_full_disk(tmp_path, fasta_file, size):
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", tmp_path], capture_output=True

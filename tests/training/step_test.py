@@ -13,6 +13,7 @@ from esm1nv_jax.model import encoder, masking
 from esm1nv_jax.training import sharding, step
 from esm1nv_jax.training.objectives.masked_lm import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
+from tests.model.compiling import UNOPTIMIZED
 from tests.model.rows import pack, random_tokens
 
 CONFIG = step.StepConfig(
@@ -37,24 +38,39 @@ def batch(number: int, rows: int = 16) -> dict[str, np.ndarray]:
 
 @functools.cache
 def jitted(config, devices: int):
-    """(train step, mesh): tests of one config share its compilation."""
+    """(train step, mesh)."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     return step.jit_steps(config, mesh)[0], mesh
+
+
+def lower(config, devices: int):
+    state = jax.eval_shape(lambda: step.create_state(config))
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(0).items()}
+    return jitted(config, devices)[0].lower(state, shapes)
+
+
+@functools.cache
+def compiled(config, devices: int):
+    """The train step: tests of one config share its compilation."""
+    return lower(config, devices).compile(compiler_options=UNOPTIMIZED)
 
 
 @functools.cache
 def initial_state(config, devices: int):
     """The fresh state, in NumPy: a step consumes the device arrays that it is given."""
     layout = sharding.sharding(jitted(config, devices)[1], "state")
-    create_state = jax.jit(step.create_state, static_argnums=0, out_shardings=layout)
+    create_state = jax.jit(
+        step.create_state, static_argnums=0, out_shardings=layout, compiler_options=UNOPTIMIZED
+    )
     return jax.device_get(create_state(config))
 
 
 def one_step(config, devices: int, state, arrays):
-    train_step, mesh = jitted(config, devices)
+    mesh = jitted(config, devices)[1]
     # Without the alias: the step overwrites its input.
     state = jax.device_put(state, sharding.sharding(mesh, "state"), may_alias=False)
-    return train_step(state, jax.device_put(arrays, sharding.sharding(mesh, "batch")))
+    arrays = jax.device_put(arrays, sharding.sharding(mesh, "batch"))
+    return compiled(config, devices)(state, arrays)
 
 
 def train(config, devices: int, steps: int, state=None):
@@ -70,13 +86,6 @@ def train(config, devices: int, steps: int, state=None):
 @pytest.fixture(scope="module")
 def alone():
     return train(CONFIG, 1, 10)
-
-
-def compiled_text(config, devices: int) -> str:
-    train_step, _ = jitted(config, devices)
-    state = jax.eval_shape(lambda: step.create_state(config))
-    shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(0).items()}
-    return train_step.lower(state, shapes).compile().as_text()
 
 
 def test_the_loss_falls(alone):
@@ -99,7 +108,7 @@ def test_microbatches_learn_as_one(alone):
 @pytest.mark.integration
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_one_reduction_of_every_gradient_and_nothing_gathered(microbatches):
-    text = compiled_text(dataclasses.replace(CONFIG, microbatches=microbatches), 8)
+    text = lower(dataclasses.replace(CONFIG, microbatches=microbatches), 8).compile().as_text()
     assert not re.search(r"all-gather|all-to-all|collective-permute|reduce-scatter", text)
     reductions = re.findall(r"= (.*) all-reduce(?:-start)?\((.*)", text)
     entry = text[text.index("ENTRY") :]
@@ -115,12 +124,9 @@ def test_one_reduction_of_every_gradient_and_nothing_gathered(microbatches):
 
 @pytest.mark.integration
 def test_gradients_travel_in_the_dtype_asked_for():
-    text = compiled_text(dataclasses.replace(CONFIG, reduce_dtype="bfloat16"), 8)
-    lowered = re.findall(r"all-reduce(?:-start)?\(.*", text)
-    assert lowered
-    config = dataclasses.replace(CONFIG, reduce_dtype="bfloat16")
-    state = jax.eval_shape(lambda: step.create_state(config))
-    stable = jitted(config, 8)[0].lower(state, batch(0)).as_text()
+    lowered = lower(dataclasses.replace(CONFIG, reduce_dtype="bfloat16"), 8)
+    assert re.findall(r"all-reduce(?:-start)?\(.*", lowered.compile().as_text())
+    stable = lowered.as_text()
     operands = re.findall(r"stablehlo.all_reduce.*?\n.*?\n.*?\n.*?: \((.*?)\)", stable, re.S)
     kernels = [o for o in operands if "64x32" in o]
     assert kernels and all("bf16" in o for o in kernels)
@@ -180,7 +186,7 @@ def test_the_gradient_is_the_mean_over_all_predictions():
         sums = step.batch_sums(CONFIG, params, whole, key)
         return sums["loss"] / sums["num_targets"]
 
-    expected = jax.jit(jax.grad(mean_loss))(before.params)
+    expected = jax.jit(jax.grad(mean_loss), compiler_options=UNOPTIMIZED)(before.params)
     norm = np.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(expected)))
     _, values = one_step(CONFIG, 8, before, whole)
     assert values.fetch()["gradient_norm"] == pytest.approx(norm, rel=1e-5)
