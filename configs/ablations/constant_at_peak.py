@@ -5,8 +5,8 @@
 The original's constant steps come last, at the minimal rate. The lengths of the phases are the
 parent's and do not scale: in a short run set --config.optimizer.constant and .horizon in both runs.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
-Answer (docs/ablations.md): no difference was seen, +0.0043 ± 0.0007 nats with 60 % of the steps at
-the peak, two seeds, a million parameters, 1M tokens, Muon.
+Answer (docs/ablations.md): no difference was seen, +0.0029 ± 0.0015 nats with 60 % of the steps at
+the peak, a million parameters, 1M tokens, Muon.
 """
 
 from esm1nv_jax.common.config_file import parent

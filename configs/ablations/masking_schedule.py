@@ -5,7 +5,7 @@
 The rate falls linearly over the horizon of the schedule of learning rates (Yang et al. 2023).
 Validation is at the last rate, which is the parent's.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
-Answer: not measured yet.
+Answer (docs/ablations.md): yes, -0.0058 ± 0.0007 nats, a million parameters, 1M tokens, Muon.
 """
 
 from esm1nv_jax.common.config_file import parent

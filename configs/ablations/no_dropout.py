@@ -5,8 +5,8 @@
 The original trained for hundreds of epochs; in a short run without repetition dropout may
 only cost.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
-Answer (docs/ablations.md): no difference was seen, +0.0008 ± 0.0016 nats for dropout of 0.1, two
-seeds, a million parameters, 1M tokens, Muon.
+Answer (docs/ablations.md): no difference was seen, +0.0007 ± 0.0010 nats for dropout of 0.1, a
+million parameters, 1M tokens, Muon.
 """
 
 from esm1nv_jax.common.config_file import parent

@@ -5,8 +5,8 @@
 The original crops to a prefix; this draws another window in every epoch. A difference can only come
 from sequences longer than data.max_residues.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
-Answer (docs/ablations.md): no difference was seen, +0.0034 ± 0.0039 nats for random crops, two
-seeds, a million parameters, 1M tokens, Muon.
+Answer (docs/ablations.md): no difference was seen, +0.0028 ± 0.0023 nats for random crops, a
+million parameters, 1M tokens, Muon.
 """
 
 from esm1nv_jax.common.config_file import parent

@@ -4,8 +4,8 @@
 
 A gated FFN (Shazeer 2020) has three matrices instead of two, so it is two thirds as wide.
 Hardware and time as the parent's, configs/pretrain_small.py; not measured. Arguments: the parent's.
-Answer (docs/ablations.md): no difference was seen, -0.0007 ± 0.0004 nats, two seeds, a million
-parameters, 1M tokens, Muon.
+Answer (docs/ablations.md): no difference was seen, -0.0015 ± 0.0008 nats, a million parameters, 1M
+tokens, Muon.
 """
 
 from esm1nv_jax.common.config_file import parent
