@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
+import math
 import re
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from esm1nv_jax.common import files
 from esm1nv_jax.common.command import Parser
-from esm1nv_jax.common.console import bar, console, count
+from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.data.fasta import scan
+from esm1nv_jax.common.html import new_figure, plus_minus
 from esm1nv_jax.data.tokenizer import STANDARD
 from esm1nv_jax.inference import contact_maps
 from esm1nv_jax.inference.api_types import residue_ids
-from esm1nv_jax.inference.contact_files import (
-    TABLE,
-    WRITERS,
-    Protein,
-    file_stem,
-    print_summary,
-    write_table,
-)
 from esm1nv_jax.inference.contact_maps import MAX_STRUCTURES, MIN_STRUCTURES, fit_contact_head
 from esm1nv_jax.inference.model import PRECISIONS, Model, load
 from esm1nv_jax.inference.structures import (
+    CUTOFFS,
+    MIN_SEPARATION,
+    RANGES,
+    Protein,
     Structure,
     baseline_scores,
     contact_precision,
     find_structures,
-    name_of,
+    mean_and_error,
+    read_proteins,
     read_structure,
 )
+
+TABLE = "precision.tsv"
 
 
 def main(argv: list[str]) -> None:
@@ -49,36 +51,20 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
     add("--fasta", help="proteins to predict contacts of")
-    add(
-        "--structures",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="known structures: files, FILE:CHAIN or folders; PDB, mmCIF or lists of contacts. "
-        "Those named as a protein of --fasta belong to it; without --fasta all are predicted",
+    known = (
+        "known structures: files, FILE:CHAIN or folders; PDB, mmCIF or lists of contacts. "
+        "Those named as a protein of --fasta belong to it; without --fasta all are predicted"
     )
+    add("--structures", nargs="+", default=[], metavar="PATH", help=known)
     add("--out", metavar="DIR", help="folder for the maps, and precision.tsv")
-    add(
-        "--method",
-        choices=contact_maps.METHODS,
-        help="default: attention with --fit, else jacobian",
-    )
-    add(
-        "--fit",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help=f"fit the contact head to these {MIN_STRUCTURES} to {MAX_STRUCTURES} structures first",
-    )
-    add(
-        "--save-model", metavar="DIR", help="with --fit: a model folder that holds the contact head"
-    )
-    add(
-        "--formats",
-        default="npz,tsv,png",
-        metavar="LIST",
-        help="which files to write, some of npz,tsv,png (default all)",
-    )
+    default = "default: attention with --fit, else jacobian"
+    add("--method", choices=contact_maps.METHODS, help=default)
+    fit_to = f"fit the contact head to these {MIN_STRUCTURES} to {MAX_STRUCTURES} structures first"
+    add("--fit", nargs="+", default=[], metavar="PATH", help=fit_to)
+    saved = "with --fit: a model folder that holds the contact head"
+    add("--save-model", metavar="DIR", help=saved)
+    some = "which files to write, some of npz,tsv,png (default all)"
+    add("--formats", default="npz,tsv,png", metavar="LIST", help=some)
     add("--max-residues", type=int, metavar="N", help="the most residues of a protein")
     add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of matrix products")
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
@@ -135,33 +121,6 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not overwrite)):
         raise UserError(f"{folder} exists and is not empty; choose another, or add --overwrite")
     files.check(str(folder / TABLE) if folder.is_dir() else str(folder))
-
-
-def read_proteins(fasta: str | None, paths: list[str]) -> list[Protein]:
-    """Proteins of a FASTA file, with the structures that have their names; without a FASTA file,
-    those of the structures.
-
-    Raises UserError where a structure belongs to no protein, or is not of its sequence.
-    """
-    found = find_structures(paths)
-    named = {name_of(*one): one for one in found}
-    if len(named) < len(found):
-        raise UserError("two structures of --structures have one name; rename the file of one")
-    if fasta is None:
-        structures = [read_structure(*one) for one in found]
-        return [Protein(s.name, s.sequence, s) for s in structures]
-    proteins = []
-    for name, letters in scan(fasta):
-        sequence = letters.decode()
-        one = named.pop(name, None)
-        structure = read_structure(*one, sequence) if one else None
-        proteins.append(Protein(name, sequence, structure))
-    if named:
-        raise UserError(
-            f"structure {next(iter(named))} has the name of no protein in {fasta}; name its file "
-            "as its id there"
-        )
-    return proteins
 
 
 def check_held_out(training: list[Structure], proteins: list[Protein]) -> None:
@@ -224,3 +183,99 @@ def predict(
                     precision = contact_precision(values, protein.structure)
                     rows.append({"protein": protein, "method": name, "precision": precision})
     return rows
+
+
+def file_stem(name: str, taken: set[str]) -> str:
+    """A file name for an id from outside, which no other protein has; added to `taken`."""
+    stem = plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100] or "_"
+    n = 1
+    while stem.lower() in taken:
+        n += 1
+        stem = f"{plain}-{n}"
+    taken.add(stem.lower())
+    return stem
+
+
+def write_npz(path: Path, protein: Protein, scores: np.ndarray, method: str) -> None:
+    """Arrays `scores` [residues, residues], `id`, `sequence` and `method`; with a structure also
+    `is_contact` and `is_resolved`."""
+    arrays = {"scores": scores, "id": protein.name, "sequence": protein.sequence, "method": method}
+    if protein.structure is not None:
+        arrays["is_contact"] = protein.structure.is_contact
+        arrays["is_resolved"] = protein.structure.is_resolved
+    with open(path, "wb") as file:  # a name with another ending would get .npz
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_tsv(path: Path, protein: Protein, scores: np.ndarray, method: str) -> None:
+    """Pairs at least 6 apart, the highest score first: i, j (from 1), their letters, the score, and
+    whether they touch (1, 0, or empty where it is not known)."""
+    i, j = np.triu_indices(len(scores), MIN_SEPARATION)
+    order = np.argsort(-scores[i, j], kind="stable")
+    known = protein.structure
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("i\tj\tresidue_i\tresidue_j\tscore\tcontact\n")
+        for a, b in zip(i[order].tolist(), j[order].tolist(), strict=True):
+            contact = ""
+            if known is not None and known.is_resolved[a] and known.is_resolved[b]:
+                contact = str(int(known.is_contact[a, b]))
+            letters = f"{protein.sequence[a]}\t{protein.sequence[b]}"
+            file.write(f"{a + 1}\t{b + 1}\t{letters}\t{scores[a, b]:.6g}\t{contact}\n")
+
+
+def write_png(path: Path, protein: Protein, scores: np.ndarray, method: str) -> None:
+    """A picture: the scores above the diagonal, true contacts below where they are known."""
+    L = len(scores)
+    figure, axes = new_figure(6.4, 6.0)
+    i, j = np.triu_indices(L, MIN_SEPARATION)
+    upper = np.full((L, L), np.nan)
+    upper[i, j] = scores[i, j]
+    top = float(np.quantile(scores[i, j], 0.995)) if len(i) else 1.0
+    lower = np.full((L, L), np.nan)
+    edges = (0.5, L + 0.5, L + 0.5, 0.5)
+    image = axes.imshow(upper, cmap="Blues", vmin=0, vmax=max(top, 1e-9), extent=edges)
+    title = f"{protein.name[:60]}, {L} residues: above the diagonal {method}"
+    if (known := protein.structure) is not None:
+        unknown = ~(known.is_resolved[i] & known.is_resolved[j])
+        lower[j[unknown], i[unknown]] = 0.3
+        axes.imshow(lower, cmap="Greys", vmin=0, vmax=1, extent=edges)
+        contact = known.is_contact[i, j]
+        style = {"markersize": max(0.5, 250 / L), "markeredgewidth": 0}
+        axes.plot(i[contact] + 1, j[contact] + 1, "s", color="black", **style)
+        title += "\nbelow it true contacts (grey: not resolved)"
+    axes.set_title(title, fontsize=9)
+    axes.set(xlabel="residue", ylabel="residue")
+    figure.colorbar(image, ax=axes, label="score", fraction=0.04)
+    figure.savefig(path, format="png", dpi=120)
+
+
+WRITERS = {"npz": write_npz, "tsv": write_tsv, "png": write_png}
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Writes the precision of each protein, method and range as a table."""
+    with files.replacing(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerow(["protein", "residues", "method", "range", *CUTOFFS])
+        for row in rows:
+            for name in RANGES:
+                values = [row["precision"][name, cutoff] for cutoff in CUTOFFS]
+                shown = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
+                protein = row["protein"]
+                table.writerow([protein.name, len(protein.sequence), row["method"], name, *shown])
+
+
+def print_summary(rows: list[dict]) -> None:
+    """Prints means over proteins with their standard errors."""
+    proteins = len({id(row["protein"]) for row in rows})
+    table = Table(title=f"precision, mean ± s.e. over {count(proteins, 'protein')}")
+    for column in ("range", "method", *CUTOFFS):
+        table.add_column(column, justify="right" if column in CUTOFFS else "left")
+    for name, (first, end) in RANGES.items():
+        text = f"{name} {first}-{end - 1}" if end else f"{name} {first}+"
+        for method in dict.fromkeys(row["method"] for row in rows):
+            of_method = [row["precision"] for row in rows if row["method"] == method]
+            means = (mean_and_error(p[name, cutoff] for p in of_method) for cutoff in CUTOFFS)
+            table.add_row(text, method, *(plus_minus(mean, error, 3) for mean, error, _ in means))
+            text = ""
+    stdout.print(table)

@@ -27,8 +27,7 @@ from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.mutants import is_mutant, kind_of, parse_mutants, undo
 from esm1nv_jax.inference.proteingym_summary import Assay, summarize
-from esm1nv_jax.inference.sequence_scores import SequenceTable, score_table
-from esm1nv_jax.inference.variant_table import COLUMN, SCORE
+from esm1nv_jax.inference.variant_table import COLUMN, SCORE, SequenceTable, column_of, score_table
 
 MUTATED, MEASURED = "mutated_sequence", "DMS_score"
 # Columns of a reference file, with the names that other releases have for them.
@@ -109,10 +108,9 @@ def _check_rows(path: Path, assay: Assay) -> None:
 
 
 def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overwrite: bool) -> None:
-    columns, table = open_csv(str(assay.path))
-    wild_type, at = assay.wild_type, columns.index(COLUMN)
+    columns = open_csv(str(assay.path))[0]
+    wild_type, names = assay.wild_type, column_of(assay.path, COLUMN)
     skipped: Counter[str] = Counter()
-    names = (fields[at] for _, fields in table)
     mutants = parse_mutants(names, wild_type, 0, 2, skipped, missense=True)
     variant_table.print_skipped(skipped, assay.name)
     if not len(mutants):
@@ -126,15 +124,15 @@ def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overw
 
 def _with_wild_type(assay: Assay) -> Assay:
     """An assay of substitutions with the sequence that its first mutant is one of."""
-    columns, _ = open_csv(str(assay.path))
+    columns = open_csv(str(assay.path))[0]
     if MUTATED not in columns:
         raise UserError(f"{assay.path} has no column {MUTATED!r}; give the wild types: --reference")
-    at = columns.index(COLUMN), columns.index(MUTATED)
-    for fields in variant_table.rows_of(assay.path):
-        if is_mutant(fields[at[0]]):
+    texts = (column_of(assay.path, name) for name in (COLUMN, MUTATED))
+    for name, text in zip(*texts, strict=True):
+        if is_mutant(name):
             try:
-                mutated = tokenizer.normalize(fields[at[1]]).sequence.decode()
-                return dataclasses.replace(assay, wild_type=undo(fields[at[0]], mutated))
+                mutated = tokenizer.normalize(text).sequence.decode()
+                return dataclasses.replace(assay, wild_type=undo(name, mutated))
             except UserError as error:
                 raise UserError(f"{assay.path}: {error}") from None
     raise UserError(f"{assay.path} names no mutant such as A4G")
@@ -182,7 +180,7 @@ def read_assays(folder: str, reference: str | None) -> list[Assay]:
 
 
 def _is_indels(path: Path) -> bool:
-    columns, rows = open_csv(str(path))
+    columns = open_csv(str(path))[0]
     if MEASURED not in columns or not {COLUMN, MUTATED} & {*columns}:
         raise UserError(
             f"{path} is no assay: it needs {MEASURED}, and {COLUMN} or {MUTATED}; its columns are "
@@ -192,8 +190,7 @@ def _is_indels(path: Path) -> bool:
         raise UserError(f"{path} has a column {SCORE!r} already; rename it")
     if COLUMN not in columns:
         return True
-    at = columns.index(COLUMN)
-    names = (fields[at] for _, fields in rows if kind_of(fields[at]) not in NEITHER)
+    names = (name for name in column_of(path, COLUMN) if kind_of(name) not in NEITHER)
     return not any(map(is_mutant, itertools.islice(names, LOOKED_AT)))
 
 

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import math
 import re
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from rich.table import Table
 from esm1nv_jax.common import files
 from esm1nv_jax.common.console import console, count, stdout
 from esm1nv_jax.common.html import plus_minus
-from esm1nv_jax.inference.sequence_scores import PER_RESIDUE
-from esm1nv_jax.inference.variant_table import SCORE, read_numbers
+from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.inference.variant_table import PER_RESIDUE, SCORE
 from esm1nv_jax.model.label_metrics import matthews, spearman
 
 METRICS = ("Spearman", "AUC", "MCC", "NDCG", "Top_recall")
@@ -200,6 +201,20 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
     if not any(assay.function for assay in assays):
         stdout.print("Without functions, which a reference file has, the mean is over proteins.")
     console.print(f"{out}/{kind}_summary.csv, {kind}_assays.csv")
+
+
+def read_numbers(path: Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns of a CSV file: float64 [rows], NaN where there is no column or no number."""
+    names, rows = open_csv(str(path))
+    values = {column: array("d") for column in columns}
+    at = {column: names.index(column) for column in columns if column in names}
+    for _, fields in rows:
+        for column, content in values.items():
+            try:
+                content.append(float(fields[at[column]]))
+            except (KeyError, ValueError):
+                content.append(math.nan)
+    return {column: np.array(content) for column, content in values.items()}
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, object]]) -> None:

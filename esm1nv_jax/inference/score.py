@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
+from array import array
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,11 +20,19 @@ from esm1nv_jax.inference import proteingym, variant_table
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, MODES, ONE_PASS, SEQUENCE_MODES
 from esm1nv_jax.inference.model import PRECISIONS, load
 from esm1nv_jax.inference.mutants import all_singles, parse_mutants
-from esm1nv_jax.inference.sequence_scores import SequenceTable, score_table
-from esm1nv_jax.inference.variant_table import COLUMN, MEASURED, Measured
+from esm1nv_jax.inference.variant_table import COLUMN, SequenceTable, column_of, score_table
+from esm1nv_jax.model import label_metrics
 
 ORDER = "GAVLIMCPFWYSTNQHKRDE"  # of a heat map: small, aliphatic, aromatic, polar, charged
 RESIDUES, LINES = 100, 40  # in a line of it; lines, of more residues if need be
+MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
+
+
+class Measured(NamedTuple):
+    """A column, and its numbers: float64 [rows], NaN where there is none."""
+
+    column: str
+    values: np.ndarray
 
 
 def main(argv: list[str]) -> None:
@@ -101,7 +112,7 @@ def score_sequences(args: argparse.Namespace) -> None:
     check_out(args, out)
     path, _copy = regular_file(args.sequences)
     table = SequenceTable(path, args.on_error == "skip")
-    measured = variant_table.read_measured(path, table.columns, args.target)
+    measured = read_measured(path, table.columns, args.target)
     model = load(args.checkpoint, args.precision, args.max_residues)
     model.check_mode(mode, args.force)
     scores = score_table(model, table, out, mode, args.overwrite)
@@ -137,12 +148,12 @@ def score_mutants(args: argparse.Namespace) -> None:
     if table is None:
         names = all_singles(wild_type, args.offset)
         columns = [COLUMN]
-        variant_table.measured_column(columns, args.target)
+        measured_column(columns, args.target)
         mutants = parse_mutants(names, wild_type, args.offset)
     else:
         skip = args.on_error == "skip"
         columns, mutants = variant_table.read_mutants(table, wild_type, args.offset, skip)
-        measured = variant_table.read_measured(table, columns, args.target)
+        measured = read_measured(table, columns, args.target)
 
     model = load(args.checkpoint, args.precision, args.max_residues)
     model.check_mode(mode, args.force)
@@ -166,11 +177,56 @@ def score_mutants(args: argparse.Namespace) -> None:
     print_correlation(scores, measured)
 
 
+def measured_column(columns: list[str], target: str | None) -> str | None:
+    """The column that scores are ranked against: `target`, or what `MEASURED` names, if any."""
+    column = target or next((c for c in MEASURED if c in columns), None)
+    if column is not None and column not in columns:
+        raise UserError(f"--target={column} is no column; there are {', '.join(columns)}")
+    return column
+
+
+def read_measured(path: Path, columns: list[str], target: str | None) -> Measured | None:
+    """What scores are ranked against. Where there is nothing to rank, None: it is printed why, or
+    raised as UserError where it is `target` that was asked for."""
+    if (column := measured_column(columns, target)) is None:
+        return None
+    numbers, wrong, first = array("d"), 0, ""
+    for row, text in enumerate(column_of(path, column), 2):
+        try:
+            numbers.append(float(text) if text else math.nan)
+        except ValueError:
+            numbers.append(math.nan)
+            first = first or f"row {row}: {column} is {text!r}, which is no number"
+            wrong += 1
+    if first and target is not None:
+        raise UserError(first)
+    if first:
+        console.print(f"{first} ({wrong:,} of {len(numbers):,} rows; not compared)")
+    values = np.array(numbers)
+    known = values[np.isfinite(values)]
+    if len(known) >= 3 and np.ptp(known):
+        return Measured(column, values)
+    lacks = "holds no three numbers that differ"
+    if target is not None:
+        raise UserError(f"--target={column} {lacks}; leave it out")
+    console.print(f"{column} {lacks}: no rank correlation")
+    return None
+
+
 def print_correlation(scores: np.ndarray, measured: Measured | None, name: str = "") -> None:
     if measured is not None:
-        rho, used = variant_table.spearman(scores, measured.values)
+        rho, used = spearman(scores, measured.values)
         noun = "sequence" if name else "mutant"
         stdout.print(f"{name}spearman {rho:.4f} with {measured.column} over {count(used, noun)}")
+
+
+def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
+    """Rank correlation, and over how many rows. NaN where all scores or all measurements of these
+    are equal."""
+    used = np.isfinite(measured) & np.isfinite(scores)
+    if not used.any():
+        return math.nan, 0
+    return label_metrics.spearman(measured[used], scores[used]), int(used.sum())
 
 
 def read_wild_type(path: str) -> tuple[str, str]:
@@ -186,7 +242,6 @@ def plot_heat_map(
 ) -> None:
     """Writes a PNG of the scores of single mutants `names` of `wild_type`: residues across, amino
     acids down; dots mark the wild type's own."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     across = max(RESIDUES, -(-len(wild_type) // LINES))
@@ -196,7 +251,6 @@ def plot_heat_map(
         values[ORDER.index(name[-1]), int(name[1:-1]) - 1 - offset] = score
     lines = -(-len(wild_type) // across)
     figure = Figure(figsize=(16, 3.4 * lines + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     # Colours span what nine in ten mutants score; the rest would wash out the picture.
     span = float(np.nanpercentile(np.abs(values), 95)) or 1.0
     for line, axes in enumerate(figure.subplots(lines, 1, squeeze=False)[:, 0]):

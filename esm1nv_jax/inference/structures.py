@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.model.label_metrics import standard_error
 
 CONTACT_DISTANCE = 8.0  # Å
@@ -45,6 +46,42 @@ class Structure:
     sequence: str
     is_resolved: np.ndarray
     is_contact: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Protein:
+    """What to predict contacts of; with its structure, where that is known."""
+
+    name: str
+    sequence: str
+    structure: Structure | None = None
+
+
+def read_proteins(fasta: str | None, paths: list[str]) -> list[Protein]:
+    """Proteins of a FASTA file, with the structures that have their names; without a FASTA file,
+    those of the structures.
+
+    Raises UserError where a structure belongs to no protein, or is not of its sequence.
+    """
+    found = find_structures(paths)
+    named = {name_of(*one): one for one in found}
+    if len(named) < len(found):
+        raise UserError("two structures of --structures have one name; rename the file of one")
+    if fasta is None:
+        structures = [read_structure(*one) for one in found]
+        return [Protein(s.name, s.sequence, s) for s in structures]
+    proteins = []
+    for name, letters in scan(fasta):
+        sequence = letters.decode()
+        one = named.pop(name, None)
+        structure = read_structure(*one, sequence) if one else None
+        proteins.append(Protein(name, sequence, structure))
+    if named:
+        raise UserError(
+            f"structure {next(iter(named))} has the name of no protein in {fasta}; name its file "
+            "as its id there"
+        )
+    return proteins
 
 
 def find_structures(paths: list[str]) -> list[tuple[Path, str]]:
@@ -140,7 +177,11 @@ def _read_pairs(text: str, residues: int, source: str) -> np.ndarray:
 def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str]:
     """(letters of the residues with coordinates, their C-beta in Å [residues, 3], the letters of
     the whole chain, '' where the file does not say)."""
-    require_biopython()
+    if importlib.util.find_spec("Bio") is None:
+        raise UserError(
+            "PDB and mmCIF files are read by Biopython, which is not installed: "
+            "pip install 'esm1nv_jax[structures]'"
+        )
     from Bio import SeqIO
     from Bio.Data.PDBData import protein_letters_3to1_extended as one_letter
     from Bio.PDB.MMCIF2Dict import MMCIF2Dict
@@ -222,15 +263,6 @@ def _align(letters: str, sequence: str, name: str) -> np.ndarray:
     return np.array([i for i, _ in pairs])
 
 
-def require_biopython() -> None:
-    """Raises UserError where the reader of structures is not installed."""
-    if importlib.util.find_spec("Bio") is None:
-        raise UserError(
-            "PDB and mmCIF files are read by Biopython, which is not installed: "
-            "pip install 'esm1nv_jax[structures]'"
-        )
-
-
 def expected_precision(scores: np.ndarray, is_contact: np.ndarray, top: int) -> float:
     """The share of contacts among the `top` highest scores, in expectation over the order of ties;
     among all where they are fewer, NaN where there are none."""
@@ -254,10 +286,8 @@ def contact_precision(scores: np.ndarray, structure: Structure) -> dict[tuple[st
         used = (j - i >= first) & (j - i < (end or L))
         pairs = i[used], j[used]
         for cutoff, k in CUTOFFS.items():
-            top = max(1, L // k)
-            values[name, cutoff] = expected_precision(
-                scores[pairs], structure.is_contact[pairs], top
-            )
+            ranked = scores[pairs], structure.is_contact[pairs]
+            values[name, cutoff] = expected_precision(*ranked, max(1, L // k))
     return values
 
 

@@ -1,39 +1,35 @@
-"""The tables of `esm1nv score`: CSV files of mutants and measurements, and files of scores."""
+"""The tables of `esm1nv score`: CSV files of mutants, or of whole sequences with insertions and
+deletions. They come back with their scores."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import json
-import math
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from esm1nv_jax.common import files
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.tables import open_csv
 from esm1nv_jax.inference import likelihood
+from esm1nv_jax.inference.likelihood import EXACT, ONE_PASS
 from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.mutants import MutantError, MutantTable, parse_mutants
-from esm1nv_jax.model import label_metrics
 
 COLUMN, SCORE = "mutant", "score"
+SEQUENCES = ("mutated_sequence", "sequence")  # names of the column
+PER_RESIDUE = f"{SCORE}_per_residue"
+BLOCK_RESIDUES = 1 << 16  # of one-pass: logits of so many are in memory
 BLOCK = 64  # mutants or sequences after which scores that take hours are saved
-MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
-
-
-class Measured(NamedTuple):
-    """A column, and its numbers: float64 [rows], NaN where there is none."""
-
-    column: str
-    values: np.ndarray
 
 
 def read_mutants(
@@ -43,16 +39,15 @@ def read_mutants(
 
     With `skip`, rows that cannot be scored are left out and counted by kind; else they are refused.
     """
-    columns, table = open_csv(str(path))
+    columns = open_csv(str(path))[0]
     if COLUMN not in columns:
         below = "its first line must name one, with A4G or A4G:L10P below it"
         raise UserError(f"{path} has no column {COLUMN!r}; {below}")
     if SCORE in columns:
         raise UserError(f"{path} has a column {SCORE!r} already; rename it")
-    at = columns.index(COLUMN)
-    names = (fields[at] for _, fields in table)
     skipped: Counter[str] = Counter()
     try:  # row 1 of the file is its header
+        names = column_of(path, COLUMN)
         mutants = parse_mutants(names, wild_type, offset, 2, skipped if skip else None)
     except MutantError as error:
         raise UserError(f"{error}; fix it, or leave such rows out with --on-error=skip") from None
@@ -74,54 +69,74 @@ def rows_of(path: Path) -> Iterator[list[str]]:
     return (fields for _, fields in open_csv(str(path))[1])
 
 
-def read_numbers(path: Path, columns: Sequence[str]) -> dict[str, np.ndarray]:
-    """Columns of a CSV file: float64 [rows], NaN where there is no column or no number."""
-    names, rows = open_csv(str(path))
-    values = {column: array("d") for column in columns}
-    at = {column: names.index(column) for column in columns if column in names}
-    for _, fields in rows:
-        for column, content in values.items():
-            try:
-                content.append(float(fields[at[column]]))
-            except (KeyError, ValueError):
-                content.append(math.nan)
-    return {column: np.array(content) for column, content in values.items()}
+def column_of(path: Path, name: str) -> Iterator[str]:
+    columns, rows = open_csv(str(path))
+    at = columns.index(name)
+    return (fields[at] for _, fields in rows)
 
 
-def measured_column(columns: list[str], target: str | None) -> str | None:
-    """The column that scores are ranked against: `target`, or what `MEASURED` names, if any."""
-    column = target or next((c for c in MEASURED if c in columns), None)
-    if column is not None and column not in columns:
-        raise UserError(f"--target={column} is no column; there are {', '.join(columns)}")
-    return column
+class SequenceTable:
+    """A CSV file with a column of sequences, checked; its rows are not held in memory.
+
+    lengths: int32 [rows], 0 where there is no sequence to score. digest: of all sequences.
+    """
+
+    def __init__(self, path: Path, skip: bool):
+        self.path = path
+        self.columns = open_csv(str(path))[0]
+        column = next((name for name in SEQUENCES if name in self.columns), None)
+        if column is None:
+            raise UserError(
+                f"{path} has no column {' or '.join(SEQUENCES)}; it has {', '.join(self.columns)}"
+            )
+        if taken := {SCORE, PER_RESIDUE} & {*self.columns}:
+            raise UserError(f"{path} has a column {min(taken)!r} already; rename it")
+        self._column = column
+        lengths, digest, skipped = array("i"), hashlib.sha256(), Counter[str]()
+        for row, text in enumerate(column_of(path, column)):
+            sequence, kind = _normalized(text)
+            if kind and not skip:
+                raise UserError(
+                    f"{path}, row {row + 2}: the sequence cannot be scored ({kind}); fix it, or "
+                    "leave such rows out with --on-error=skip"
+                )
+            skipped[kind] += 1
+            lengths.append(len(sequence))
+            digest.update(sequence + b"\n")
+        self.lengths = np.array(lengths, np.int32)
+        self.digest = digest.hexdigest()
+        if not self.lengths.any():
+            raise UserError(f"{path} holds no sequence that can be scored")
+        del skipped[""]
+        print_skipped(skipped, path.name)
+
+    def blocks(self, sequences: int, residues: int) -> Iterator[tuple[list[int], list[bytes]]]:
+        """Rows and sequences, at most so many, and at least one, at a time."""
+        rows: list[int] = []
+        block: list[bytes] = []
+        size = 0
+        texts = column_of(self.path, self._column)
+        for row, (text, length) in enumerate(zip(texts, self.lengths.tolist(), strict=True)):
+            if not length:
+                continue
+            if block and (len(block) == sequences or size + length > residues):
+                yield rows, block
+                rows, block, size = [], [], 0
+            rows.append(row)
+            size += length
+            block.append(_normalized(text)[0])
+        yield rows, block
 
 
-def read_measured(path: Path, columns: list[str], target: str | None) -> Measured | None:
-    """What scores are ranked against. Where there is nothing to rank, None: it is printed why, or
-    raised as UserError where it is `target` that was asked for."""
-    if (column := measured_column(columns, target)) is None:
-        return None
-    at, numbers, wrong, first = columns.index(column), array("d"), 0, ""
-    for row, fields in enumerate(rows_of(path), 2):
-        try:
-            numbers.append(float(fields[at]) if fields[at] else math.nan)
-        except ValueError:
-            numbers.append(math.nan)
-            first = first or f"row {row}: {column} is {fields[at]!r}, which is no number"
-            wrong += 1
-    if first and target is not None:
-        raise UserError(first)
-    if first:
-        console.print(f"{first} ({wrong:,} of {len(numbers):,} rows; not compared)")
-    values = np.array(numbers)
-    known = values[np.isfinite(values)]
-    if len(known) >= 3 and np.ptp(known):
-        return Measured(column, values)
-    lacks = "holds no three numbers that differ"
-    if target is not None:
-        raise UserError(f"--target={column} {lacks}; leave it out")
-    console.print(f"{column} {lacks}: no rank correlation")
-    return None
+def _normalized(text: str) -> tuple[bytes, str]:
+    """(sequence, why it cannot be scored); one of the two is empty."""
+    try:
+        sequence = tokenizer.normalize(text).sequence
+    except tokenizer.InvalidResidueError:
+        return b"", "no residue letters"
+    if b"*" in sequence:
+        return b"", "stop"
+    return sequence, "" if sequence else "blank"
 
 
 class SavedScores:
@@ -176,7 +191,7 @@ def score_and_write(
     model, wild type and other `settings` are the same.
     """
     scores, saved, step = np.full(mutants.total, np.nan), None, max(1, len(mutants))
-    if mode == likelihood.EXACT:
+    if mode == EXACT:
         settings |= {"model": model.digest, "wild_type": wild_type, "precision": model.precision}
         saved, step = SavedScores(out, settings | {"longest": model.longest}, overwrite), BLOCK
     blocks = [mutants[first : first + step] for first in range(0, len(mutants), step)]
@@ -206,13 +221,47 @@ def score_and_write(
     return scores
 
 
-def spearman(scores: np.ndarray, measured: np.ndarray) -> tuple[float, int]:
-    """Rank correlation, and over how many rows. NaN where all scores or all measurements of these
-    are equal."""
-    used = np.isfinite(measured) & np.isfinite(scores)
-    if not used.any():
-        return math.nan, 0
-    return label_metrics.spearman(measured[used], scores[used]), int(used.sum())
+def score_table(
+    model: Model, table: SequenceTable, out: Path, mode: str, overwrite: bool
+) -> dict[str, np.ndarray]:
+    """Writes `table` with the columns `score`, the pseudo-log-likelihood, and `score_per_residue`,
+    divided by the length, to `out`; returns them, float64 [rows], NaN where there is no sequence.
+
+    Killed and started again, it goes on where it was.
+    """
+    longest = int(table.lengths.argmax())
+    model.check_fits(int(table.lengths[longest]), f"row {longest + 2} of {table.path.name}")
+    scores = np.full(len(table.lengths), np.nan)
+    sequences, passes = int(np.count_nonzero(table.lengths)), int(table.lengths.sum(dtype=np.int64))
+    cost = f"{sequences:,} forward passes, one a sequence (exact: {passes:,})"
+    if mode == EXACT:
+        cost = f"{passes:,} forward passes, one a residue (--mode={ONE_PASS}: {sequences:,})"
+    console.print(f"{table.path.name}: {count(sequences, 'sequence')} by {mode}, {cost}")
+    settings: dict = {"model": model.digest, "precision": model.precision, "mode": mode}
+    settings |= {"longest": model.longest, "sequences": table.digest}
+    saved = SavedScores(out, settings, overwrite)
+    for row, value in saved.scores.items():
+        scores[int(row)] = value
+    copied = likelihood.copy_log_odds(model.masking) if mode == ONE_PASS else 0.0
+    limits = (BLOCK, 1 << 62) if mode == EXACT else (1 << 62, BLOCK_RESIDUES)
+    start = int(table.lengths[np.isfinite(scores)].sum())
+    with bar("score", passes, "residues", start=start) as progress:
+        for rows, block in table.blocks(*limits):
+            if np.isfinite(scores[rows]).all():
+                continue
+            args = model.on_devices, block, model.longest
+            if mode == EXACT:
+                pll = likelihood.pseudo_log_likelihood(*args, progress.advance)[1]
+            else:
+                pll = likelihood.one_pass_log_likelihood(*args, copied)
+                progress.advance(sum(map(len, block)))
+            scores[rows] = pll
+            saved.append(dict(zip(map(str, rows), pll.tolist(), strict=True)))
+    per_residue = scores / np.where(table.lengths, table.lengths, 1)
+    columns = {SCORE: scores, PER_RESIDUE: per_residue}
+    write_scores(out, table.columns, rows_of(table.path), columns)
+    saved.path.unlink()
+    return columns
 
 
 def write_scores(

@@ -20,6 +20,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import likelihood, variant_table
 from esm1nv_jax.inference import mutants as mutants_lib
+from esm1nv_jax.inference.score import read_measured, spearman
 from esm1nv_jax.inference.variant_table import SavedScores
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.model import reference
@@ -300,7 +301,7 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
 
 def test_a_rank_correlation_needs_two_values():
     scores, equal = np.array([1.0, 2, 3, np.nan]), np.array([2.0, 2, 2, 5])
-    for some in (variant_table.spearman(scores, equal), variant_table.spearman(equal, scores)):
+    for some in (spearman(scores, equal), spearman(equal, scores)):
         assert np.isnan(some[0]) and some[1] == 3
 
 
@@ -344,7 +345,7 @@ def test_the_rows_of_a_table_are_not_held_in_memory(tmp_path):
     path.write_text("mutant,mutated_sequence,DMS_score,note\n" + rows)
     tracemalloc.start()
     columns, mutants = variant_table.read_mutants(path, WILD, 0, False)
-    n, measured = mutants.total, variant_table.read_measured(path, columns, None)
+    n, measured = mutants.total, read_measured(path, columns, None)
     variant_table.write_scores(
         tmp_path / "s.csv", columns, variant_table.rows_of(path), {"score": np.zeros(n)}
     )

@@ -9,7 +9,7 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference import likelihood, sequence_scores
+from esm1nv_jax.inference import likelihood, variant_table
 from esm1nv_jax.inference.likelihood import copy_log_odds
 from esm1nv_jax.model.masking import RECIPES, MaskingConfig
 from tests.inference.models import make_model, make_proteins
@@ -96,8 +96,8 @@ def write(folder, sequences):
 
 @pytest.mark.parametrize("mode", likelihood.SEQUENCE_MODES)
 def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, mode):
-    monkeypatch.setattr(sequence_scores, "BLOCK", 2)
-    monkeypatch.setattr(sequence_scores, "BLOCK_RESIDUES", 60)
+    monkeypatch.setattr(variant_table, "BLOCK", 2)
+    monkeypatch.setattr(variant_table, "BLOCK_RESIDUES", 60)
     sequences = [s for _, s in make_proteins(9, seed=5, longest=30)]
     write(tmp_path, sequences)
     name = "pseudo_log_likelihood" if mode == likelihood.EXACT else "one_pass_log_likelihood"
