@@ -18,7 +18,9 @@ from esm1nv_jax.training.objectives import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.tuning import Tuning
 
-PROBE_SIZE = 1024  # the probe is two products of square matrices of this size: 4 GFLOP
+# The probe is two products of square matrices of this size: 4 GFLOP. A CPU would take 0.1 seconds
+# for them at every save.
+PROBE_SIZE, CPU_PROBE_SIZE = 1024, 512
 KEY = "hosts/"  # under which processes publish their metrics
 # Dense bf16 peak, FLOP/s a device, by `jax.Device.device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
@@ -167,7 +169,8 @@ class HostClock:
     def __init__(self, group: ProcessGroup, device: jax.Device):
         self.group = group
         with jax.default_device(device):
-            self._matrix = jnp.asarray(np.full((PROBE_SIZE, PROBE_SIZE), 1e-3, np.float32))
+            size = CPU_PROBE_SIZE if device.platform == "cpu" else PROBE_SIZE
+            self._matrix = jnp.asarray(np.full((size, size), 1e-3, np.float32))
             self._product = jax.jit(lambda x: jnp.sum(x @ x @ x)).lower(self._matrix).compile()
         self.probe_seconds = 0.0
         self.restart()
