@@ -1,10 +1,18 @@
-"""A model at rest: parameters, config and where they came from; and finding one behind a path."""
+"""A model at rest: parameters, config and where they came from; and finding one behind a path.
+
+The checkpoints of a fine-tuned run hold the trained parameters only. The metadata of each step say
+what makes a whole model of them: `base`, the path and the digest of the parameters that training
+left as they are; `lora`, the config of LoRA; `head`, that of the head; `label_scale`, the mean and
+standard deviation in whose units a regression was trained.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +26,7 @@ from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST, FOLDER
 from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.model import contact_head, encoder, heads
+from esm1nv_jax.model import contact_head, encoder, heads, lora
 from esm1nv_jax.model.heads import HeadConfig
 
 PARAMETERS, DESCRIPTION = "parameters.safetensors", "model.json"
@@ -69,7 +77,9 @@ def read(path: str) -> Weights:
     if (folder / DESCRIPTION).exists():
         return _read_model(folder)
     if (found := find_step(path)) is not None:
-        return _read_step(*found)
+        weights = _read_step(*found)
+        check(weights.params, weights.model, f"checkpoint {found.step} of {found.run}")
+        return weights
     raise UserError(
         f"{path} holds no model: neither {DESCRIPTION}, {FOLDER}/STEP nor a config.json "
         "of transformers was found there"
@@ -157,14 +167,88 @@ def _read_model(folder: epath.Path) -> Weights:
 
 
 def _read_step(run: epath.Path, step: int, folder: str) -> Weights:
+    """Return the parameters that a step holds; of a fine-tuned run those that were trained."""
     check_step(run, step, folder, items=("params", "metadata"))
     try:
         metadata = step_folder.read_metadata(run, step, folder)
         params = step_folder.read_params(run, step, folder)
         model = encoder.EncoderConfig(**metadata["config"]["model"])
+        head = HeadConfig(**metadata["head"]) if "head" in metadata else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"checkpoint {step} of {run} cannot be read: {error} (esm1nv doctor {run} checks all)"
         ) from None
-    check(params, model, f"checkpoint {step} of {run}")
-    return Weights(params, model, {"run": str(run), "steps": [step]} | metadata)
+    return Weights(params, model, {"run": str(run), "steps": [step]} | metadata, head)
+
+
+def digest(params: dict) -> str:
+    """Return a SHA-256 of names, shapes and values of parameters."""
+    total = hashlib.sha256()
+    for name, value in sorted(flatten(params).items()):
+        array = np.ascontiguousarray(np.asarray(value, np.float32))
+        total.update(f"{name} {array.shape}\n".encode())
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def find_finetuned(path: str) -> StepPath | None:
+    """Return the step that `path` names where it is a fine-tuned run or step; else None.
+
+    Of a run it is the step that validates best, if there is one, and not the newest.
+    """
+    found = find_step(path)
+    if found is None:
+        return None
+    run, step, folder = found
+    try:
+        if "head" not in step_folder.read_metadata(run, step, folder):
+            return None
+    except (OSError, ValueError):
+        return None  # `read` says what is wrong
+    best = step_folder.steps(run, BEST) if epath.Path(path) == run else []
+    return StepPath(run, best[-1], BEST) if best else found
+
+
+def read_finetuned(
+    run: epath.Path, step: int, folder: str, load_base: Callable[[str], Weights]
+) -> Weights:
+    """Return the whole model of a step of a fine-tuned run, LoRA merged, the head in units of the
+    label.
+
+    Raises UserError where the step is damaged, or the base model is gone or has other parameters.
+    """
+    weights, source = _read_step(run, step, folder), f"checkpoint {step} of {run}"
+    metadata, params = weights.provenance, dict(weights.params)
+    adapters = params.pop("lora", None)
+    if metadata["base"] is not None:
+        base = _read_base(source, metadata["base"], load_base)
+        params = unflatten(flatten(base) | flatten(params))
+    if adapters is not None:
+        params = lora.merge(params, adapters, lora.LoraConfig(**metadata["lora"]))
+    params["head"] = scale_head(params["head"], *metadata["label_scale"])
+    check(params, weights.model, source, weights.head)
+    return dataclasses.replace(weights, params=params)
+
+
+def scale_head(head: dict, mean: float, std: float) -> dict:
+    """Return the parameters of a head whose outputs are `std` times as large, plus `mean`."""
+    last = head["out_proj"]
+    kernel = np.asarray(last["kernel"]) * np.float32(std)
+    bias = np.asarray(last["bias"]) * np.float32(std) + np.float32(mean)
+    return head | {"out_proj": {"kernel": kernel, "bias": bias}}
+
+
+def _read_base(source: str, base: dict, load_base: Callable[[str], Weights]) -> dict:
+    try:
+        params = load_base(base["path"]).encoder_params
+    except UserError as error:
+        raise UserError(
+            f"{source} is fine-tuned from {base['path']}, which cannot be read ({error}); put the "
+            "base model there again"
+        ) from None
+    if (found := digest(params)) != base["digest"]:
+        raise UserError(
+            f"{source} is fine-tuned from {base['path']} with digest {base['digest'][:16]}, but "
+            f"the model there now has {found[:16]}; put the base model there again"
+        )
+    return params

@@ -24,7 +24,7 @@ from etils import epath
 from rich.table import Table
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints import finetuned, model_folder, step_folder
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import command, config_file, files
 from esm1nv_jax.common.console import bar, console, stdout
 from esm1nv_jax.common.errors import UserError
@@ -149,7 +149,7 @@ def average(
     of the same model as the first.
     """
     members = sorted(set(members))
-    if finetuned.find(str(_path(members[0]))) is not None:
+    if model_folder.find_finetuned(str(_path(members[0]))) is not None:
         return _average_finetuned(members, on_progress)
     model, opened = _open_alike(members)
     sums: dict[str, np.ndarray] = {}

@@ -50,13 +50,13 @@ def to_peft(checkpoint: str, out: str, approximate: bool = False) -> str:
 
     Returns and raises as `to_hf`; raises UserError, too, where the run has no LoRA.
     """
-    from esm1nv_jax.checkpoints import finetuned, step_folder
+    from esm1nv_jax.checkpoints import model_folder, step_folder
     from esm1nv_jax.interchange import huggingface
     from esm1nv_jax.interchange.loader import load_weights
     from esm1nv_jax.model.lora import LoraConfig
 
     _check_empty(out)
-    weights, found = load_weights(checkpoint), finetuned.find(checkpoint)
+    weights, found = load_weights(checkpoint), model_folder.find_finetuned(checkpoint)
     metadata = step_folder.read_metadata(*found) if found else {}
     if not found or not metadata.get("lora"):
         raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from etils import epath
 
-from esm1nv_jax.checkpoints import finetuned, model_folder
+from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import huggingface
@@ -30,6 +30,6 @@ def load_weights(path: str) -> Weights:
         return model_folder.read(path)
     if huggingface.is_hf_folder(folder):
         return huggingface.read(path)
-    if (found := finetuned.find(path)) is not None:
-        return finetuned.read(*found, load_weights)
+    if (found := model_folder.find_finetuned(path)) is not None:
+        return model_folder.read_finetuned(*found, load_weights)
     return model_folder.read(path)

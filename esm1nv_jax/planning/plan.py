@@ -66,10 +66,10 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.planning import roofline
     from esm1nv_jax.planning.hlo import Program
     from esm1nv_jax.training import sharding
-    from esm1nv_jax.training.memory import check_memory
     from esm1nv_jax.training.metrics import training_flops
     from esm1nv_jax.training.run_config import RunConfig
     from esm1nv_jax.training.run_data import open_data
+    from esm1nv_jax.training.step import check_memory
 
     chip = chips.chip(chip_name)
     devices = chips.devices(chip, hosts, per_host)

@@ -18,8 +18,7 @@ import jax
 
 from esm1nv_jax.checkpoints.manager import SaveError
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
-from esm1nv_jax.training.launcher import initialize_arguments
-from esm1nv_jax.training.process_group import ABORT_KEY, ProcessGroup
+from esm1nv_jax.training.process_group import ABORT_KEY, ProcessGroup, initialize_arguments
 from esm1nv_jax.training.run_config import ClusterConfig
 
 EXIT_LOST = 1

@@ -23,7 +23,7 @@ from esm1nv_jax.model import label_metrics
 from esm1nv_jax.training import sharding
 from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.metrics import add_sums
-from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import TrainState

@@ -24,8 +24,8 @@ from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED, UserError
 from esm1nv_jax.data.labeled_data import TASKS
-from esm1nv_jax.training import launcher
-from esm1nv_jax.training.objectives.labels import best_metric
+from esm1nv_jax.training.label_prediction import best_metric
+from esm1nv_jax.training.process_group import initialize_arguments
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.train import train
 from esm1nv_jax.training.workdir import LOCK
@@ -86,7 +86,7 @@ def search(config: ConfigDict, grid: list[dict[str, float]], out: Path) -> int:
 
     Started again, it goes on where it was stopped. Returns the exit status.
     """
-    if launcher.initialize_arguments() is not None:
+    if initialize_arguments() is not None:
         raise UserError("--grid runs in one process; start its settings one by one on a cluster")
     names = {_name(setting): setting for setting in grid}
     if not (out / FILE).exists():

@@ -14,7 +14,7 @@ import numpy as np
 
 from esm1nv_jax.model.encoder_config import EncoderConfig
 from esm1nv_jax.model.lora import FUSED
-from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.tuning import Tuning
 

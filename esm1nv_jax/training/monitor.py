@@ -19,7 +19,7 @@ from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED
 from esm1nv_jax.common.metrics_log import MetricsWriter
 from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.metrics import HostClock, ScalarMetrics, ThroughputWindow
-from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.workdir import log_line

@@ -13,7 +13,7 @@ from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.labeled_data import TASKS
 from esm1nv_jax.training import evaluation, summary
-from esm1nv_jax.training.objectives.labels import best_metric
+from esm1nv_jax.training.label_prediction import best_metric
 from esm1nv_jax.training.run_config import changes_learning, flat_with_defaults
 from esm1nv_jax.training.workdir import CONFIG, DATA
 

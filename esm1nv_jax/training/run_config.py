@@ -28,8 +28,7 @@ from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.kernels import token_backend
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import MaskingConfig, recipe
-from esm1nv_jax.training.objectives import Objective
-from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.objective import MaskedLM, Objective
 from esm1nv_jax.training.optimizer import OptimizerConfig, resolve_shares
 from esm1nv_jax.training.step import StepConfig
 from esm1nv_jax.training.tuning import FinetuneConfig, Tuning

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from esm1nv_jax.checkpoints import finetuned, model_folder
+from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
@@ -18,7 +18,7 @@ from esm1nv_jax.data.packing import TrainingWindows, stream_config
 from esm1nv_jax.data.source import Source, open_split, subset
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model.heads import HeadConfig
-from esm1nv_jax.training.objectives.labels import LabelPrediction, balanced_weights, standard_scale
+from esm1nv_jax.training.label_prediction import LabelPrediction, balanced_weights, standard_scale
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.tuning import Tuning
 
@@ -97,12 +97,12 @@ def _open_labeled(config: RunConfig) -> RunData:
         return data
     weights = _load_base(config)
     params = weights.encoder_params
-    metadata["base"] = {"path": _exact_path(weights, config), "digest": finetuned.digest(params)}
+    metadata["base"] = {"path": _exact_path(weights, config), "digest": model_folder.digest(params)}
     initial = params | objective.init_added(config.model, config.seed)
     if weights.head is not None:
         _check_head(config.init_from, weights.head, objective.head)
         mean, std = objective.label_mean, objective.label_std
-        initial["head"] = finetuned.scale_head(weights.params["head"], -mean / std, 1 / std)
+        initial["head"] = model_folder.scale_head(weights.params["head"], -mean / std, 1 / std)
     return dataclasses.replace(
         data, tuning=finetune.tuning, initial=jax.tree.map(np.asarray, initial), metadata=metadata
     )

@@ -1,4 +1,4 @@
-"""One training step, one evaluation step: pure functions of state and batch.
+"""One training step, one evaluation step: pure functions of state and batch; the memory they need.
 
 The gradient is computed device by device inside a `shard_map`, so that nothing is gathered
 whatever the attention backend, and reduced once a step, whatever the number of microbatches.
@@ -15,10 +15,13 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.packing import StreamConfig
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.training.metrics import ScalarMetrics
-from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.optimizer import OptimizerConfig, optimizer, schedule
 from esm1nv_jax.training.sharding import DATA, sharding
 from esm1nv_jax.training.tuning import Tuning, merge_trees
@@ -201,20 +204,14 @@ def jit_steps(config: StepConfig, mesh: Mesh):
     """
     replicated, by_rows = sharding(mesh, "state"), sharding(mesh, "batch")
     options = DETERMINISTIC if config.deterministic else None
-    jitted_train_step = jax.jit(
-        functools.partial(train_step, config, mesh),
-        in_shardings=(replicated, by_rows),
-        out_shardings=(replicated, replicated),
-        donate_argnums=0,
-        compiler_options=options,
-    )
-    jitted_eval_step = jax.jit(
-        functools.partial(eval_step, config, mesh),
+    jit = functools.partial(
+        jax.jit,
         in_shardings=(replicated, by_rows),
         out_shardings=replicated,
         compiler_options=options,
     )
-    return jitted_train_step, jitted_eval_step
+    jitted_train_step = jit(functools.partial(train_step, config, mesh), donate_argnums=0)
+    return jitted_train_step, jit(functools.partial(eval_step, config, mesh))
 
 
 def abstract_batch(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
@@ -246,3 +243,58 @@ def compile_steps(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
         jitted_train_step.lower(state, batch).compile(),
         jitted_eval_step.lower(state.all_params, batch).compile(),
     )
+
+
+def least_memory(config: StepConfig, rows: int, row_length: int) -> tuple[float, float]:
+    """Return bytes of (parameters, activations) that a step on `rows` rows a device cannot do
+    without: parameters, gradients and both moments of Adam, or the one of Muon, in fp32; the batch,
+    and the input of each block in bf16, which even `remat='block'` keeps. Of frozen parameters,
+    only themselves."""
+    model = config.model
+    block = 4 * model.width**2 + model.width * (model.fc1_width + model.ffn)
+    embeddings = model.positions * model.width if model.position_kind == "learned" else 0
+    of_block = 12.0 if config.optimizer.kind == "muon" else 16.0  # bytes a parameter
+    parameters = of_block * model.layers * block + 16.0 * embeddings
+    if config.tuning is not None and config.tuning.method != "full":
+        trained = of_block * config.tuning.blocks * block
+        frozen = 2.0 if config.tuning.frozen_dtype == "bfloat16" else 4.0
+        parameters = trained + frozen * (model.layers - config.tuning.blocks) * block
+    kept = 2.0 * model.layers * model.width * rows / config.microbatches
+    return parameters, row_length * (kept + 16.0 * rows)
+
+
+def device_memory(device: jax.Device) -> float:
+    """Return the bytes a device has; of a CPU the machine's, shared by the devices made of it."""
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit or command.machine_memory() / jax.local_device_count(device.platform)
+
+
+def check_memory(
+    config: StepConfig,
+    stream: StreamConfig,
+    mesh: jax.sharding.Mesh,
+    available: float | None = None,
+) -> None:
+    """Raise UserError where a step on the devices of `mesh` cannot fit in `available` bytes each:
+    by default what the first of this process has."""
+    rows = stream.rows // mesh.size
+    if available is None:
+        available = device_memory(mesh.local_devices[0])
+    parameters, activations = least_memory(config, rows, stream.row_length)
+    if parameters + activations > available:
+        total, one, other, has = (
+            f"{x / 2**30:,.1f}"
+            for x in (parameters + activations, parameters, activations, available)
+        )
+        raise UserError(
+            f"a step needs at least {total} GiB a device ({one} for parameters, gradients and "
+            f"Adam, {other} for {rows:,} rows of {stream.row_length:,} tokens), and a device has "
+            f"{has}; make the model or the batch smaller (model.*, batch.*, data.row_length)"
+        )
+
+
+def bound_kept_memory(train_step: jax.stages.Compiled) -> None:
+    """On a CPU, give freed memory back to the system where a step works in too much to keep it."""
+    analysis = train_step.memory_analysis()
+    if analysis is not None and not command.keeps(analysis.temp_size_in_bytes):
+        command.return_freed_memory()

@@ -14,15 +14,15 @@ from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.packing import StreamConfig, stream_config
 from esm1nv_jax.data.source import Source
-from esm1nv_jax.training import distributed, evaluation, memory, process_group, sharding, summary
+from esm1nv_jax.training import distributed, evaluation, process_group, sharding, summary
 from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.initial_state import checkpoint_items, find_fork, restore_or_initialize
 from esm1nv_jax.training.monitor import NonfiniteStep, RunMonitor
-from esm1nv_jax.training.objectives import Objective
+from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.run_data import open_data
-from esm1nv_jax.training.step import TrainState, compile_steps
+from esm1nv_jax.training.step import TrainState, bound_kept_memory, check_memory, compile_steps
 from esm1nv_jax.training.workdir import lock_workdir, open_host_log, write_or_check_config
 
 
@@ -51,7 +51,7 @@ def run(
     step_config = config.step_config(mesh.devices.flat[0], data.objective, data.tuning)
     objective = step_config.objective
     stream = stream_config(config, config.global_rows(data.train.lengths, mesh.size))
-    memory.check_memory(step_config, stream, mesh)
+    check_memory(step_config, stream, mesh)
     fork = find_fork(config, workdir)
     hosts = process_group.assert_equal_across_processes(
         group, mesh.size, config.flat(), " ".join(data.fingerprints.values())
@@ -80,7 +80,7 @@ def run(
             summary.print_layout_change(saved_metadata.get("layout"), layout)
         watchdog.heartbeat("compiling")
         train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
-        memory.bound_kept_memory(train_step)
+        bound_kept_memory(train_step)
         # Gloo's collectives wait half a minute for their peers; compile times may differ by more.
         # Until `monitor.start` the watchdog has the longer of the start and the stall timeout.
         group.barrier("compiled", watchdog.stall_timeout)

@@ -13,7 +13,7 @@ import yaml
 from jax._src.clusters.k8s_cluster import K8sCluster
 
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training import launcher
+from esm1nv_jax.training import process_group
 from tests.training import processes
 
 LAUNCH = processes.ROOT / "launch"
@@ -54,14 +54,14 @@ def test_the_launcher_is_told_of_kubernetes_and_of_all_gpus(monkeypatch):
     (container,) = POD["containers"]
     environ = {entry["name"]: entry["value"] for entry in container["env"]}
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]
-    assert launcher.promised_devices(2, environ) == SPEC["parallelism"] * gpus
+    assert process_group.promised_devices(2, environ) == SPEC["parallelism"] * gpus
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="extra k8s"):
-        launcher.initialize_arguments(environ)
+        process_group.initialize_arguments(environ)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert launcher.initialize_arguments(environ) == {}
+    assert process_group.initialize_arguments(environ) == {}
     with pytest.raises(UserError, match="it may be tpu_pod, kubernetes"):
-        launcher.initialize_arguments({"ESM1NV_LAUNCHER": "k8s"})
+        process_group.initialize_arguments({"ESM1NV_LAUNCHER": "k8s"})
 
 
 def test_jax_finds_the_processes_with_the_rights_of_the_service_account(monkeypatch):

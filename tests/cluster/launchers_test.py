@@ -11,7 +11,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.training import launcher
+from esm1nv_jax.training import process_group
 from tests.cluster import slurm as real_slurm
 from tests.cluster.runs import SAME, losses
 from tests.training import processes
@@ -51,7 +51,7 @@ ALONE = [
 
 @pytest.mark.parametrize("environ", ALONE)
 def test_off_a_cluster_nothing_is_initialised(environ):
-    assert launcher.initialize_arguments(environ) is None
+    assert process_group.initialize_arguments(environ) is None
 
 
 HAND = {"JAX_COORDINATOR_ADDRESS": "a:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
@@ -68,15 +68,15 @@ HAND = {"JAX_COORDINATOR_ADDRESS": "a:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROC
 )
 def test_variables_set_by_hand_are_all_needed(change):
     """Else a process would take itself for the whole run."""
-    assert launcher.initialize_arguments(HAND)["process_id"] == 3
+    assert process_group.initialize_arguments(HAND)["process_id"] == 3
     environ = {name: value for name, value in (HAND | change).items() if value is not None}
     with pytest.raises(UserError, match="each process needs all three"):
-        launcher.initialize_arguments(environ)
+        process_group.initialize_arguments(environ)
 
 
 def test_a_promise_that_is_no_number():
     with pytest.raises(UserError, match="ESM1NV_DEVICES=many"):
-        launcher.promised_devices(4, {"ESM1NV_DEVICES": "many"})
+        process_group.promised_devices(4, {"ESM1NV_DEVICES": "many"})
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_open_mpi_5_needs_an_address_and_says_so():
         "OMPI_COMM_WORLD_LOCAL_RANK": "0",
     }
     with pytest.raises(UserError, match="JAX_COORDINATOR_ADDRESS"):
-        launcher.initialize_arguments(five)
-    found = launcher.initialize_arguments(five | {"JAX_COORDINATOR_ADDRESS": "a:1234"})
+        process_group.initialize_arguments(five)
+    found = process_group.initialize_arguments(five | {"JAX_COORDINATOR_ADDRESS": "a:1234"})
     assert found == {
         "coordinator_address": "a:1234",
         "num_processes": 4,

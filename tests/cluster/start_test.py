@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from esm1nv_jax.training import launcher, process_group
+from esm1nv_jax.training import process_group
 from tests.cluster.runs import Run
 from tests.training import processes
 
@@ -102,8 +102,8 @@ def test_fewer_devices_than_promised(tmp_path):
 
 def test_what_slurm_promises():
     environ = {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_NUM_NODES": "22"}
-    assert launcher.promised_devices(22, environ) == 176
-    assert launcher.promised_devices(4, {}) == 4
+    assert process_group.promised_devices(22, environ) == 176
+    assert process_group.promised_devices(4, {}) == 4
 
 
 @pytest.mark.integration

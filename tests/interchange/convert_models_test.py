@@ -122,7 +122,7 @@ def test_a_model_without_x_is_trained_on_sequences_with_x(tmp_path):
     import jax
 
     from esm1nv_jax.model.masking import recipe
-    from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+    from esm1nv_jax.training.objective import MaskedLM
     from esm1nv_jax.training.optimizer import OptimizerConfig
     from esm1nv_jax.training.step import StepConfig, batch_sums
     from tests.model.rows import pack

@@ -8,7 +8,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.model import masking
 from esm1nv_jax.model.encoder_config import EncoderConfig
-from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.objective import MaskedLM
 from tests.model.rows import pack, random_tokens
 
 mask = jax.jit(masking.mask, static_argnums=0)

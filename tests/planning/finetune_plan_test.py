@@ -13,8 +13,8 @@ from esm1nv_jax.model.lora import LoraConfig
 from esm1nv_jax.planning.hlo import Program
 from esm1nv_jax.planning.plan import compile_step
 from esm1nv_jax.training import sharding
+from esm1nv_jax.training.label_prediction import LabelPrediction
 from esm1nv_jax.training.metrics import training_flops
-from esm1nv_jax.training.objectives.labels import LabelPrediction
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
 from esm1nv_jax.training.tuning import Tuning

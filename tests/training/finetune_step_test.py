@@ -11,8 +11,8 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder, lora
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.training import sharding, step
+from esm1nv_jax.training.label_prediction import LabelPrediction, balanced_weights
 from esm1nv_jax.training.metrics import ThroughputWindow, training_flops
-from esm1nv_jax.training.objectives.labels import LabelPrediction, balanced_weights
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.tuning import Tuning
 from tests.model.parameters import random_parameters

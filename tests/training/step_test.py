@@ -11,7 +11,7 @@ import pytest
 
 from esm1nv_jax.model import encoder, masking
 from esm1nv_jax.training import sharding, step
-from esm1nv_jax.training.objectives.masked_lm import MaskedLM
+from esm1nv_jax.training.objective import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from tests.model.compiling import UNOPTIMIZED
 from tests.model.rows import pack, random_tokens

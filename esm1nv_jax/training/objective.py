@@ -1,10 +1,12 @@
-"""Masked language modelling: predict residues that are hidden or replaced in the input."""
+"""What a run learns. The loop, the step and the monitor know it by the interface `Objective` alone;
+masked language modelling is one, `label_prediction` another."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,62 @@ import jax.numpy as jnp
 from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.model import encoder, esm2, masking
 from esm1nv_jax.model.dropout import DropoutKey
+from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.masking import Masked
-from esm1nv_jax.training.objectives import ROW_DTYPES
+
+# The arrays of a batch that say what stands where, all [B, T]; every objective reads them.
+ROW_DTYPES = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32}
+
+
+class Objective(Protocol):
+    """A frozen value, so that it is a static argument of the jitted step.
+
+    best_metric: the metric of validation that chooses the best checkpoint.
+    maximize: whether a higher one is better.
+    batch_dtypes: the arrays of a batch that it reads, by name.
+    """
+
+    @property
+    def best_metric(self) -> str: ...
+
+    @property
+    def maximize(self) -> bool: ...
+
+    @property
+    def batch_dtypes(self) -> Mapping[str, Any]: ...
+
+    def batch_shape(self, name: str, rows: int, row_length: int) -> tuple[int, ...]:
+        """Return the shape of an array of a batch, rows first."""
+
+    def init(self, model: EncoderConfig, seed) -> dict:
+        """Return fresh parameters of all that the loss reads."""
+
+    def loss_sums(
+        self,
+        model: EncoderConfig,
+        compute: ComputeConfig,
+        params: dict,
+        batch: dict,
+        dropout_key: DropoutKey | None,
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Return sums over some rows, and the outputs that validation needs beside them.
+
+        In training the batch also has the number of the `step`, a scalar.
+        The sums are fp32 scalars that add up over rows, devices and hosts; `loss` is what is
+        minimised, over `num_targets`. The outputs are arrays by row, of which training makes none.
+        """
+
+    def num_targets(self, sums: dict) -> Any:
+        """Return what `loss` is divided by."""
+
+    def head_flops(self, model: EncoderConfig) -> float:
+        """Return the FLOPs of the products of one prediction, forward."""
+
+    def metrics(self, sums: dict[str, float], outputs: dict[str, Any] | None = None) -> dict:
+        """Return metrics from sums, and of validation from outputs, over any number of batches."""
+
+    def progress_note(self, metrics: dict[str, float]) -> str:
+        """Return what the progress bar shows of the metrics of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +87,14 @@ class MaskedLM:
     maximize: ClassVar[bool] = False
     batch_dtypes: ClassVar[dict[str, Any]] = ROW_DTYPES | {"mask_bits": jnp.uint32}
 
-    def init(self, model: encoder.EncoderConfig, seed) -> dict:
+    def init(self, model: EncoderConfig, seed) -> dict:
         """Return fresh parameters of the encoder."""
         return encoder.init(model, seed)
 
     def batch_shape(self, name: str, rows: int, row_length: int) -> tuple[int, ...]:
         return rows, row_length
 
-    def targets(self, model: encoder.EncoderConfig, batch: dict) -> Masked:
+    def targets(self, model: EncoderConfig, batch: dict) -> Masked:
         """Return the corrupted input and the residues to predict."""
         tokens_BT = esm2.map_missing_to_unk(model.vocabulary, batch["tokens"])
         progress = None
@@ -49,8 +105,8 @@ class MaskedLM:
 
     def loss_sums(
         self,
-        model: encoder.EncoderConfig,
-        compute: encoder.ComputeConfig,
+        model: EncoderConfig,
+        compute: ComputeConfig,
         params: dict,
         batch: dict,
         dropout_key: DropoutKey | None,
@@ -78,7 +134,7 @@ class MaskedLM:
         """Return what `loss` is divided by: the number of predictions."""
         return sums["num_targets"]
 
-    def head_flops(self, model: encoder.EncoderConfig) -> float:
+    def head_flops(self, model: EncoderConfig) -> float:
         hidden = 0 if model.bare_head else model.width
         return 2.0 * model.width * (hidden + vocabulary(model.vocabulary).size)
 

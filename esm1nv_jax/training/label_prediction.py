@@ -14,9 +14,10 @@ import optax
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model import encoder, heads, label_metrics, lora
 from esm1nv_jax.model.dropout import DropoutKey
+from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.model.lora import LoraConfig
-from esm1nv_jax.training.objectives import ROW_DTYPES
+from esm1nv_jax.training.objective import ROW_DTYPES
 
 # The metric that chooses the best checkpoint, where the config names none.
 DEFAULT_METRIC = {"classification": "accuracy", "multilabel": "macro_f1", "regression": "spearman"}
@@ -73,19 +74,19 @@ class LabelPrediction:
         several = name == "labels" and self.head.kind == "multilabel"
         return (rows, self.max_segments, *((self.head.outputs,) if several else ()))
 
-    def init(self, model: encoder.EncoderConfig, seed) -> dict:
+    def init(self, model: EncoderConfig, seed) -> dict:
         """Return fresh parameters of the encoder, the `head`, and of `lora` if there is any."""
         return encoder.init(model, seed) | self.init_added(model, seed)
 
-    def init_added(self, model: encoder.EncoderConfig, seed) -> dict:
+    def init_added(self, model: EncoderConfig, seed) -> dict:
         """Return fresh parameters of what fine-tuning adds to an encoder."""
         added = {"head": heads.init(self.head, model.width, seed)}
         return added | ({"lora": lora.init(model, self.lora, seed)} if self.lora else {})
 
     def loss_sums(
         self,
-        model: encoder.EncoderConfig,
-        compute: encoder.ComputeConfig,
+        model: EncoderConfig,
+        compute: ComputeConfig,
         params: dict,
         batch: dict,
         dropout_key: DropoutKey | None,
@@ -139,7 +140,7 @@ class LabelPrediction:
         """Return what `loss` is divided by; a batch may hold no label at all."""
         return jnp.maximum(sums["num_targets"], 1e-6)
 
-    def head_flops(self, model: encoder.EncoderConfig) -> float:
+    def head_flops(self, model: EncoderConfig) -> float:
         params = jax.tree.leaves(heads.abstract(self.head, model.width))
         return 2.0 * sum(leaf.size for leaf in params if leaf.ndim == 2)
 
