@@ -31,7 +31,7 @@ from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST, CHECKSUMS, FOLDER, steps
 from esm1nv_jax.common import files
 from esm1nv_jax.common.console import console
-from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.errors import UserError, check_choices
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the names of the folders that Orbax has not yet renamed
 ON_ERROR = ("continue", "stop")
@@ -77,10 +77,7 @@ class CheckpointConfig:
         for name, least in {"every": 1, "minutes": 0, "keep": 1, "keep_every": 0}.items():
             if (value := getattr(self, name)) < least:
                 raise UserError(f"checkpoint.{name}={value} must be at least {least}")
-        if self.on_error not in ON_ERROR:
-            raise UserError(
-                f"checkpoint.on_error={self.on_error!r} is unknown; there are {', '.join(ON_ERROR)}"
-            )
+        check_choices("checkpoint", self, on_error=ON_ERROR)
 
 
 class RunCheckpoints:

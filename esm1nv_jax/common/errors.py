@@ -1,5 +1,7 @@
 """The one exception that is shown to a person without a traceback."""
 
+from collections.abc import Collection
+
 
 class UserError(ValueError):
     """A mistake that the person at the keyboard can fix.
@@ -12,3 +14,10 @@ class UserError(ValueError):
 EXIT_USER = 2
 EXIT_SAVED = 75  # sysexits.h EX_TEMPFAIL: the run is saved, start it again
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
+
+
+def check_choices(group: str, config: object, **allowed: Collection[str]) -> None:
+    """Raise UserError where a field of `config`, called `group`, is none of its allowed values."""
+    for name, choices in allowed.items():
+        if (value := getattr(config, name)) not in choices:
+            raise UserError(f"{group}.{name}={value!r} is unknown; there are {', '.join(choices)}")

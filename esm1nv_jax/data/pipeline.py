@@ -60,24 +60,18 @@ def train_dataset(
     return _TrainDataset(_planned(plan, sys.maxsize, config.rows), plan, read, workers)
 
 
-def evaluation_dataset(
+def evaluation_batches(
     source: Source, config: StreamConfig, rows: slice = slice(None)
-) -> grain.IterDataset:
-    """Rows `rows` of the global batches that hold every sequence once, in a fixed order.
+) -> Iterator[Batch]:
+    """Iterates over rows `rows` of the global batches that hold every sequence once, in a fixed
+    order.
 
     Empty rows fill up the last batch. Masks and crops depend on the sequences alone.
     """
     wanted = _wanted(source, config, rows)
     plan = EvaluationWindows(source, config)
     read = functools.partial(_read, source, config, wanted, evaluation=True)
-    return _planned(plan, len(plan), config.rows).map(read).map(batch_of)
-
-
-def evaluation_batches(
-    source: Source, config: StreamConfig, rows: slice = slice(None)
-) -> Iterator[Batch]:
-    """Iterates over `evaluation_dataset`."""
-    return iter(evaluation_dataset(source, config, rows))
+    return iter(_planned(plan, len(plan), config.rows).map(read).map(batch_of))
 
 
 def prefetch(

@@ -30,22 +30,19 @@ _ERRORS = (OSError, RuntimeError, ValueError)  # that array_record raises where 
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _LETTER_CODES = np.frombuffer(LETTERS.encode(), np.uint8)
 _IMPORT = threading.Lock()
-_proto: Any = None
 
 
+@functools.cache
 def _tf_example_pb2():
     """TFDS's protobuf module, which takes 0.3 s to import.
 
     By one thread at a time: threads that import TFDS at once can wait for each other for ever, and
     Grain's DataLoader reads the first records in sixteen.
     """
-    global _proto
-    if _proto is None:
-        with _IMPORT:
-            from tensorflow_datasets.proto import tf_example_pb2
+    with _IMPORT:
+        from tensorflow_datasets.proto import tf_example_pb2
 
-            _proto = tf_example_pb2
-    return _proto
+        return tf_example_pb2
 
 
 def encode(records: Records) -> list[bytes]:

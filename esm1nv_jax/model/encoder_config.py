@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.errors import UserError, check_choices
 from esm1nv_jax.data.tokenizer import ESM1NV, vocabulary
 from esm1nv_jax.model.attention import AUTO, BACKENDS
 from esm1nv_jax.model.kernels import is_plain
@@ -88,7 +88,7 @@ class EncoderConfig:
                 f"model.heads={self.heads} does not divide model.width={self.width}; "
                 f"heads may be {', '.join(map(str, divisors))}"
             )
-        _check_choices(
+        check_choices(
             "model",
             self,
             norm=NORMS,
@@ -141,7 +141,7 @@ class ComputeConfig:
         return "xla" if is_plain(kernel) else self.token_kernels
 
     def __post_init__(self):
-        _check_choices(
+        check_choices(
             "compute",
             self,
             dtype=DTYPES,
@@ -151,12 +151,3 @@ class ComputeConfig:
             attention=(AUTO, *BACKENDS),
             token_kernels=("xla", "pallas", "pallas_tpu"),
         )
-
-
-def _check_choices(group: str, config, **allowed) -> None:
-    for name, choices in allowed.items():
-        if getattr(config, name) not in choices:
-            raise UserError(
-                f"{group}.{name}={getattr(config, name)!r} is unknown; there are "
-                f"{', '.join(choices)}"
-            )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.errors import UserError, check_choices
 
 LEVELS = ("residue", "protein")
 KINDS = ("classification", "multilabel", "regression")
@@ -36,9 +36,7 @@ class HeadConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))  # a list, where read from JSON
-        for name, allowed in (("level", LEVELS), ("kind", KINDS), ("pooling", POOLINGS)):
-            if (value := getattr(self, name)) not in allowed:
-                raise UserError(f"head.{name}={value!r} is unknown; there are {', '.join(allowed)}")
+        check_choices("head", self, level=LEVELS, kind=KINDS, pooling=POOLINGS)
         if (self.kind == "regression") == bool(self.classes):
             raise UserError(
                 f"a head for {self.kind} cannot have the {len(self.classes)} classes "

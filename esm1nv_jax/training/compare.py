@@ -18,6 +18,7 @@ from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import console, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
+from esm1nv_jax.model.label_metrics import standard_error
 from esm1nv_jax.training import sweep_report
 from esm1nv_jax.training.recorded_run import Run, read
 
@@ -200,7 +201,7 @@ def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
             None if same[0].is_finetuned else step,
             statistics.fmean(values),
             _spread(values),
-            _error_of_mean(values),
+            standard_error(values),
             _test_metrics(same),
         )
         groups.setdefault(same[0].question, []).append(row)
@@ -220,7 +221,7 @@ def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]
         dataclasses.replace(
             row,
             difference=statistics.fmean(x) - statistics.fmean(values[0]),
-            difference_se=math.hypot(_error_of_mean(x), _error_of_mean(values[0])),
+            difference_se=math.hypot(standard_error(x), standard_error(values[0])),
         )
         for row, x in zip(rows[1:], values[1:], strict=True)
     ]
@@ -241,10 +242,6 @@ def _spread(x: list[float]) -> float:
     return statistics.stdev(x) if len(x) > 1 and not any(map(math.isnan, x)) else math.nan
 
 
-def _error_of_mean(x: list[float]) -> float:
-    return _spread(x) / math.sqrt(len(x))
-
-
 def _test_metrics(runs: list[Run]) -> dict[str, tuple[float, float]]:
     """Return mean and standard error over `runs` of every metric of their tests."""
     metrics = [run.test.get("metrics", {}) for run in runs]
@@ -253,7 +250,7 @@ def _test_metrics(runs: list[Run]) -> dict[str, tuple[float, float]]:
         for name in metrics[0]
         if name != "loss" and all(name in x for x in metrics)
     }
-    return {name: (statistics.fmean(x), _error_of_mean(x)) for name, x in values.items()}
+    return {name: (statistics.fmean(x), standard_error(x)) for name, x in values.items()}
 
 
 def metric_name(runs: list[Run]) -> str:

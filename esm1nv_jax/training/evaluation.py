@@ -41,8 +41,8 @@ def evaluate(
     eval_step,
     params: dict,
 ) -> tuple[dict[str, float], dict[str, np.ndarray] | None]:
-    """Return sums over every sequence of `source`, each once, and the objective's outputs by row,
-    if it has any; the same on every process.
+    """Return metrics of `source`, every sequence of it once and masked alike every time, and the
+    objective's outputs by row, if it has any; the same on every process.
 
     params: all of them, trained and frozen. eval_step: compiled for batches of `stream`.
     """
@@ -52,12 +52,11 @@ def evaluate(
     for batch in pipeline.evaluation_batches(source, evaluation_stream(stream), rows):
         heartbeat("evaluating")
         arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
-        scalars, outputs = eval_step(params, arrays)
+        scalars, by_row = eval_step(params, arrays)
         sums = add_sums(sums, scalars.fetch())
-        parts.append(jax.device_get(outputs))
-    if not parts[0]:
-        return sums, None
-    return sums, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        parts.append(jax.device_get(by_row))
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} or None
+    return objective.metrics(sums, outputs), outputs
 
 
 def test_once(
@@ -84,7 +83,7 @@ def test_once(
     if best:
         trained = step_folder.read_params(run_dir, best, BEST)
         params = merge_trees(sharding.place_state(trained, mesh), state.frozen)
-    sums, outputs = evaluate(
+    metrics, outputs = evaluate(
         data.objective, data.test, stream, mesh, watchdog.heartbeat, eval_step, params
     )
     if not group.is_primary:
@@ -95,7 +94,7 @@ def test_once(
         "step": best or int(state.step),
         "task": data.task.name,
         "classes": list(data.task.classes),
-        "metrics": data.objective.metrics(sums, outputs),
+        "metrics": metrics,
         "errors": label_metrics.bootstrap_errors(data.task.kind, labels, predicted, examples),
         "labels": len(labels),
         "proteins": len(np.unique(examples)),

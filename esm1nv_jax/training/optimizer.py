@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.errors import UserError, check_choices
 
 CONSTANT_AT = ("min_lr", "peak")
 DECAYS = ("cosine", "linear")
@@ -40,13 +40,7 @@ class OptimizerConfig:
     decay: str = "cosine"  # how the rate falls from the peak to the minimum
 
     def __post_init__(self):
-        choices = {"constant_at": CONSTANT_AT, "decay": DECAYS, "kind": KINDS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(
-                    f"optimizer.{name}={getattr(self, name)!r} is unknown; there are "
-                    f"{', '.join(allowed)}"
-                )
+        check_choices("optimizer", self, constant_at=CONSTANT_AT, decay=DECAYS, kind=KINDS)
         if min(self.warmup, self.constant) < 0 or self.warmup + self.constant > self.horizon:
             raise UserError(
                 f"optimizer.warmup={self.warmup} and optimizer.constant={self.constant} must be at "
@@ -83,22 +77,6 @@ def resolve_shares(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
         if name in values:
             resolved[name] = int(length)
     return resolved
-
-
-def phases(config: OptimizerConfig) -> list[tuple[str, int, int]]:
-    """(name, first step, end) of each phase that has any length, in order."""
-    if config.constant_at == "min_lr":
-        lengths = [("warm-up", config.warmup), (config.decay, None), ("constant", config.constant)]
-    else:
-        lengths = [("warm-up", config.warmup), ("constant", config.constant), (config.decay, None)]
-    decay = config.horizon - config.warmup - config.constant
-    found, start = [], 0
-    for name, length in lengths:
-        length = decay if length is None else length
-        if length:
-            found.append((name, start, start + length))
-        start += length
-    return found
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:

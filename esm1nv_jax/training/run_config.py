@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from esm1nv_jax.checkpoints.manager import CheckpointConfig
 from esm1nv_jax.common import config_file
-from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.errors import UserError, check_choices
 from esm1nv_jax.data.packing import rows_for, stream_config
 from esm1nv_jax.model import attention
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
@@ -117,11 +117,7 @@ class PrecisionConfig:
     residual_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.reduce_dtype not in REDUCE_DTYPES:
-            raise UserError(
-                f"compute.reduce_dtype={self.reduce_dtype!r} is unknown; there are "
-                f"{', '.join(REDUCE_DTYPES)}"
-            )
+        check_choices("compute", self, reduce_dtype=REDUCE_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,16 +169,13 @@ class RunConfig:
 
         Raises UserError that names the field, the value found and what is allowed.
         """
-        values = config_file.flat(config)
-        for name, value in values.items():
+        for name, value in config_file.flat(config).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name}={value} is not a finite number")
-        for name, minimum in MINIMUM.items():
-            if name in values and values[name] < minimum:
-                raise UserError(f"{name}={values[name]} must be at least {minimum}")
-        for name, maximum in MAXIMUM.items():
-            if name in values and values[name] > maximum:
-                raise UserError(f"{name}={values[name]} must be at most {maximum}")
+            if name in MINIMUM and value < MINIMUM[name]:
+                raise UserError(f"{name}={value} must be at least {MINIMUM[name]}")
+            if name in MAXIMUM and value > MAXIMUM[name]:
+                raise UserError(f"{name}={value} must be at most {MAXIMUM[name]}")
         nested = config.to_dict()
         if "optimizer" in nested and "steps" in nested:
             nested["optimizer"] = resolve_shares(nested["optimizer"], nested["steps"])

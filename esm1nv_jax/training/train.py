@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
@@ -91,12 +92,18 @@ def run(
             data.train, stream, objective, mesh, config.data.workers, stream_state
         )
         validate = functools.partial(
-            validation_metrics, objective, data.validation, stream, mesh, monitor, eval_step
+            evaluation.evaluate,
+            objective,
+            data.validation,
+            stream,
+            mesh,
+            monitor.heartbeat,
+            eval_step,
         )
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
                 if step == 0 or fork:
-                    validate(state, step)
+                    monitor.write_validation(step, validate(state.all_params)[0])
                 state, step, finished = training_loop(
                     config,
                     state,
@@ -133,7 +140,7 @@ def training_loop(
     step: int,
     batches: grain.DatasetIterator,
     train_step: Callable,
-    validate: Callable[[TrainState, int], dict[str, float]],
+    validate: Callable[[dict], tuple[dict[str, float], Any]],
     monitor: RunMonitor,
     checkpoints: RunCheckpoints,
     source: Source,
@@ -170,8 +177,9 @@ def training_loop(
             now = metadata | {"seconds": monitor.seconds}
             items = checkpoint_items(state, batches.get_state(), source, now)
             if evaluate_now:
-                value = validate(state, step)[checkpoints.best_metric]
-                checkpoints.save_if_best(value, step, *items)
+                validation, _ = validate(state.all_params)
+                monitor.write_validation(step, validation)
+                checkpoints.save_if_best(validation[checkpoints.best_metric], step, *items)
                 finished |= out_of_patience(config, checkpoints, step)
                 stop |= finished
             if stop or save_now:
@@ -205,22 +213,3 @@ def training_batches(
     rows = sharding.local_rows(mesh, stream.rows)
     dataset = pipeline.train_dataset(source, stream, rows, workers)
     return pipeline.prefetch(dataset.map(place), stream_state)
-
-
-def validation_metrics(
-    objective: Objective,
-    source: Source,
-    stream: StreamConfig,
-    mesh: jax.sharding.Mesh,
-    monitor: RunMonitor,
-    eval_step,
-    state: TrainState,
-    step: int,
-) -> dict[str, float]:
-    """Return and log metrics on held-out sequences: the same ones, masked alike, every time."""
-    sums, outputs = evaluation.evaluate(
-        objective, source, stream, mesh, monitor.heartbeat, eval_step, state.all_params
-    )
-    metrics = objective.metrics(sums, outputs)
-    monitor.write_validation(step, metrics)
-    return metrics

@@ -12,7 +12,7 @@ import re
 import jax.numpy as jnp
 
 from esm1nv_jax.checkpoints.model_folder import flatten, unflatten
-from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.errors import UserError, check_choices
 from esm1nv_jax.data.labeled_data import TASKS, SplitFractions
 from esm1nv_jax.model.encoder_config import DTYPES, EncoderConfig
 from esm1nv_jax.model.heads import POOLINGS
@@ -39,11 +39,7 @@ class FinetuneConfig:
     frozen_dtype: str
 
     def __post_init__(self):
-        for name, allowed in (("task", TASKS), ("pooling", POOLINGS)):
-            if (value := getattr(self, name)) not in allowed:
-                raise UserError(
-                    f"finetune.{name}={value!r} is unknown; there are {', '.join(allowed)}"
-                )
+        check_choices("finetune", self, task=TASKS, pooling=POOLINGS, frozen_dtype=DTYPES)
         if self.patience < 0:
             raise UserError(f"finetune.patience={self.patience} must be at least 0")
         _ = self.tuning, self.fractions  # raises UserError
@@ -79,10 +75,6 @@ class Tuning:
     @classmethod
     def parse(cls, text: str, lora: LoraConfig, frozen_dtype: str = "float32") -> Tuning:
         """Return what a method such as `lora=8` names; `lora` has the rest of LoRA's fields."""
-        if frozen_dtype not in DTYPES:
-            raise UserError(
-                f"finetune.frozen_dtype={frozen_dtype!r} is unknown; there are {', '.join(DTYPES)}"
-            )
         match = re.fullmatch(r"(full|head|(last|lora)=(\d+))", text)
         number = int(match[3] or 1) if match else 0
         if match is None or number < 1:

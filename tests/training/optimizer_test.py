@@ -12,7 +12,6 @@ from esm1nv_jax.training.optimizer import (
     OptimizerConfig,
     decays,
     optimizer,
-    phases,
     resolve_shares,
     schedule,
 )
@@ -48,16 +47,6 @@ def test_the_original_holds_the_minimum_last(update, rate):
 def test_the_other_reading_holds_the_peak(update, rate):
     config = OptimizerConfig(constant_at="peak")
     assert float(schedule(config)(update)) == pytest.approx(rate, rel=2e-6, abs=1e-12)
-
-
-def test_phases_are_named_in_order():
-    assert phases(CARD) == [
-        ("warm-up", 0, 500),
-        ("cosine", 500, 950_000),
-        ("constant", 950_000, 1_000_000),
-    ]
-    peak = OptimizerConfig(constant_at="peak")
-    assert [name for name, _, _ in phases(peak)] == ["warm-up", "constant", "cosine"]
 
 
 @pytest.mark.parametrize("at", ["min_lr", "peak"])
