@@ -66,7 +66,6 @@ class Ours:
         began = time.perf_counter()
         self.step, _ = step.compile_steps(self.settings, mesh, stream.rows, stream.row_length)
         self.compiled_in = time.perf_counter() - began
-        step.bound_kept_memory(self.step)  # as a run does
         self.batches = train.training_batches(source, stream, self.settings.objective, mesh)
 
     def run(self, steps: int) -> int:

@@ -20,7 +20,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
 from esm1nv_jax.model.label_metrics import standard_error
 from esm1nv_jax.training import sweep_report
-from esm1nv_jax.training.recorded_run import Run, read
+from esm1nv_jax.training.recorded_run import Run, read, shared_steps
 
 COLOURS = ("#1f6fb4", "#d9731a", "#5a9e4b", "#8a5fb0", "#b04a4a", "#777777", "#3aa6a6", "#a68a2a")
 DIFFERENCES = (
@@ -193,7 +193,7 @@ def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
                 raise UserError(
                     f"{first} and {same[i].name} are one recipe with one seed, {seed}; name one"
                 )
-        step = _last_shared_step(same) or 0
+        step = max(shared_steps(same), default=0)
         values = _values(same, step)
         row = RecipeRow(
             [run.name for run in same],
@@ -213,10 +213,10 @@ def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]
     rows = sorted(rows, key=lambda row: row.mean, reverse=runs[0].metric[1])
     named = {run.name: run for run in runs}
     of_rows = [[named[name] for name in row.runs] for row in rows]
-    step = _last_shared_step([run for same in of_rows for run in same])
-    if step is None and not runs[0].is_finetuned:
+    steps = shared_steps([run for same in of_rows for run in same])
+    if not steps and not runs[0].is_finetuned:
         return rows
-    values = [_values(same, step or 0) for same in of_rows]
+    values = [_values(same, max(steps, default=0)) for same in of_rows]
     return rows[:1] + [
         dataclasses.replace(
             row,
@@ -225,11 +225,6 @@ def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]
         )
         for row, x in zip(rows[1:], values[1:], strict=True)
     ]
-
-
-def _last_shared_step(runs: list[Run]) -> int | None:
-    shared = set.intersection(*({x["step"] for x in run.validation} for run in runs))
-    return int(max(shared)) if shared else None
 
 
 def _values(runs: list[Run], step: int) -> list[float]:
@@ -289,7 +284,7 @@ def plot_curves(runs: list[Run]):
             points = [(x["step"], run.at(x["step"])) for x in run.validation]
             axis.plot(*zip(*points, strict=True), style, color=colour, label=run.name, ms=3, lw=0.9)
         if len(same) > 1:
-            steps = sorted(set.intersection(*({x["step"] for x in r.validation} for r in same)))
+            steps = shared_steps(same)
             means = [statistics.fmean(run.at(step) for run in same) for step in steps]
             label = f"mean of {len(same)} seeds, {same[0].name} ..."
             axis.plot(steps, means, "-", color=colour, label=label, lw=2)

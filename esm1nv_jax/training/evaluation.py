@@ -21,7 +21,6 @@ from esm1nv_jax.data.packing import StreamConfig, evaluation_stream
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.model import label_metrics
 from esm1nv_jax.training import sharding
-from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
@@ -34,11 +33,11 @@ FILE = "test.json"  # in the folder of a run
 
 def evaluate(
     objective: Objective,
-    source: Source,
     stream: StreamConfig,
     mesh: jax.sharding.Mesh,
-    heartbeat: Callable[[str], None],
     eval_step,
+    heartbeat: Callable[[str], None],
+    source: Source,
     params: dict,
 ) -> tuple[dict[str, float], dict[str, np.ndarray] | None]:
     """Return metrics of `source`, every sequence of it once and masked alike every time, and the
@@ -62,16 +61,15 @@ def evaluate(
 def test_once(
     data: RunData,
     state: TrainState,
-    stream: StreamConfig,
     mesh: jax.sharding.Mesh,
     group: ProcessGroup,
-    watchdog: Watchdog,
-    eval_step,
+    evaluate: Callable[[Source, dict], tuple[dict[str, float], dict[str, np.ndarray] | None]],
     run_dir: epath.Path,
 ) -> None:
     """Evaluate the checkpoint that validates best on the test split, and write `test.json`.
 
-    A run whose file is there already is not tested again.
+    A run whose file is there already is not tested again. `evaluate` is the function of that name
+    but for its source and parameters.
     """
     done = group.broadcast("tested", lambda: str((run_dir / FILE).exists()))
     if done == "True" or data.test is None or data.task is None:
@@ -83,9 +81,7 @@ def test_once(
     if best:
         trained = step_folder.read_params(run_dir, best, BEST)
         params = merge_trees(sharding.place_state(trained, mesh), state.frozen)
-    metrics, outputs = evaluate(
-        data.objective, data.test, stream, mesh, watchdog.heartbeat, eval_step, params
-    )
+    metrics, outputs = evaluate(data.test, params)
     if not group.is_primary:
         return
     assert outputs is not None

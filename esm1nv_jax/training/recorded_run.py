@@ -117,6 +117,11 @@ def read(paths: list[str]) -> list[Run]:
     return runs
 
 
+def shared_steps(runs: list[Run]) -> list[int]:
+    """Return the steps after which all of `runs` validated, ascending."""
+    return sorted(set.intersection(*({int(x["step"]) for x in run.validation} for run in runs)))
+
+
 def check_comparable(runs: list[Run]) -> None:
     """Raise UserError where fine-tuned runs have another task, metric, validation or test set, or
     where some are not fine-tuned."""

@@ -239,10 +239,16 @@ def compile_steps(config: StepConfig, mesh: Mesh, rows: int, row_length: int):
     state = abstract_state(config, mesh)
     batch = abstract_batch(config, mesh, rows, row_length)
     jitted_train_step, jitted_eval_step = jit_steps(config, mesh)
-    return (
-        jitted_train_step.lower(state, batch).compile(),
-        jitted_eval_step.lower(state.all_params, batch).compile(),
-    )
+    train_step = jitted_train_step.lower(state, batch).compile()
+    _bound_kept_memory(train_step)
+    return train_step, jitted_eval_step.lower(state.all_params, batch).compile()
+
+
+def _bound_kept_memory(train_step: jax.stages.Compiled) -> None:
+    """On a CPU, give freed memory back to the system where a step works in too much to keep it."""
+    analysis = train_step.memory_analysis()
+    if analysis is not None and not command.keeps(analysis.temp_size_in_bytes):
+        command.return_freed_memory()
 
 
 def least_memory(config: StepConfig, rows: int, row_length: int) -> tuple[float, float]:
@@ -291,10 +297,3 @@ def check_memory(
             f"Adam, {other} for {rows:,} rows of {stream.row_length:,} tokens), and a device has "
             f"{has}; make the model or the batch smaller (model.*, batch.*, data.row_length)"
         )
-
-
-def bound_kept_memory(train_step: jax.stages.Compiled) -> None:
-    """On a CPU, give freed memory back to the system where a step works in too much to keep it."""
-    analysis = train_step.memory_analysis()
-    if analysis is not None and not command.keeps(analysis.temp_size_in_bytes):
-        command.return_freed_memory()

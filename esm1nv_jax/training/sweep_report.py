@@ -18,7 +18,7 @@ from rich.table import Table
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
 from esm1nv_jax.model.label_metrics import standard_error
-from esm1nv_jax.training.recorded_run import Run, read
+from esm1nv_jax.training.recorded_run import Run, read, shared_steps
 from esm1nv_jax.training.workdir import CONFIG
 
 EVALUATION, BASELINE = "evaluation.json", "baseline"
@@ -124,8 +124,7 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
             left_out.append(name)
         else:
             runs.append(dataclasses.replace(run, name=name))
-    steps = [{line["step"] for line in run.validation} - {0} for run in runs]
-    step = int(max(set.intersection(*steps), default=0)) if steps else 0
+    step = max(shared_steps(runs), default=0) if runs else 0
     if runs and not evaluated and not step:
         raise UserError(
             "there is no step after which all of the runs validated; ask them the same at their "
@@ -275,7 +274,7 @@ def plot_sweep(sweep: Sweep):
     left.set(xlabel=f"loss less that of {sweep.rows[0].name}, nats at <mask>")
     for row in sweep.rows:
         runs = sweep.runs[row.name]
-        steps = sorted(set.intersection(*({x["step"] for x in r.validation} for r in runs)) - {0})
+        steps = [step for step in shared_steps(runs) if step]
         means = [statistics.fmean(run.at(step) for run in runs) for step in steps]
         right.plot(steps, means, lw=2 if row is sweep.rows[0] else 1, label=row.name)
     right.set(xlabel="step", ylabel="perplexity at <mask>, own validation")

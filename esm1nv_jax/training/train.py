@@ -23,7 +23,7 @@ from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.run_data import open_data
-from esm1nv_jax.training.step import TrainState, bound_kept_memory, check_memory, compile_steps
+from esm1nv_jax.training.step import TrainState, check_memory, compile_steps
 from esm1nv_jax.training.workdir import lock_workdir, open_host_log, write_or_check_config
 
 
@@ -54,10 +54,9 @@ def run(
     stream = stream_config(config, config.global_rows(data.train.lengths, mesh.size))
     check_memory(step_config, stream, mesh)
     fork = find_fork(config, workdir)
-    hosts = process_group.assert_equal_across_processes(
+    hosts = watchdog.hosts = process_group.assert_equal_across_processes(
         group, mesh.size, config.flat(), " ".join(data.fingerprints.values())
     )
-    watchdog.hosts = hosts
 
     with lock_workdir(workdir, group) as run_dir, open_host_log(run_dir, group, watchdog) as log:
         if group.is_primary:
@@ -81,7 +80,6 @@ def run(
             summary.print_layout_change(saved_metadata.get("layout"), layout)
         watchdog.heartbeat("compiling")
         train_step, eval_step = compile_steps(step_config, mesh, stream.rows, stream.row_length)
-        bound_kept_memory(train_step)
         # Gloo's collectives wait half a minute for their peers; compile times may differ by more.
         # Until `monitor.start` the watchdog has the longer of the start and the stall timeout.
         group.barrier("compiled", watchdog.stall_timeout)
@@ -91,15 +89,10 @@ def run(
         batches = training_batches(
             data.train, stream, objective, mesh, config.data.workers, stream_state
         )
-        validate = functools.partial(
-            evaluation.evaluate,
-            objective,
-            data.validation,
-            stream,
-            mesh,
-            monitor.heartbeat,
-            eval_step,
+        evaluate = functools.partial(
+            evaluation.evaluate, objective, stream, mesh, eval_step, watchdog.heartbeat
         )
+        validate = functools.partial(evaluate, data.validation)
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
                 if step == 0 or fork:
@@ -124,7 +117,7 @@ def run(
         checkpoints.wait()
         group.barrier("saved", watchdog.stall_timeout)
         if finished:
-            evaluation.test_once(data, state, stream, mesh, group, watchdog, eval_step, run_dir)
+            evaluation.test_once(data, state, mesh, group, evaluate, run_dir)
         watchdog.enabled = False
         stop_status = 0 if finished else monitor.stop_status
         if group.is_primary and stop_status:
