@@ -65,6 +65,7 @@ def test_a_head_finds_what_stands_in_the_features(head):
     assert accuracy(test.split, predict(test)) > 0.99
 
 
+@pytest.mark.integration
 def test_only_the_cnn_sees_neighbours():
     """The label of a residue is whether the one three before it is aliphatic."""
 
@@ -101,6 +102,7 @@ def test_residues_with_mask_0_neither_train_nor_score():
     assert probe.metrics(task, test.split, predict(test))["accuracy"] > 0.99
 
 
+@pytest.mark.integration
 def test_an_mlp_regresses_in_units_of_the_label():
     def made(seed):
         x = np.random.default_rng(seed).normal(size=(400, 5)).astype(np.float32)

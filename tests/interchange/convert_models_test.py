@@ -153,6 +153,7 @@ def antiberty():
     return Path(spec.submodule_search_locations[0]) / "trained_models"
 
 
+@pytest.mark.integration
 def test_antiberty(antiberty, tmp_path):
     """Real weights: each hidden state, and masked residues of an antibody are found again."""
     source = antiberty / "AntiBERTy_md_smooth"

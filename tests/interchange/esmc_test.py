@@ -81,7 +81,10 @@ def test_the_tokenizer_of_the_folder_and_another_theta_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("layers", "width", "heads", "ffn", "millions"),
-    [(30, 960, 15, 2560, 333), (36, 1152, 18, 3072, 575)],
+    [
+        (30, 960, 15, 2560, 333),
+        pytest.param(36, 1152, 18, 3072, 575, marks=pytest.mark.integration),
+    ],
 )
 def test_the_sizes_of_the_released_models(layers, width, heads, ffn, millions):
     with torch.device("meta"):

@@ -141,10 +141,11 @@ def handwritten_gradients(remat):
     return gradients(remat=remat)
 
 
-PLAIN = [*((name, "none") for name in kernels.NAMES if name != "remat"), ("remat", "dots")]
+PLAIN = [(name, "none") for name in kernels.NAMES if name != "remat"]
+REMAT = pytest.param("remat", "dots", marks=pytest.mark.integration)  # "all" has it too
 
 
-@pytest.mark.parametrize(("name", "remat"), [*PLAIN, ("all", "dots")])
+@pytest.mark.parametrize(("name", "remat"), [*PLAIN, REMAT, ("all", "dots")])
 def test_every_kernel_equals_the_plain_form(name, remat, monkeypatch):
     by_hand = handwritten_gradients(remat)
     monkeypatch.setenv(kernels.VARIABLE, name)

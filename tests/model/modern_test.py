@@ -118,7 +118,7 @@ def test_every_layer_equals_numpy(name):
         start += len(tokens)
 
 
-@pytest.mark.parametrize("name", ["modern", "no_bias"])
+@pytest.mark.parametrize("name", ["modern", pytest.param("no_bias", marks=pytest.mark.integration)])
 def test_gradients_equal_those_of_plain_kernels(name, monkeypatch):
     config, batch = CONFIGS[name], pack([[random_tokens(1, 30)]], 40)
     params = parameters(config)

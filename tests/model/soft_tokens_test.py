@@ -54,7 +54,10 @@ def soft(length, seed):
     return jnp.asarray(rng.dirichlet(np.ones(tokenizer.STANDARD), length), jnp.float32)
 
 
-@pytest.mark.parametrize("config", [OURS, ESM2], ids=["ours", "esm2"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(OURS, id="ours"), pytest.param(ESM2, id="esm2", marks=pytest.mark.integration)],
+)
 def test_gradients_equal_finite_differences(config):
     params, probabilities = make(config), soft(6, 0)
 
