@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -61,8 +58,7 @@ class MetricsWriter:
         """Append one line. `kind` is 'train', 'validation' or 'hosts'."""
         if not self.enabled:
             return
-        with _without_torch():
-            from tensorboardX.summary import scalar
+        from tensorboardX.summary import scalar
 
         record = {"step": step, "kind": kind, "time": round(time.time(), 3)} | metrics
         self._pending += json.dumps(record).encode() + b"\n"
@@ -97,9 +93,8 @@ class MetricsWriter:
 
     def _write_events(self, step: int, *contents: dict) -> None:
         """Write TensorBoard events; after a failure the next ones begin another file."""
-        with _without_torch():
-            from tensorboardX.event_file_writer import EventsWriter
-            from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
 
         try:
             if self._events is None:
@@ -110,19 +105,6 @@ class MetricsWriter:
             self._events.flush()
         except OSError:
             self._events = None
-
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    """Keeps tensorboardX from importing PyTorch, where it is installed: 2 seconds of a start."""
-    absent = "torch" not in sys.modules
-    if absent:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # such an import fails
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules["torch"]
 
 
 def _step(line: str) -> float:
