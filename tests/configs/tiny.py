@@ -9,6 +9,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     args = arguments(arg, steps=12, seed=0, batch=8)
     config = parent(__file__, "../../configs/quickstart.py", f"steps={args['steps']}")
     config.seed = args["seed"]
+    config.masking.update(rate=0.15, final_rate=0.0)
     config.batch.rows = args["batch"]
     config.data.update(max_residues=62, row_length=64)
     config.model.update(layers=1, width=16, heads=2, ffn=32, positions=64, dropout=0.1)
