@@ -219,6 +219,8 @@ def read_finetuned(
     """
     weights, source = _read_step(run, step, folder), f"checkpoint {step} of {run}"
     metadata, params = weights.provenance, dict(weights.params)
+    if missing := {"base", "label_scale"} - metadata.keys():
+        raise UserError(f"{source} cannot be read: its metadata lack {', '.join(sorted(missing))}")
     adapters = params.pop("lora", None)
     if metadata["base"] is not None:
         base = _read_base(source, metadata["base"], load_base)
