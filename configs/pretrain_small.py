@@ -9,7 +9,7 @@ Hardware and time: the original took 176, later 144, A100 GPUs; for 176 A100-80G
 estimates 0.25 s a step (0.22 to 0.29), 2.9 days for a million steps. Not trained here; one H200
 takes 0.11 s for the rows of one device (docs/performance.md). Expected metric: no perplexity of
 ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split) has 11.8. To try
-the real shape on a CPU, in 5 GB of memory:
+the real shape on a CPU, in 7 GB of memory:
 
     python -m esm1nv_jax.main --config=configs/pretrain_small.py:batch=1,steps=20 \\
         --config.data.path=sample --config.compute.dtype=float32 \\

@@ -21,7 +21,7 @@ from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_USER, UserError
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8
 KEEP = "ESM1NV_KEEP_FREED_MEMORY"  # in the environment: 0, never; 1, whatever the size
 THREADS = 64  # a small training run on two cores takes 36
-KEPT_AT_MOST = 1 << 30  # bytes that a program works in
+KEPT_SHARE = 0.2  # of the memory of the machine, that a program may work in
 # Device files of GPUs (/dev/dxg: under Windows) and TPUs.
 _ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
 _CUDA = "jax_cuda12_plugin jax_cuda13_plugin jax_plugins.xla_cuda12 jax_plugins.xla_cuda13".split()
@@ -217,12 +217,12 @@ def keep_freed_memory() -> None:
 def keeps(working_bytes: float) -> bool:
     """Whether freed memory is kept while a program runs that works in so many bytes.
 
-    Blocks of many sizes leave gaps, so that a process which keeps them grows to twice its need. For
-    the full recipe that is gigabytes, at no gain: 122 CPU-seconds for eight steps with it, 112
-    without (two cores of an AMD EPYC).
+    Blocks of many sizes leave gaps, so that a process which keeps them comes to hold three times
+    the bytes that a step works in, and no more (docs/performance.md).
     """
     wish = os.environ.get(KEEP)
-    return not has_accelerator() and wish != "0" and (wish == "1" or working_bytes <= KEPT_AT_MOST)
+    fits = working_bytes <= KEPT_SHARE * machine_memory()
+    return not has_accelerator() and wish != "0" and (wish == "1" or fits)
 
 
 def machine_memory() -> int:
