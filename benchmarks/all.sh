@@ -106,7 +106,7 @@ small=(python benchmarks/train.py --fasta "$test" --model small --steps 5 --roun
 speed train_small "${small[@]}" --dtypes bfloat16
 speed train_small_kept "${keep[@]}" "${small[@]}"
 run accuracy python benchmarks/train.py --fasta "$test" --model small --rows 2 --accuracy 200
-speed embed python benchmarks/embed.py --fasta "$test" --residues 12000 --rounds 2
+speed embed python benchmarks/embed.py --fasta "$test" --residues 30000 --rounds 2 --rivals
 # docs/data.md
 speed prepare python benchmarks/prepare.py --fasta "${training[@]}" --copies 4 --rounds 3
 run input input
@@ -122,6 +122,9 @@ run whole_recipe benchmarks/whole_recipe.sh "$corpus" "$downstream" "$out/recipe
 run ablations ablations
 # docs/performance.md again, the longest last
 perplexity=(python benchmarks/time_to_perplexity.py --fasta "${training[@]}" --grid 3e-4)
+quick=(--recipe quickstart --our-grid 2e-3)
+run perplexity_quickstart "${perplexity[@]}" "${quick[@]}" --minutes 4 --seeds 3 --share 0.5 \
+  --out "$out/perplexity-quickstart"
 run perplexity_short "${perplexity[@]}" --minutes 4 --seeds 3 --out "$out/perplexity-short"
 run perplexity "${perplexity[@]}" --seeds 2 --out "$out/perplexity-long"
 

@@ -7,9 +7,9 @@ ESM-1nv size with GELU by erf, which `transformers` has, and random weights, or 
 `--checkpoint`. The rivals get what their users do to be fast: sorted by length, batches of 4,096
 tokens padded to their longest, SDPA and inference mode or the engine's own fusions. Rounds
 alternate, so that a busy machine is busy for all; compare within a run, and trust the ratio. bf16
-is measured where the CPU multiplies it, int8 where the extra `int8` is installed. `--rivals` adds
-ONNX Runtime and OpenVINO, fp32 and int8 (`onnx_rivals.py`, the extra `bench-engines`). Needs the
-extra `bench`.
+is measured where the CPU multiplies it, int8 and `--engine openvino` where their extras are
+installed. `--rivals` adds ONNX Runtime and OpenVINO in the precisions that they have
+(`onnx_rivals.py`, the extra `bench-engines`). Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -65,19 +65,26 @@ def weights_of(checkpoint: str | None):
 
 
 def ours(
-    sequences: list[bytes], precision: str, deterministic: bool = False, config=None, weights=None
+    sequences: list[bytes],
+    precision: str,
+    deterministic: bool = False,
+    config=None,
+    weights=None,
+    engine: str = "xla",
 ):
     """A function that embeds everything once and returns the means [n, width]."""
     import jax
 
     from esm1nv_jax.data import tokenizer
+    from esm1nv_jax.inference.cpu_engines import select_engine
     from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
     from esm1nv_jax.inference.model import Model
     from esm1nv_jax.model import encoder
 
     config = weights.model if weights else config or encoder.EncoderConfig()
     params = weights.encoder_params if weights else encoder.init(config, 0)
-    model = Model(config, jax.device_put(params), {}, precision)
+    engine = select_engine("auto" if precision == "int8" else engine, precision, config)
+    model = Model(config, jax.device_put(params), {}, precision, engine=engine)
     ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
     return lambda: embed_sequences(
         model.on_devices, ids, OutputSpec(("mean",)), model.longest, deterministic
@@ -150,6 +157,7 @@ def engine_programs(sequences: list[bytes], weights, hf_folder: str, scratch: Pa
     import rivals
 
     from esm1nv_jax.data import tokenizer
+    from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 
     path = scratch / "model.onnx"
     onnx_rivals.export(hf_folder, path)
@@ -164,10 +172,10 @@ def engine_programs(sequences: list[bytes], weights, hf_folder: str, scratch: Pa
         return means
 
     functions = {}
-    for int8 in (False, True):
-        kind = "int8" if int8 else "fp32"
-        functions[f"ONNX Runtime {kind}"] = onnx_rivals.onnx_runtime(path, int8)
-        functions[f"OpenVINO {kind}"] = onnx_rivals.openvino(path, int8)
+    for kind in ("fp32", "bf16", "int8") if multiplies_bf16("cpu") else ("fp32", "int8"):
+        if kind != "bf16":  # which ONNX Runtime does not have on CPUs
+            functions[f"ONNX Runtime {kind}"] = onnx_rivals.onnx_runtime(path, kind == "int8")
+        functions[f"OpenVINO {kind}"] = onnx_rivals.openvino(path, kind)
     return {name: functools.partial(embed_all, f) for name, f in functions.items()}
 
 
@@ -233,6 +241,11 @@ def make_programs(args, sequences: list[bytes], scratch: Path) -> dict[str, Call
         programs["ours bf16"] = ours(sequences, "bf16", weights=weights)
     if importlib.util.find_spec("onnxruntime"):
         programs["ours int8"] = ours(sequences, "int8", weights=weights)
+    if importlib.util.find_spec("openvino"):
+        precisions = ("fp32", "bf16") if multiplies_bf16("cpu") else ("fp32",)
+        for precision in precisions:
+            run = ours(sequences, precision, weights=weights, engine="openvino")
+            programs[f"ours {precision} openvino"] = run
     try:
         programs[BASE] = rival(sequences, bf16=False, folder=hf_folder)
         if multiplies_bf16("cpu"):

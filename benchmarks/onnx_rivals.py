@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO on our own export, in fp32 and by their own int8.
+"""ONNX Runtime and OpenVINO on our own export: fp32, bf16 (OpenVINO alone), and their own int8.
 
 The model is exported as by `esm1nv convert --to hf`, opened by `transformers`, and written as ONNX
 for any number of rows and tokens. Needs the extra `bench-engines`, too.
@@ -61,8 +61,8 @@ def onnx_runtime(path: Path, int8: bool) -> Hidden:
     return lambda tokens, mask: session.run(None, {"tokens": tokens, "mask": mask})[0]
 
 
-def openvino(path: Path, int8: bool) -> Hidden:
-    """A function that runs the model by OpenVINO."""
+def openvino(path: Path, kind: str) -> Hidden:
+    """A function that runs the model by OpenVINO, `kind` being fp32, bf16 or int8."""
     import openvino
 
     core = openvino.Core()
@@ -70,9 +70,9 @@ def openvino(path: Path, int8: bool) -> Hidden:
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": THREADS,
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if kind == "bf16" else "f32",
     }
-    if int8:
+    if kind == "int8":
         import nncf
 
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)

@@ -4,9 +4,10 @@
 
 The same small architecture from the same initial weights (ours, converted), on the same proteins;
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
-batches of like length and fused AdamW; ours is trained by `--optimizer`, AdamW too or Muon. Both
-warm up over a twentieth of the time and fall by a cosine to a tenth of the peak, which each chooses
-from one grid in runs of `--grid-minutes`. The rival has about `--minutes`, ours `--share` of what
+batches of like length and fused AdamW; ours AdamW, too, or with `--recipe quickstart` what that
+config has: Muon, and masks of 30 % at first, falling to 15 %. Both warm up over a twentieth of the
+time and fall by a cosine to a tenth of the peak, which each chooses from as many rates, in runs of
+`--grid-minutes`. The rival has about `--minutes`, ours `--share` of what
 it took. Compilation counts as time; evaluation does not, nor does what the rival reads into memory
 before it begins. With several seeds, of initial weights and of the order of proteins, the two take
 turns and the means over seeds are compared. Writes FOLDER/curves.json and FOLDER/curves.png; what
@@ -91,8 +92,10 @@ def followed(
 def ours(args, data: str, run: Run) -> Curve:
     began = time.perf_counter()
     config = configured(args, run)
-    with config.unlocked():
-        config.optimizer.kind = args.optimizer
+    if args.recipe == "quickstart":
+        with config.unlocked():
+            config.optimizer.update(kind="muon", beta2=0.99)
+            config.masking.update(rate=0.30, final_rate=0.15)
     program = Ours(config, data)
     mesh = sharding.make_mesh(jax.local_devices())
     held_out = open_split(data, "validation")
@@ -243,14 +246,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--dtype", default="bfloat16" if multiplies_bf16("cpu") else "float32")
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of ours")
+    parser.add_argument("--recipe", choices=("adamw", "quickstart"), default="adamw", help="ours")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--share", type=float, default=0.7, help="of its time, for ours")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", default="1.5e-4,3e-4,6e-4,1.2e-3")
+    parser.add_argument("--our-grid", help="of ours, if another, such as that of Muon")
     parser.add_argument("--grid-minutes", type=float, default=4)
     args = parser.parse_args(argv)
-    out, grid = Path(args.out), [float(peak) for peak in args.grid.split(",")]
+    out = Path(args.out)
+    grids = {"transformers": args.grid, "ours": args.our_grid or args.grid}
     data = str(out / "data")
     if not Path(data).exists():
         prepare(Preparation(tuple(args.fasta), data, HELD_OUT, HELD_OUT, workers=2))
@@ -263,6 +268,7 @@ def main(argv: list[str]) -> None:
     for name, follow in runs.items():
         if name not in found:
             print(f"{name}, grid:")
+            grid = [float(peak) for peak in grids[name].split(",")]
             peak, rate = best(follow, grid, 60 * args.grid_minutes)
             found[name] = {"peak": peak, "rate": rate, "curves": []}
             kept.write_text(json.dumps(found, indent=1))

@@ -18,10 +18,10 @@ from esm1nv_jax.common.console import bar, console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import new_figure, plus_minus
 from esm1nv_jax.data.tokenizer import STANDARD
-from esm1nv_jax.inference import contact_maps
+from esm1nv_jax.inference import contact_maps, cpu_engines
 from esm1nv_jax.inference.api_types import residue_ids
 from esm1nv_jax.inference.contact_maps import MAX_STRUCTURES, MIN_STRUCTURES, fit_contact_head
-from esm1nv_jax.inference.model import PRECISIONS, Model, load
+from esm1nv_jax.inference.model import Model, load_and_say
 from esm1nv_jax.inference.structures import (
     CUTOFFS,
     MIN_SEPARATION,
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     some = "which files to write, some of npz,tsv,png (default all)"
     add("--formats", default="npz,tsv,png", metavar="LIST", help=some)
     add("--max-residues", type=int, metavar="N", help="the most residues of a protein")
-    add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of matrix products")
+    cpu_engines.add_arguments(parser)
     add("--overwrite", action="store_true", help="write into a folder that is not empty")
     args = parser.parse_args(argv)
     formats = [name for name in re.split(r"[,\s]+", args.formats) if name]
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         )
     proteins = read_proteins(args.fasta, args.structures) if args.out else []
     check_held_out(training, proteins)
-    model = load(args.checkpoint, args.precision, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
     method = args.method or ("attention" if args.fit else "jacobian")
     if method == "attention" and not args.fit:
         contact_maps.check_method(method, model.contact_head_params is not None)
@@ -138,7 +138,9 @@ def fit(model: Model, structures: list[Structure]) -> Model:
     """The model with a contact head that is fitted to `structures`."""
     ids = [residue_ids(s.sequence, f"structure {s.name}") for s in structures]
     with bar("attention maps", len(ids), "structures") as progress:
-        head = fit_contact_head(model.on_devices, structures, ids, progress.update)
+        head = fit_contact_head(
+            model.with_attention_weights.on_devices, structures, ids, progress.update
+        )
     used = int(np.count_nonzero(head["kernel"]))
     console.print(
         f"contact head fitted to {count(len(ids), 'structure')}: {used} of {head['kernel'].size} "

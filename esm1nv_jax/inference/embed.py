@@ -18,7 +18,7 @@ from esm1nv_jax.inference.embedding_files import BY_HASH, BY_ID, JOINED, LAYOUTS
 from esm1nv_jax.inference.engine import embed_sequences
 from esm1nv_jax.inference.fasta_job import AS_GIVEN, Computation, FastaRequest
 from esm1nv_jax.inference.forward_pass import KINDS, OutputSpec
-from esm1nv_jax.inference.model import check_layers, load
+from esm1nv_jax.inference.model import check_layers, load_and_say
 
 ESM_KINDS = {"per_tok": "per_residue", "bos": "cls"}  # names in esm-extract
 
@@ -77,7 +77,9 @@ def merge(out: str, overwrite: bool = False) -> str:
 
 
 def _computation(request: EmbedRequest) -> Computation:
-    model = load(request.checkpoint, request.precision, request.max_residues)
+    model = load_and_say(
+        request.checkpoint, request.precision, request.engine, request.max_residues
+    )
     if "logits" in request.include:
         model.require_lm_head()
     layers, blocks = request.layers, model.config.layers

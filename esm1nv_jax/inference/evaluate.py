@@ -18,10 +18,10 @@ from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import manifest
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.source import SAMPLE, SPLITS, MemorySource, Source, open_split
-from esm1nv_jax.inference import fixed_masks, perplexity
+from esm1nv_jax.inference import cpu_engines, fixed_masks, perplexity
 from esm1nv_jax.inference.evaluation_report import build_report, compare_with_blosum62
 from esm1nv_jax.inference.likelihood import pseudo_log_likelihood
-from esm1nv_jax.inference.model import PRECISIONS, Model, load
+from esm1nv_jax.inference.model import Model, load, load_and_say
 from esm1nv_jax.model import baselines
 from esm1nv_jax.model.masking import RECIPES, recipe
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     add("--masking", choices=tuple(RECIPES), help="which recipe (default card)")
     add("--seed", type=int, help="of the masks (default 0)")
     add("--max-residues", type=int, metavar="N", help="cut longer proteins (default as trained)")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
+    cpu_engines.add_arguments(parser)
     add("--groups", metavar="TSV", help="id and name of a class, a line each: results by class")
     add("--pseudo", action="store_true", help="also the pseudo-perplexity: for small sets")
     add("--against", metavar="PATH", help="another model: its difference, paired by protein")
@@ -70,10 +70,12 @@ def main(argv: list[str]) -> None:
     groups = read_groups(options.groups) if options.groups else None
     if options.against:
         groups = {x: x for x in source.ids(range(len(source.lengths)))}
-    model = load(options.checkpoint, options.precision, options.max_residues)
+    model = load_and_say(
+        options.checkpoint, options.precision, options.engine, options.max_residues
+    )
     model.require_lm_head()
     if options.against:
-        other = load(options.against, options.precision, options.max_residues)
+        other = load(options.against, options.precision, options.max_residues, options.engine)
         other.require_lm_head()
         if other.longest != model.longest or other.config.vocabulary != model.config.vocabulary:
             raise UserError(
@@ -180,7 +182,7 @@ def evaluate_model(
         "masking": masking if mask_file is None else "given",
         "seed": seed if mask_file is None else None,
         "max_residues": stream.max_residues,
-        "precision": model.precision,
+        "precision": model.arithmetic,
         "unigram_of": counted_in,
         "code": __version__,
         "provenance": model.provenance,

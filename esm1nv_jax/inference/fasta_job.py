@@ -25,15 +25,17 @@ from esm1nv_jax.common.errors import EXIT_SAVED, UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fasta import Proteins, scan
 from esm1nv_jax.data.tables import COLUMNS, parse_columns
+from esm1nv_jax.inference import cpu_engines
 from esm1nv_jax.inference.engine import MemoryExhausted
-from esm1nv_jax.inference.model import PRECISIONS, Model
+from esm1nv_jax.inference.model import Model
 from esm1nv_jax.inference.partial_results import HASHES, PartialResults, PartReader
 
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
-AS_GIVEN = "checkpoint fasta out precision deterministic overwrite on_error columns".split()
+AS_GIVEN = "checkpoint fasta out precision engine deterministic overwrite on_error columns".split()
 CHOICES = {
-    "precision": tuple(PRECISIONS),
+    "precision": tuple(cpu_engines.PRECISIONS),
+    "engine": cpu_engines.ENGINES,
     "long": ("window", "truncate", "error"),
     "on_error": ("stop", "skip"),
 }
@@ -49,6 +51,7 @@ class FastaRequest:
     fasta: str
     out: str
     precision: str = "fp32"
+    engine: str = "auto"
     long: str = "window"
     deterministic: bool = False
     shard: tuple[int, int] | None = None
@@ -109,8 +112,6 @@ def run(
     proteins = scan(request.fasta, request.on_error == "skip", advice, columns)
     console.print(f"{request.fasta}: {proteins}")
     request.check_ids(proteins)
-    if request.precision == "int8":
-        console.print("matrix products in int8, by ONNX Runtime")
     job = _Job(request, verb, proteins, load())
     if not request.overwrite:  # other devices would cut it otherwise
         job.part_residues = (results.settings() or {}).get("part_residues") or job.part_residues
@@ -200,7 +201,7 @@ class _Job:
             "checkpoint": request.checkpoint,
             "run": provenance.get("run"),
             "steps": provenance.get("steps"),
-            "precision": request.precision,
+            "precision": self.model.arithmetic,
             "long": request.long,
             "longest": self.limit,
             "deterministic": request.deterministic,
@@ -270,7 +271,7 @@ def add_arguments(parser: Parser, out: str) -> None:
     add("--fasta", help="proteins: FASTA, plain or compressed by gzip, zstd or xz; CSV or Parquet")
     add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
     add("--out", required=True, help=f"file to write: {out}")
-    add("--precision", default="fp32", help="of matrix products: fp32 (default), bf16 or int8")
+    cpu_engines.add_arguments(parser)
     add("--long", help="proteins too long: window (default), truncate or error")
     add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
     add("--deterministic", action="store_true", help="the same bits whatever else is in the file")

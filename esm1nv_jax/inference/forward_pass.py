@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.inference.onnx_blocks import RunBlocks
+from esm1nv_jax.inference.block_graph import RunBlocks
 from esm1nv_jax.model import contact_head, encoder, heads
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
 from esm1nv_jax.model.heads import HeadConfig

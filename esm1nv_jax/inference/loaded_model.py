@@ -8,7 +8,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.packing import SPECIALS
-from esm1nv_jax.inference import onnx_blocks
 from esm1nv_jax.inference.api_types import residue_ids
+from esm1nv_jax.inference.block_graph import RunBlocks
+from esm1nv_jax.inference.cpu_engines import PRECISIONS, blocks_by
 from esm1nv_jax.inference.row_shapes import RowShapes
 from esm1nv_jax.model import contact_head, encoder
 from esm1nv_jax.model.encoder import ComputeConfig, EncoderConfig
@@ -27,8 +28,6 @@ from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from esm1nv_jax.model.masking import MaskingConfig, recipe
 
-# Of operands of matrix products; what int8 leaves to XLA is fp32 (`onnx_blocks`).
-PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32"}
 # Modes of scoring that read visible residues, and those to take where these mean nothing.
 INSTEAD = {"wt-marginals": "masked-marginals", "one-pass": "pseudo-perplexity"}
 # Attention scores [heads, T, T] of the longest row, in fp32, and how often they are held at once:
@@ -52,7 +51,7 @@ class DeviceModel:
     row_sharding: jax.sharding.Sharding
     shapes: RowShapes
     platform: str  # of the devices: cpu, gpu or tpu
-    run_blocks: onnx_blocks.RunBlocks | None = None  # instead of `params["blocks"]`
+    run_blocks: RunBlocks | None = None  # instead of `params["blocks"]`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +66,7 @@ class LoadedModel:
     head: HeadConfig | None = None  # of a fine-tuned model
     head_params: dict | None = None
     contact_head_params: dict | None = None
+    engine: str = "xla"  # of the blocks, one of `cpu_engines.NAMES`
 
     @property
     def longest(self) -> int:
@@ -115,6 +115,16 @@ class LoadedModel:
         return _digest(self.head_params or {})
 
     @property
+    def arithmetic(self) -> str:
+        """The precision, and the engine where it is not what every machine has for it."""
+        return self.precision + ", by OpenVINO" * (self.engine == "openvino")
+
+    @functools.cached_property
+    def with_attention_weights(self) -> Self:
+        """The same model by XLA, where its engine is one that keeps attention weights to itself."""
+        return dataclasses.replace(self, engine="xla") if self.engine == "openvino" else self
+
+    @property
     def compute(self) -> ComputeConfig:
         return ComputeConfig(dtype=PRECISIONS[self.precision])
 
@@ -140,11 +150,12 @@ class LoadedModel:
         emulate = not multiplies_bf16(platform)
         compute = dataclasses.replace(self.compute, emulate_bfloat16=emulate)
         params, run_blocks = self.params, None
+        if self.engine != "xla":
+            blocks = params["blocks"]
+            run_blocks = blocks_by(self.engine, self.precision, self.config, blocks)
+            params = {name: value for name, value in params.items() if name != "blocks"}
         if self.precision == "bf16":
             params = _kernels_in_bf16(params)
-        elif self.precision == "int8":
-            run_blocks = onnx_blocks.compile_blocks(self.config, params["blocks"])
-            params = {name: value for name, value in params.items() if name != "blocks"}
         heads = {"head": self.head_params, contact_head.NAME: self.contact_head_params}
         params = params | {name: of_head for name, of_head in heads.items() if of_head is not None}
         params = jax.device_put(params, replicated)

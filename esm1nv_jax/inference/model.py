@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
-from esm1nv_jax.inference import contact_maps, likelihood, onnx_blocks
+from esm1nv_jax.inference import contact_maps, likelihood
 from esm1nv_jax.inference.api_types import (
     Embeddings,
     HeadPredictions,
@@ -30,9 +31,10 @@ from esm1nv_jax.inference.api_types import (
     residue_letters,
     sequence_ids,
 )
+from esm1nv_jax.inference.cpu_engines import NAMES, select_engine
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
-from esm1nv_jax.inference.loaded_model import PRECISIONS, LoadedModel
+from esm1nv_jax.inference.loaded_model import LoadedModel
 from esm1nv_jax.inference.mutants import parse_mutants
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model import encoder, soft_tokens
@@ -92,7 +94,8 @@ class Model(LoadedModel):
 
         Raises UserError for a sequence that is too long to be read at once.
         """
-        return contact_maps.attention_maps(self.on_devices, self.read_whole(sequence))
+        model = self.with_attention_weights
+        return contact_maps.attention_maps(model.on_devices, self.read_whole(sequence))
 
     def contacts(
         self,
@@ -112,8 +115,9 @@ class Model(LoadedModel):
         """
         if method != "attention":
             self.require_lm_head()
+        model = self.with_attention_weights if method == "attention" else self
         ids = self.read_whole(sequence)
-        return contact_maps.predict_contacts(self.on_devices, ids, method, on_progress)
+        return contact_maps.predict_contacts(model.on_devices, ids, method, on_progress)
 
     def predict(
         self, sequences: Iterable[str | bytes], deterministic: bool = False
@@ -262,21 +266,22 @@ class Model(LoadedModel):
         )
 
 
-def load(path: str, precision: str = "fp32", max_residues: int | None = None) -> Model:
+def load(
+    path: str, precision: str = "fp32", max_residues: int | None = None, engine: str = "auto"
+) -> Model:
     """Loads a model from a run's folder, one of its steps, a model folder or an exported folder.
 
     Args:
       path: where it lies.
       precision: of matrix products, "fp32", "bf16" or, on a CPU, "int8".
       max_residues: read at once; by default what training has used.
+      engine: of the blocks on a CPU, "xla" or "openvino"; "auto" takes OpenVINO for bf16, where it
+        is installed and the CPU multiplies bf16, and ONNX Runtime for int8.
 
-    Raises UserError where there is no model, or none in this precision.
+    Raises UserError where there is no model, or none in this precision or by this engine.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision {precision!r} is unknown; there are {', '.join(PRECISIONS)}")
     weights = load_weights(path)
-    if precision == "int8":
-        onnx_blocks.check(weights.model)
+    engine = select_engine(engine, precision, weights.model)
     room = weights.model.positions - SPECIALS
     if max_residues is not None and not 1 <= max_residues <= room:
         raise UserError(
@@ -294,7 +299,16 @@ def load(path: str, precision: str = "fp32", max_residues: int | None = None) ->
         weights.head,
         head,
         contacts,
+        engine,
     )
+
+
+def load_and_say(path: str, precision: str, engine: str, max_residues: int | None = None) -> Model:
+    """`load` for a command, which prints the engine where it is another than XLA."""
+    model = load(path, precision, max_residues, engine)
+    if model.engine != "xla":
+        console.print(f"matrix products in {precision}, by {NAMES[model.engine]}")
+    return model
 
 
 def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:

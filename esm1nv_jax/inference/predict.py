@@ -19,7 +19,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import embedding_files, fasta_job
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.fasta_job import AS_GIVEN, Computation, FastaRequest, Writer
-from esm1nv_jax.inference.model import load
+from esm1nv_jax.inference.model import load_and_say
 from esm1nv_jax.inference.partial_results import PER_PROTEIN, PartReader
 from esm1nv_jax.model.heads import HeadConfig, to_predictions
 
@@ -37,7 +37,9 @@ def predict(request: FastaRequest) -> str | None:
 
 
 def _computation(request: FastaRequest) -> Computation:
-    model = load(request.checkpoint, request.precision, request.max_residues)
+    model = load_and_say(
+        request.checkpoint, request.precision, request.engine, request.max_residues
+    )
     head = model.require_head()
     outputs = OutputSpec((), head=head)
 

@@ -24,8 +24,8 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split, Task
-from esm1nv_jax.inference import layer_record, probe_heads
-from esm1nv_jax.inference.model import PRECISIONS, Model, check_layers, load
+from esm1nv_jax.inference import cpu_engines, layer_record, probe_heads
+from esm1nv_jax.inference.model import Model, check_layers, load_and_say
 from esm1nv_jax.inference.perplexity import GroupedMean
 from esm1nv_jax.inference.probe_features import KINDS, TRAINED, UNTRAINED, EmbeddingCache, features
 from esm1nv_jax.inference.probe_heads import GRIDS
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     add("--plot", metavar="FILE", help="draw the validation scores of --layers: PNG, SVG, PDF")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of matrix products")
+    cpu_engines.add_arguments(parser)
     add("--no-cache", action="store_true", help="embed anew; keep no embeddings in ~/.cache")
     add("--json", metavar="FILE", help="write all results")
     options = parser.parse_args(argv)
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     task = labeled_data.read(options.csv, name, options.limit)
     folder = None if options.no_cache else command.cache_folder()
     cache = EmbeddingCache(folder / "embeddings") if folder else None
-    model = load(options.checkpoint, options.precision)
+    model = load_and_say(options.checkpoint, options.precision, options.engine)
     layers = parse_layers(options.layers, model)
     if options.plot and len(layers) == 1:
         raise UserError("--plot shows several layers; name them, as in --layers all")
@@ -137,7 +137,7 @@ def probe(
         "proteins": {s: len(getattr(task, s).sizes) for s in ("train", "valid", "test")},
         "labels_scored": int(task.test.used.sum()),
         "seeds": seeds,
-        "precision": model.precision,
+        "precision": model.arithmetic,
         "layers": {
             "layer": layer,
             "metric": "-MSE" if task.kind == "regression" else "accuracy",

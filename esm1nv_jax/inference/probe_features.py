@@ -145,7 +145,7 @@ class EmbeddingCache:
 
 def model_digest(model: Model) -> str:
     """Return a digest of what a model computes: parameters, architecture, precision, crop."""
-    facts = (__version__, model.config, model.precision, model.longest, jax.default_backend())
+    facts = (__version__, model.config, model.arithmetic, model.longest, jax.default_backend())
     return hashlib.sha256(f"{facts} {model.digest}".encode()).hexdigest()
 
 

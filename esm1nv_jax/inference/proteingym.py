@@ -63,7 +63,7 @@ def run(
         raise UserError(f"--out {out} is the folder of the assays; choose another")
     with files.writing(out):
         out.mkdir(exist_ok=True)
-    settings = {"model": model.digest, "precision": model.precision, "longest": model.longest}
+    settings = {"model": model.digest, "precision": model.arithmetic, "longest": model.longest}
     _write_or_check(out, settings | {"mode": mode}, assays, overwrite)
     # Large and small ones are dealt out in turn.
     by_size = sorted(assays, key=lambda assay: (-assay.path.stat().st_size, assay.name))

@@ -16,9 +16,9 @@ from esm1nv_jax.common.console import console, count, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.fasta import scan
-from esm1nv_jax.inference import proteingym, variant_table
+from esm1nv_jax.inference import cpu_engines, proteingym, variant_table
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, MODES, ONE_PASS, SEQUENCE_MODES
-from esm1nv_jax.inference.model import PRECISIONS, load
+from esm1nv_jax.inference.model import load_and_say
 from esm1nv_jax.inference.mutants import all_singles, parse_mutants
 from esm1nv_jax.inference.variant_table import COLUMN, SequenceTable, column_of, score_table
 from esm1nv_jax.model import label_metrics
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
     add("--on-error", default="stop", choices=("stop", "skip"), help="skip and count bad rows")
     add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
-    add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of matrix products")
+    cpu_engines.add_arguments(parser)
     add("--force", action="store_true", help="allow modes where they mean nothing")
     add("--overwrite", action="store_true", help="replace --out")
     args = parser.parse_args(argv)
@@ -97,7 +97,7 @@ def score_proteingym(args: argparse.Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder, to be made")
     assays = proteingym.read_assays(args.proteingym, args.reference)
-    model = load(args.checkpoint, args.precision, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
     model.check_mode(mode, args.force)
     if mode != EXACT and any(assay.is_indels for assay in assays):
         model.check_mode(ONE_PASS, args.force)
@@ -113,7 +113,7 @@ def score_sequences(args: argparse.Namespace) -> None:
     path, _copy = regular_file(args.sequences)
     table = SequenceTable(path, args.on_error == "skip")
     measured = read_measured(path, table.columns, args.target)
-    model = load(args.checkpoint, args.precision, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
     model.check_mode(mode, args.force)
     scores = score_table(model, table, out, mode, args.overwrite)
     console.print(f"{out}: {count(len(table.lengths), 'sequence')} by {mode}")
@@ -155,7 +155,7 @@ def score_mutants(args: argparse.Namespace) -> None:
         columns, mutants = variant_table.read_mutants(table, wild_type, args.offset, skip)
         measured = read_measured(table, columns, args.target)
 
-    model = load(args.checkpoint, args.precision, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
     model.check_mode(mode, args.force)
     model.check_fits(len(wild_type), name)
     if len(wild_type) > model.longest:

@@ -192,7 +192,7 @@ def score_and_write(
     """
     scores, saved, step = np.full(mutants.total, np.nan), None, max(1, len(mutants))
     if mode == EXACT:
-        settings |= {"model": model.digest, "wild_type": wild_type, "precision": model.precision}
+        settings |= {"model": model.digest, "wild_type": wild_type, "precision": model.arithmetic}
         saved, step = SavedScores(out, settings | {"longest": model.longest}, overwrite), BLOCK
     blocks = [mutants[first : first + step] for first in range(0, len(mutants), step)]
     if saved:
@@ -237,7 +237,7 @@ def score_table(
     if mode == EXACT:
         cost = f"{passes:,} forward passes, one a residue (--mode={ONE_PASS}: {sequences:,})"
     console.print(f"{table.path.name}: {count(sequences, 'sequence')} by {mode}, {cost}")
-    settings: dict = {"model": model.digest, "precision": model.precision, "mode": mode}
+    settings: dict = {"model": model.digest, "precision": model.arithmetic, "mode": mode}
     settings |= {"longest": model.longest, "sequences": table.digest}
     saved = SavedScores(out, settings, overwrite)
     for row, value in saved.scores.items():

@@ -230,7 +230,11 @@ def test_a_limit_on_virtual_memory_is_one_line_and_no_hang(tmp_path):
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs another user")
 @pytest.mark.parametrize(
-    ("processes", "words"), [(2, "cannot start 2 workers"), (40, "raise the limits on memory")]
+    ("processes", "words"),
+    [
+        (2, "cannot start 2 workers"),
+        pytest.param(40, "raise the limits on memory", marks=pytest.mark.integration),
+    ],
 )
 def test_a_limit_on_processes_is_one_line_and_no_hang(tmp_path, processes, words):
     """As another user: root has no such limit. It may still read the program, by a capability."""

@@ -11,6 +11,7 @@ from esm1nv_jax import load
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import embed, onnx_blocks
+from esm1nv_jax.inference.block_graph import compile_blocks
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from tests.inference.models import CONFIG, make_model, make_proteins, write_fasta
 
@@ -41,7 +42,7 @@ def test_the_graph_in_fp32_gives_the_states_of_every_layer(tmp_path, options):
     ids = [np.frombuffer(s.encode(), np.uint8) % 20 + 5 for _, s in make_proteins(12)]
     outputs = OutputSpec(("mean", "per_residue", "logits"), (0, 1, 2, -1))
     expected = embed_sequences(model.on_devices, ids, outputs, model.longest)
-    blocks = onnx_blocks.compile_blocks(model.config, model.params["blocks"], int8=False)
+    blocks = compile_blocks(model.config, model.params["blocks"], onnx_blocks.OnnxGraph(int8=False))
     other = dataclasses.replace(model.on_devices, run_blocks=blocks)
     for name, value in embed_sequences(other, ids, outputs, model.longest).items():
         np.testing.assert_allclose(value, expected[name], atol=1e-4, err_msg=name)
@@ -54,9 +55,9 @@ def test_sums_of_int8_products_are_exact_where_16_bits_would_saturate():
     levels, scale = onnx_blocks.quantize_kernel(kernel)
     x = rng.uniform(0.9, 1, (5, 64)).astype(np.float32)
     x[:, 0] = 1
-    graph = onnx_blocks._Graph(int8=True)
-    y = graph.linear("x", kernel, None)
-    (found,) = graph.session(["x"], [], [y]).run(None, {"x": x})
+    graph = onnx_blocks.OnnxGraph()
+    y = graph.linear(graph.input("x", 2), kernel, None)
+    (found,) = graph.compile([y])({"x": x}, (0,))
     exact = (np.rint(x * 127).astype(np.int64) @ levels.astype(np.int64)) * (scale / 127)
     np.testing.assert_allclose(found, exact, rtol=1e-6)
 

@@ -142,10 +142,10 @@ def handwritten_gradients(remat):
 
 
 PLAIN = [(name, "none") for name in kernels.NAMES if name != "remat"]
-REMAT = pytest.param("remat", "dots", marks=pytest.mark.integration)  # "all" has it too
+TOGETHER = [pytest.param(name, "dots", marks=pytest.mark.integration) for name in ("remat", "all")]
 
 
-@pytest.mark.parametrize(("name", "remat"), [*PLAIN, REMAT, ("all", "dots")])
+@pytest.mark.parametrize(("name", "remat"), PLAIN + TOGETHER)
 def test_every_kernel_equals_the_plain_form(name, remat, monkeypatch):
     by_hand = handwritten_gradients(remat)
     monkeypatch.setenv(kernels.VARIABLE, name)

@@ -76,6 +76,7 @@ def test_gradients_equal_finite_differences(config):
     assert np.linalg.norm(gradient) > 1
 
 
+@pytest.mark.integration
 def test_jit_grad_and_vmap_compose():
     config = dataclasses.replace(OURS, layers=1)
     params = make(config)
