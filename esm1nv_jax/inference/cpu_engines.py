@@ -29,18 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, default="auto", help=by)
 
 
-def select_engine(engine: str, precision: str, config: EncoderConfig) -> str:
-    """The engine for one of ENGINES: a key of NAMES. auto is OpenVINO for bf16, where it can be had
-    and the CPU multiplies bf16; ONNX Runtime for int8; else XLA.
-
-    Raises UserError for what is unknown, and for what cannot be had here.
-    """
+def check_names(precision: str, engine: str) -> None:
+    """Raises UserError where one of them is unknown."""
     for option, value, allowed in (
         ("precision", precision, tuple(PRECISIONS)),
         ("engine", engine, ENGINES),
     ):
         if value not in allowed:
             raise UserError(f"{option} {value!r} is unknown; there are {', '.join(allowed)}")
+
+
+def select_engine(engine: str, precision: str, config: EncoderConfig) -> str:
+    """The engine for one of ENGINES: a key of NAMES. auto is OpenVINO for bf16, where it can be had
+    and the CPU multiplies bf16; ONNX Runtime for int8; else XLA.
+
+    Raises UserError for what cannot be had here.
+    """
     if precision == "int8":
         if engine != "auto":
             raise UserError(

@@ -31,7 +31,7 @@ from esm1nv_jax.inference.api_types import (
     residue_letters,
     sequence_ids,
 )
-from esm1nv_jax.inference.cpu_engines import NAMES, select_engine
+from esm1nv_jax.inference.cpu_engines import NAMES, check_names, select_engine
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
 from esm1nv_jax.inference.loaded_model import LoadedModel
@@ -280,6 +280,7 @@ def load(
 
     Raises UserError where there is no model, or none in this precision or by this engine.
     """
+    check_names(precision, engine)
     weights = load_weights(path)
     engine = select_engine(engine, precision, weights.model)
     room = weights.model.positions - SPECIALS

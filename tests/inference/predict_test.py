@@ -261,6 +261,6 @@ def test_other_verbs_ignore_the_head(tuned, model_path, tmp_path):
 
 
 def test_bf16_products_leave_the_head_in_fp32(tuned):
-    params = load(tuned[RESIDUE], "bf16").on_devices.params
+    params = load(tuned[RESIDUE], "bf16", engine="xla").on_devices.params
     assert params["blocks"]["0"]["fc1"]["kernel"].dtype == "bfloat16"
     assert params["head"]["out_proj"]["kernel"].dtype == "float32"
