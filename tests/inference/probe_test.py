@@ -307,7 +307,8 @@ def test_a_limit_holds_for_every_split_and_one_seed_has_no_error(
     path = write(tmp_path / "t.csv", three(proteins(80, 2), lambda s: str(s.count("L") / len(s))))
     out = tmp_path / "out.json"
     argv = ["probe", "--checkpoint", checkpoint, "--task", "regression", "--csv", path]
-    argv += ["--seeds", "1", "--limit", "10", "--precision", "bf16", "--json", str(out)]
+    argv += ["--seeds", "1", "--limit", "10", "--precision", "bf16"]
+    argv += ["--engine", "xla", "--json", str(out)]
     assert command.run(cli.dispatch, argv) == 0
     found = json.loads(out.read_text())
     assert set(found["proteins"].values()) == {10} and found["precision"] == "bf16"
