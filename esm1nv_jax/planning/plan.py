@@ -173,6 +173,7 @@ def process_memory(memory: dict[str, float]) -> dict[str, float]:
     return {
         # The best and the newest may be written at the same time.
         "copies for checkpoints": 2 * (memory["parameters"] + memory["optimizer"]),
+        # At most: runs were seen to hold one or two more than they use.
         "freed, but kept": 2 * working if command.keeps(working) else 0,
         "Python, JAX, compiler": PROCESS,
     }

@@ -42,4 +42,5 @@ def test_the_full_recipe_on_a_cpu_takes_what_its_docstring_and_the_plan_say(tmp_
         run("-m", "esm1nv_jax", "plan", "--chip=this-cpu", "--json", *options[:-1])
     )
     assert peak < 1e9 * int(size)
-    assert 0.8 < peak / planned["peak"] < 1.15
+    # The plan allows for two more of the block that a step works in; a short run keeps one.
+    assert 0.7 < peak / planned["peak"] < 1.05
