@@ -83,7 +83,7 @@ def ours(
 
     config = weights.model if weights else config or encoder.EncoderConfig()
     params = weights.encoder_params if weights else encoder.init(config, 0)
-    engine = select_engine("auto" if precision == "int8" else engine, precision, config)
+    engine = select_engine(engine, precision, config)
     model = Model(config, jax.device_put(params), {}, precision, engine=engine)
     ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
     return lambda: embed_sequences(
@@ -240,10 +240,9 @@ def make_programs(args, sequences: list[bytes], scratch: Path) -> dict[str, Call
     if multiplies_bf16("cpu"):
         programs["ours bf16"] = ours(sequences, "bf16", weights=weights)
     if importlib.util.find_spec("onnxruntime"):
-        programs["ours int8"] = ours(sequences, "int8", weights=weights)
+        programs["ours int8"] = ours(sequences, "int8", weights=weights, engine="auto")
     if importlib.util.find_spec("openvino"):
-        precisions = ("fp32", "bf16") if multiplies_bf16("cpu") else ("fp32",)
-        for precision in precisions:
+        for precision in ("fp32", "bf16") if multiplies_bf16("cpu") else ("fp32",):
             run = ours(sequences, precision, weights=weights, engine="openvino")
             programs[f"ours {precision} openvino"] = run
     try:

@@ -6,9 +6,9 @@ The same small architecture from the same initial weights (ours, converted), on 
 validated on the same proteins under the same masks, at `<mask>` positions only. The rival takes
 batches of like length and fused AdamW; ours AdamW, too, or with `--recipe quickstart` what that
 config has: Muon, and masks of 30 % at first, falling to 15 %. Both warm up over a twentieth of the
-time and fall by a cosine to a tenth of the peak, which each chooses from as many rates, in runs of
-`--grid-minutes`. The rival has about `--minutes`, ours `--share` of what
-it took. Compilation counts as time; evaluation does not, nor does what the rival reads into memory
+time and fall by a cosine to a tenth of the peak, which each chooses from its grid, in runs of
+`--grid-minutes`. The rival has about `--minutes`, ours `--share` of what it took.
+Compilation counts as time; evaluation does not, nor does what the rival reads into memory
 before it begins. With several seeds, of initial weights and of the order of proteins, the two take
 turns and the means over seeds are compared. Writes FOLDER/curves.json and FOLDER/curves.png; what
 curves.json holds is not run again. Needs the extra `bench`.
@@ -28,10 +28,10 @@ import jax
 import numpy as np
 import rivals
 import torch
-from train import Ours, config_of
+from train import CONFIGS, Ours, config_of
 
 from esm1nv_jax.checkpoints import model_folder
-from esm1nv_jax.common import command
+from esm1nv_jax.common import command, config_file
 from esm1nv_jax.common.command import Parser
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import evaluation_stream, stream_config
@@ -93,9 +93,10 @@ def ours(args, data: str, run: Run) -> Curve:
     began = time.perf_counter()
     config = configured(args, run)
     if args.recipe == "quickstart":
+        recipe = config_file.load(CONFIGS / "quickstart.py")
         with config.unlocked():
-            config.optimizer.update(kind="muon", beta2=0.99)
-            config.masking.update(rate=0.30, final_rate=0.15)
+            config.optimizer.update(kind=recipe.optimizer.kind, beta2=recipe.optimizer.beta2)
+            config.masking = recipe.masking
     program = Ours(config, data)
     mesh = sharding.make_mesh(jax.local_devices())
     held_out = open_split(data, "validation")

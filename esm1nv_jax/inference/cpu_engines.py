@@ -14,7 +14,7 @@ from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 
 # Of operands of matrix products; what int8 leaves to XLA is fp32 (`onnx_blocks`).
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32"}
-ENGINES = ("auto", "xla", "openvino")
+CHOICES = {"precision": tuple(PRECISIONS), "engine": ("auto", "xla", "openvino")}
 NAMES = {"xla": "XLA", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
 EXTRAS = {"onnxruntime": "int8", "openvino": "openvino"}
@@ -22,25 +22,31 @@ EXTRAS = {"onnxruntime": "int8", "openvino": "openvino"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `select_engine` reads."""
-    add = parser.add_argument
     kinds = "of matrix products (default fp32)"
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help=kinds)
     by = "of bf16 and fp32 on a CPU (default auto: OpenVINO for bf16, where it is installed)"
-    add("--engine", choices=ENGINES, default="auto", help=by)
+    for name, default, words in (("precision", "fp32", kinds), ("engine", "auto", by)):
+
+        def known(value: str, name: str = name) -> str:
+            try:
+                check_names(**{name: value})
+            except UserError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+            return value
+
+        shown = f"{{{','.join(CHOICES[name])}}}"
+        parser.add_argument(f"--{name}", type=known, default=default, metavar=shown, help=words)
 
 
-def check_names(precision: str, engine: str) -> None:
+def check_names(precision: str = "fp32", engine: str = "auto") -> None:
     """Raises UserError where one of them is unknown."""
-    for option, value, allowed in (
-        ("precision", precision, tuple(PRECISIONS)),
-        ("engine", engine, ENGINES),
-    ):
-        if value not in allowed:
-            raise UserError(f"{option} {value!r} is unknown; there are {', '.join(allowed)}")
+    for option, value in (("precision", precision), ("engine", engine)):
+        if value not in CHOICES[option]:
+            known = ", ".join(CHOICES[option])
+            raise UserError(f"{option} {value!r} is unknown; there are {known}")
 
 
 def select_engine(engine: str, precision: str, config: EncoderConfig) -> str:
-    """The engine for one of ENGINES: a key of NAMES. auto is OpenVINO for bf16, where it can be had
+    """The engine for one of CHOICES: a key of NAMES. auto is OpenVINO for bf16, where it can be had
     and the CPU multiplies bf16; ONNX Runtime for int8; else XLA.
 
     Raises UserError for what cannot be had here.
@@ -54,14 +60,14 @@ def select_engine(engine: str, precision: str, config: EncoderConfig) -> str:
         if reason := _unsupported_reason("onnxruntime", config):
             raise UserError(f"--precision int8 {reason} take --precision fp32 or bf16")
         return "onnxruntime"
+    if engine == "xla" or (engine == "auto" and precision == "fp32"):
+        return "xla"
     reason = _unsupported_reason("openvino", config)
     if precision == "bf16" and not multiplies_bf16("cpu"):
         reason = reason or "would multiply in fp32 on this CPU;"
-    if engine == "auto":
-        return "openvino" if precision == "bf16" and not reason else "xla"
-    if engine == "openvino" and reason:
+    if reason and engine == "openvino":
         raise UserError(f"--engine openvino {reason} take --engine xla")
-    return engine
+    return "xla" if reason else "openvino"
 
 
 def _unsupported_reason(engine: str, config: EncoderConfig) -> str:

@@ -33,12 +33,7 @@ from esm1nv_jax.inference.partial_results import HASHES, PartialResults, PartRea
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
 AS_GIVEN = "checkpoint fasta out precision engine deterministic overwrite on_error columns".split()
-CHOICES = {
-    "precision": tuple(cpu_engines.PRECISIONS),
-    "engine": cpu_engines.ENGINES,
-    "long": ("window", "truncate", "error"),
-    "on_error": ("stop", "skip"),
-}
+CHOICES = {"long": ("window", "truncate", "error"), "on_error": ("stop", "skip")}
 
 Writer = Callable[[Path, PartReader, dict[str, Any]], None]
 
@@ -61,6 +56,7 @@ class FastaRequest:
     columns: str = ",".join(COLUMNS)  # of ids and of sequences, where `fasta` is a table
 
     def __post_init__(self):
+        cpu_engines.check_names(self.precision, self.engine)
         self.check_choices(CHOICES)
         if self.shard is not None and not 1 <= self.shard[0] <= self.shard[1]:
             i, n = self.shard

@@ -172,7 +172,7 @@ def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
         ({"layers": "-1,3"}, "layer 3 is unknown"),
         ({"layers": "last"}, "--layers=last"),
         ({"include": "mean,contacts"}, "--include=contacts"),
-        ({"precision": "fp8"}, "'fp32', 'bf16'"),
+        ({"precision": "fp8"}, "fp32, bf16"),
         ({"dtype": "int8"}, "float32, float16"),
         ({"shard": "4/3"}, "--shard=4/3"),
         ({"shard": "3"}, "1/4"),

@@ -98,7 +98,7 @@ def test_a_command_says_so_and_parts_of_two_engines_are_not_merged(model_path, t
     assert command.run(embed.main, [*args, "--shard", "2/2"]) == 2
     assert "fp32, by OpenVINO" in capsys.readouterr().err
     assert command.run(embed.main, [*args, "--engine", "torch"]) == 2
-    assert "'torch' (choose from" in capsys.readouterr().err
+    assert "'torch' is unknown; there are auto, xla, openvino" in capsys.readouterr().err
 
 
 def test_what_cannot_be_had_is_refused(model_path, tmp_path, monkeypatch):
