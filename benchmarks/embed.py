@@ -7,8 +7,8 @@ ESM-1nv size with GELU by erf, which `transformers` has, and random weights, or 
 `--checkpoint`. The rivals get what their users do to be fast: sorted by length, batches of 4,096
 tokens padded to their longest, SDPA and inference mode or the engine's own fusions. Rounds
 alternate, so that a busy machine is busy for all; compare within a run, and trust the ratio. bf16
-is measured where the CPU multiplies it, int8 and `--engine openvino` where their extras are
-installed. `--rivals` adds ONNX Runtime and OpenVINO in the precisions that they have
+is measured where the CPU multiplies it, `--engine openvino` and `onnxruntime` where their extras
+are installed. `--rivals` adds ONNX Runtime and OpenVINO in the precisions that they have
 (`onnx_rivals.py`, the extra `bench-engines`). Needs the extra `bench`.
 """
 
@@ -227,6 +227,7 @@ def main(argv: list[str]) -> None:
 
 def make_programs(args, sequences: list[bytes], scratch: Path) -> dict[str, Callable]:
     """Functions that return the means of all sequences, by name."""
+    from esm1nv_jax.inference.cpu_engines import has_instructions
     from esm1nv_jax.interchange import huggingface
     from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 
@@ -240,9 +241,10 @@ def make_programs(args, sequences: list[bytes], scratch: Path) -> dict[str, Call
     if multiplies_bf16("cpu"):
         programs["ours bf16"] = ours(sequences, "bf16", weights=weights)
     if importlib.util.find_spec("onnxruntime"):
-        programs["ours int8"] = ours(sequences, "int8", weights=weights, engine="auto")
+        run = ours(sequences, "int8", weights=weights, engine="onnxruntime")
+        programs["ours int8 onnxruntime"] = run
     if importlib.util.find_spec("openvino"):
-        for precision in ("fp32", "bf16") if multiplies_bf16("cpu") else ("fp32",):
+        for precision in ("fp32", *filter(has_instructions, ("bf16", "int8"))):
             run = ours(sequences, precision, weights=weights, engine="openvino")
             programs[f"ours {precision} openvino"] = run
     try:

@@ -10,20 +10,27 @@ import jax
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference.block_graph import Graph, RunBlocks, compile_blocks
 from esm1nv_jax.model.encoder_config import EncoderConfig
-from esm1nv_jax.model.kernels.matmul import multiplies_bf16
+from esm1nv_jax.model.kernels.matmul import cpu_features
 
-# Of operands of matrix products; what int8 leaves to XLA is fp32 (`onnx_blocks`).
+# Of operands of matrix products; what int8 leaves to XLA is fp32.
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "int8": "float32"}
-CHOICES = {"precision": tuple(PRECISIONS), "engine": ("auto", "xla", "openvino")}
-NAMES = {"xla": "XLA", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("openvino",)}
-EXTRAS = {"onnxruntime": "int8", "openvino": "openvino"}
+NAMES = {"xla": "XLA", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+CHOICES = {"precision": tuple(PRECISIONS), "engine": ("auto", *NAMES)}
+COMPUTES = {"xla": ("fp32", "bf16"), "openvino": tuple(PRECISIONS), "onnxruntime": ("int8",)}
+PACKAGES = {"openvino": ("openvino",), "onnxruntime": ("onnx", "onnxruntime")}
+# With which OpenVINO is the fastest, as Linux names them: with AVX2 alone XLA is as fast.
+INSTRUCTIONS = {
+    "fp32": {"avx512f"},
+    "bf16": {"avx512_bf16", "amx_bf16"},
+    "int8": {"avx512_vnni", "avx_vnni"},
+}
+EXTRAS = {"openvino": "openvino", "onnxruntime": "int8"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `select_engine` reads."""
     kinds = "of matrix products (default fp32)"
-    by = "of bf16 and fp32 on a CPU (default auto: OpenVINO for bf16, where it is installed)"
+    by = "of the blocks on a CPU (default auto: the fastest that is installed)"
     for name, default, words in (("precision", "fp32", kinds), ("engine", "auto", by)):
 
         def known(value: str, name: str = name) -> str:
@@ -46,33 +53,40 @@ def check_names(precision: str = "fp32", engine: str = "auto") -> None:
 
 
 def select_engine(engine: str, precision: str, config: EncoderConfig) -> str:
-    """The engine for one of CHOICES: a key of NAMES. auto is OpenVINO for bf16, where it can be had
-    and the CPU multiplies bf16; ONNX Runtime for int8; else XLA.
+    """The engine for one of CHOICES: a key of NAMES. auto is the fastest that can be had, as
+    measured (docs/performance.md): OpenVINO where the CPU has instructions for the precision, else
+    XLA, or ONNX Runtime for int8.
 
     Raises UserError for what cannot be had here.
     """
-    if precision == "int8":
-        if engine != "auto":
-            raise UserError(
-                f"--precision int8 is computed by ONNX Runtime, not by {NAMES[engine]}; leave "
-                "--engine out, or take --precision fp32 or bf16"
-            )
-        if reason := _unsupported_reason("onnxruntime", config):
-            raise UserError(f"--precision int8 {reason} take --precision fp32 or bf16")
-        return "onnxruntime"
-    if engine == "xla" or (engine == "auto" and precision == "fp32"):
+    if engine != "auto":
+        if reason := _unsupported_reason(engine, precision, config):
+            raise UserError(f"--engine {engine} {reason} take --engine auto")
+        return engine
+    fast = has_instructions(precision)
+    if fast and not _unsupported_reason("openvino", precision, config):
+        return "openvino"
+    if precision != "int8":
         return "xla"
-    reason = _unsupported_reason("openvino", config)
-    if precision == "bf16" and not multiplies_bf16("cpu"):
-        reason = reason or "would multiply in fp32 on this CPU;"
-    if reason and engine == "openvino":
-        raise UserError(f"--engine openvino {reason} take --engine xla")
-    return "xla" if reason else "openvino"
+    if not (reason := _unsupported_reason("onnxruntime", precision, config)):
+        return "onnxruntime"
+    if fast:
+        reason = _unsupported_reason("openvino", precision, config)
+    raise UserError(f"--precision int8 {reason} take --precision fp32 or bf16")
 
 
-def _unsupported_reason(engine: str, config: EncoderConfig) -> str:
-    """Why another engine than XLA cannot be had for this architecture, or on this machine: words to
-    be followed by "take ..."; empty if it can."""
+def has_instructions(precision: str) -> bool:
+    """Whether OpenVINO is faster than XLA on this CPU in this precision."""
+    return not INSTRUCTIONS[precision].isdisjoint(cpu_features())
+
+
+def _unsupported_reason(engine: str, precision: str, config: EncoderConfig) -> str:
+    """Why an engine cannot be had in this precision, for this architecture, or on this machine:
+    words to be followed by "take ..."; empty if it can."""
+    if precision not in (kinds := COMPUTES[engine]):
+        return f"computes {' and '.join(kinds)} only, not {precision};"
+    if engine == "xla":
+        return ""
     for name, value in {"bias_kv": True, "norm_kind": "rmsnorm"}.items():
         if getattr(config, name) == value:
             return f"is not for models with {name}={value!r};"
@@ -81,6 +95,8 @@ def _unsupported_reason(engine: str, config: EncoderConfig) -> str:
     for package in PACKAGES[engine]:
         if importlib.util.find_spec(package) is None:
             return f"needs {package}: pip install -e '.[{EXTRAS[engine]}]', or"
+    if precision != "fp32" and engine == "openvino" and not has_instructions(precision):
+        return f"has no instructions of this CPU for {precision};"
     return ""
 
 

@@ -116,13 +116,15 @@ class LoadedModel:
 
     @property
     def arithmetic(self) -> str:
-        """The precision, and the engine where it is not what every machine has for it."""
-        return self.precision + ", by OpenVINO" * (self.engine == "openvino")
+        """What decides the numbers but for rounding in fp32, in which engines and CPUs differ."""
+        own_way = self.engine == "openvino" and self.precision != "fp32"
+        return self.precision + ", by OpenVINO" * own_way
 
     @functools.cached_property
     def with_attention_weights(self) -> Self:
-        """The same model by XLA, where its engine is one that keeps attention weights to itself."""
-        return dataclasses.replace(self, engine="xla") if self.engine == "openvino" else self
+        """The same model by XLA, which alone gives attention weights; int8 has none."""
+        able = self.engine == "xla" or self.precision == "int8"
+        return self if able else dataclasses.replace(self, engine="xla")
 
     @property
     def compute(self) -> ComputeConfig:

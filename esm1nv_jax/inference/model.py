@@ -275,8 +275,8 @@ def load(
       path: where it lies.
       precision: of matrix products, "fp32", "bf16" or, on a CPU, "int8".
       max_residues: read at once; by default what training has used.
-      engine: of the blocks on a CPU, "xla" or "openvino"; "auto" takes OpenVINO for bf16, where it
-        is installed and the CPU multiplies bf16, and ONNX Runtime for int8.
+      engine: of the blocks on a CPU, "xla", "openvino" or, for int8, "onnxruntime"; "auto" takes
+        the fastest that is installed.
 
     Raises UserError where there is no model, or none in this precision or by this engine.
     """

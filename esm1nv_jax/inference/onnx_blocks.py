@@ -8,10 +8,11 @@ LayerNorm, residuals and what follows the blocks stay fp32.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
+
+from esm1nv_jax.inference.block_graph import usable_cores
 
 OPSET, IR_VERSION = 21, 10
 OWN_DOMAIN = "com.microsoft"  # of operators that ONNX Runtime adds to the standard's
@@ -118,7 +119,7 @@ class OnnxGraph:
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(OWN_DOMAIN, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = usable_cores()
         # Threads that wait by spinning would take time from what XLA computes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_external_initializers([*large], [*large.values()])

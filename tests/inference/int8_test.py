@@ -1,4 +1,4 @@
-"""Blocks by ONNX Runtime: the graph beside JAX, int8 sums, and what int8 may differ by."""
+"""Blocks by ONNX Runtime beside JAX, int8 sums, and what int8 of both engines may differ by."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,7 @@ import pytest
 from esm1nv_jax import load
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference import embed, onnx_blocks
+from esm1nv_jax.inference import cpu_engines, embed, onnx_blocks
 from esm1nv_jax.inference.block_graph import compile_blocks
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
 from tests.inference.models import CONFIG, make_model, make_proteins, write_fasta
@@ -62,8 +62,14 @@ def test_sums_of_int8_products_are_exact_where_16_bits_would_saturate():
     np.testing.assert_allclose(found, exact, rtol=1e-6)
 
 
-def test_int8_is_near_fp32_and_a_protein_hardly_depends_on_others(model, model_path):
-    int8 = load(model_path, "int8")
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def int8(request, model_path, monkeypatch):
+    pytest.importorskip(request.param)
+    monkeypatch.setattr(cpu_engines, "cpu_features", lambda: frozenset({"avx512_vnni"}))
+    return load(model_path, "int8", engine=request.param)
+
+
+def test_int8_is_near_fp32_and_a_protein_hardly_depends_on_others(model, int8):
     sequences = [sequence for _, sequence in make_proteins(20)]
     exact, found = model.embed(sequences), int8.embed(sequences)
     assert cosines(found.mean, exact.mean).min() > 0.995
@@ -74,10 +80,10 @@ def test_int8_is_near_fp32_and_a_protein_hardly_depends_on_others(model, model_p
     assert np.array_equal(alone, int8.embed(outliers, deterministic=True).mean[0])
 
 
-def test_variants_are_scored_in_int8(model, model_path):
+def test_variants_are_scored_in_int8(model, int8):
     mutants = [f"{a}{i}{b}" for i, a in enumerate("MKTVRQ", 1) for b in "LASGW" if a != b]
     exact = model.score_variants("MKTVRQ", mutants)
-    found = load(model_path, "int8").score_variants("MKTVRQ", mutants)
+    found = int8.score_variants("MKTVRQ", mutants)
     assert np.corrcoef(exact, found)[0, 1] > 0.98
 
 
@@ -91,8 +97,7 @@ def test_parts_of_other_precision_are_not_merged(model_path, tmp_path, capsys):
     assert "precision" in capsys.readouterr().err
 
 
-def test_what_int8_cannot_do_is_refused(model, model_path, tmp_path, monkeypatch):
-    int8 = load(model_path, "int8")
+def test_what_int8_cannot_do_is_refused(int8, model_path, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="fp32 or bf16"):
         int8.attention("MKTVRQ")
     with pytest.raises(UserError, match="fp32 or bf16"):
@@ -105,5 +110,7 @@ def test_what_int8_cannot_do_is_refused(model, model_path, tmp_path, monkeypatch
         with pytest.raises(UserError, match=r"gpu.*JAX_PLATFORMS=cpu"):
             load(model_path, "int8")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="needs onnx: pip install"):
-        load(model_path, "int8")
+    for feature, package in (("avx_vnni", "openvino"), ("avx2", "onnx")):
+        monkeypatch.setattr(cpu_engines, "cpu_features", lambda f=feature: frozenset({f}))
+        with pytest.raises(UserError, match=f"needs {package}: pip install"):
+            load(model_path, "int8")

@@ -41,21 +41,46 @@ def test_in_fp32_every_layer_is_that_of_xla(tmp_path, options):
 
 
 @pytest.fixture
-def bf16(model_path, monkeypatch):
-    monkeypatch.setattr(cpu_engines, "multiplies_bf16", lambda platform: True)
+def all_instructions(monkeypatch):
+    everything = frozenset().union(*cpu_engines.INSTRUCTIONS.values())
+    monkeypatch.setattr(cpu_engines, "cpu_features", lambda: everything)
+
+
+@pytest.fixture
+def bf16(model_path, all_instructions):
     return load(model_path, "bf16")
 
 
-def test_auto_takes_it_for_bf16_alone_and_only_where_the_cpu_has_it(bf16, model_path, monkeypatch):
-    assert (bf16.engine, load(model_path).engine) == ("openvino", "xla")
+def test_auto_takes_it_where_it_is_installed_and_the_cpu_has_instructions(
+    model_path, all_instructions, monkeypatch
+):
+    for precision in cpu_engines.PRECISIONS:
+        assert load(model_path, precision).engine == "openvino"
     assert load(model_path, "bf16", engine="xla").engine == "xla"
-    monkeypatch.setattr(cpu_engines, "multiplies_bf16", lambda platform: False)
-    assert load(model_path, "bf16").engine == "xla"
-    with pytest.raises(UserError, match="would multiply in fp32 on this CPU"):
-        load(model_path, "bf16", engine="openvino")
-    monkeypatch.setattr(cpu_engines, "multiplies_bf16", lambda platform: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_engines, "cpu_features", frozenset)
+        assert load(model_path).engine == load(model_path, "bf16").engine == "xla"
+        assert load(model_path, engine="openvino").engine == "openvino"
+        for precision in ("bf16", "int8"):
+            with pytest.raises(UserError, match="no instructions of this CPU for " + precision):
+                load(model_path, precision, engine="openvino")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert load(model_path, "bf16").engine == "xla"
+    assert load(model_path).engine == load(model_path, "bf16").engine == "xla"
+
+
+@pytest.mark.parametrize(
+    "features, precisions",
+    [
+        ("avx2 f16c", ""),
+        ("avx2 avx_vnni", "int8"),
+        ("avx512f avx512_vnni", "fp32 int8"),
+        ("avx512f avx512_vnni avx512_bf16", "fp32 bf16 int8"),
+    ],
+)
+def test_instructions_of_kinds_of_cpus(features, precisions, monkeypatch):
+    monkeypatch.setattr(cpu_engines, "cpu_features", lambda: frozenset(features.split()))
+    found = filter(cpu_engines.has_instructions, cpu_engines.PRECISIONS)
+    assert [*found] == precisions.split()
 
 
 @pytest.mark.skipif(not multiplies_bf16("cpu"), reason="this CPU does not multiply bf16")
@@ -90,24 +115,34 @@ def test_attention_weights_and_gradients_are_those_of_xla(model_path, model):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_command_says_so_and_parts_of_two_engines_are_not_merged(model_path, tmp_path, capsys):
+def test_a_command_says_so_and_what_rounds_otherwise_is_not_merged(
+    model_path, tmp_path, capsys, all_instructions
+):
     fasta = write_fasta(tmp_path / "in.fasta", make_proteins(4))
-    args = ["--checkpoint", model_path, "--fasta", fasta, "--out", str(tmp_path / "out.npz")]
-    assert command.run(embed.main, [*args, "--engine", "openvino", "--shard", "1/2"]) == 0
-    assert "matrix products in fp32, by OpenVINO" in capsys.readouterr().err
-    assert command.run(embed.main, [*args, "--shard", "2/2"]) == 2
-    assert "fp32, by OpenVINO" in capsys.readouterr().err
-    assert command.run(embed.main, [*args, "--engine", "torch"]) == 2
-    assert "'torch' is unknown; there are auto, xla, openvino" in capsys.readouterr().err
+
+    def run(precision: str, engine: str, *more: str) -> int:
+        out = str(tmp_path / f"{precision}.npz")
+        args = ["--checkpoint", model_path, "--fasta", fasta, "--out", out]
+        options = ["--precision", precision, "--engine", engine]
+        return command.run(embed.main, [*args, *options, *more])
+
+    for precision, merged in (("fp32", 0), ("bf16", 2)):
+        assert run(precision, "auto", "--shard", "1/2") == 0
+        assert f"matrix products in {precision}, by OpenVINO" in capsys.readouterr().err
+        assert run(precision, "xla", "--shard", "2/2") == merged
+    assert "bf16, by OpenVINO" in capsys.readouterr().err
+    assert run("fp32", "torch") == 2
+    assert "'torch' is unknown; there are auto, xla, openvino, onnx" in capsys.readouterr().err
 
 
 def test_what_cannot_be_had_is_refused(model_path, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="engine 'torch' is unknown; there are auto, xla, openvino"):
         load(model_path, engine="torch")
-    with pytest.raises(UserError, match="int8 is computed by ONNX Runtime, not by OpenVINO"):
-        load(model_path, "int8", engine="openvino")
+    for engine, words in (("xla", "fp32 and bf16 only, not int8"), ("onnxruntime", "int8 only")):
+        with pytest.raises(UserError, match=f"--engine {engine} computes {words}"):
+            load(model_path, "int8" if engine == "xla" else "fp32", engine=engine)
     rms = make_model(tmp_path / "rms", config=dataclasses.replace(CONFIG, norm_kind="rmsnorm"))
-    with pytest.raises(UserError, match=r"norm_kind='rmsnorm'.*--engine xla"):
+    with pytest.raises(UserError, match=r"norm_kind='rmsnorm'.*--engine auto"):
         load(rms, engine="openvino")
     with monkeypatch.context() as patch:
         patch.setattr(jax, "default_backend", lambda: "gpu")

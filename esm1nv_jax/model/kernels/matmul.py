@@ -25,15 +25,17 @@ EMULATED_BFLOAT16 = "bfloat16 emulated in float32"
 
 
 @functools.cache
+def cpu_features() -> frozenset[str]:
+    """What the CPU can do, in the words of Linux; nothing where there is no Linux."""
+    try:
+        return frozenset(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return frozenset()
+
+
 def multiplies_bf16(platform: str) -> bool:
     """Whether devices of this platform have instructions for products of bf16."""
-    if platform != "cpu":
-        return True
-    try:
-        words = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:  # not Linux
-        return False
-    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+    return platform != "cpu" or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(cpu_features())
 
 
 def cast_operand(x, dtype):
