@@ -7,11 +7,13 @@ for any number of rows and tokens. Needs the extra `bench-engines`, too.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+sys.modules.setdefault("openvino_telemetry", None)  # as `inference/openvino_blocks.py`, for NNCF
 THREADS = len(os.sched_getaffinity(0))
 Hidden = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int64 tokens, mask [B, T]: fp32 [B, T, D]
 

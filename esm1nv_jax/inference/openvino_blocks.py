@@ -8,14 +8,20 @@ else is fp32.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 
 import numpy as np
-import openvino
-from openvino import opset15 as ops
 
 from esm1nv_jax.inference.block_graph import usable_cores
+
+# OpenVINO reports every import to its makers over the network, by a process that it forks, which
+# JAX's threads do not stand. It does not where this package of theirs is missing.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+import openvino  # noqa: E402
+from openvino import opset15 as ops  # noqa: E402
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 LEVELS = 127  # of int8, on each side of 0

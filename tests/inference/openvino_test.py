@@ -3,6 +3,9 @@
 import concurrent.futures
 import dataclasses
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,7 +20,7 @@ from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from tests.inference.int8_test import MODERN, cosines
 from tests.inference.models import CONFIG, make_model, make_proteins, write_fasta
 
-pytest.importorskip("openvino")
+pytest.importorskip("esm1nv_jax.inference.openvino_blocks")
 SEQUENCES = [sequence for _, sequence in make_proteins(20)]
 
 
@@ -105,6 +108,21 @@ def test_threads_get_the_numbers_of_one(model_path):
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = [*pool.map(lambda s: model.embed([s]).mean, SEQUENCES)]
     np.testing.assert_array_equal(found, expected)
+
+
+def test_nothing_is_reported_to_its_makers_and_nothing_is_forked(model_path, tmp_path):
+    lines = (
+        "import os, sys",
+        "os.fork = None",
+        "from esm1nv_jax import load",
+        "load(sys.argv[1], engine='openvino').embed(['MKTVRQ'])",
+        "assert 'openvino' in sys.modules",
+    )
+    home = dict(os.environ, HOME=str(tmp_path))
+    args = [sys.executable, "-c", "\n".join(lines), model_path]
+    result = subprocess.run(args, env=home, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not (tmp_path / "intel").exists()  # where it keeps the number of the user
 
 
 def test_attention_weights_and_gradients_are_those_of_xla(model_path, model):
