@@ -16,10 +16,14 @@ from esm1nv_jax.model.kernels import is_plain
 from esm1nv_jax.model.kernels.matmul import EMULATED_BFLOAT16
 from esm1nv_jax.model.kernels.remat import KEPT
 
-ACTIVATIONS = {
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
-}
+
+def _gelu_erf(x):
+    """x (1 + erf(x / sqrt(2))) / 2, as PyTorch computes it. JAX's own, by erfc, is three passes
+    over x on a CPU, one of them of exponentials: docs/performance.md#training."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "gelu_erf": _gelu_erf}
 # Of the FFN also SwiGLU (Shazeer 2020): fc1 makes a gate beside each value.
 FFN_ACTIVATIONS = ACTIVATIONS | {
     "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
