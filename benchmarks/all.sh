@@ -97,7 +97,7 @@ speed startup python benchmarks/startup.py
 speed loop python benchmarks/loop.py
 speed plan python benchmarks/plan.py
 run process_memory python -m pytest -q -n 0 -m slow tests/planning/process_memory_test.py
-full=(python benchmarks/train.py --fasta "$test" --steps 2 --rounds 2 --dtypes bfloat16)
+full=(python benchmarks/train.py --fasta "$test" --steps 3 --rounds 5 --dtypes bfloat16)
 speed train_full_a "${full[@]}" --rival a
 speed train_full_b "${full[@]}" --rival b
 speed train_full_a_kept "${keep[@]}" "${full[@]}" --rival a
