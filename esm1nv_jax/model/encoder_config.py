@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,10 @@ def _gelu_erf(x):
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "gelu_erf": _gelu_erf}
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": _gelu_erf,
+}
 # Of the FFN also SwiGLU (Shazeer 2020): fc1 makes a gate beside each value.
 FFN_ACTIVATIONS = ACTIVATIONS | {
     "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :]
