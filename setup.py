@@ -12,9 +12,9 @@ VERSION = re.search(r'__version__ = "(.+)"', PACKAGE)[1]  # it stands there alon
 EXTRAS = {
     # Embedding files as Parquet and HDF5.
     "embed": ["pyarrow>=17", "h5py>=3.11"],
-    # --precision int8, on a CPU without VNNI.
+    # --precision int8, on a CPU without VNNI, or without OpenVINO.
     "int8": ["onnx>=1.17", "onnxruntime>=1.20"],
-    # All precisions on a CPU with AVX-512: faster than XLA.
+    # Embedding on a CPU with AVX-512, or int8 with VNNI: faster than XLA.
     "openvino": ["openvino>=2025.0"],
     # Structures as PDB and mmCIF, for the precision of contacts.
     "structures": ["biopython>=1.83"],

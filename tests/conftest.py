@@ -1,6 +1,6 @@
 """Every test runs on eight CPU devices, unless it starts a process of its own.
 
-`--engine auto` is XLA, or ONNX Runtime for int8, so that numbers are the same on every CPU.
+In this process `--engine auto` is XLA, or ONNX Runtime for int8: the same on every CPU.
 Compiled programs are kept for the next test and the next session, apart for each kind of CPU: most
 of the time of these tests is compilation. A program from the cache computes the same bits.
 """

@@ -21,7 +21,7 @@ from esm1nv_jax.data.tokenizer import STANDARD
 from esm1nv_jax.inference import contact_maps, cpu_engines
 from esm1nv_jax.inference.api_types import residue_ids
 from esm1nv_jax.inference.contact_maps import MAX_STRUCTURES, MIN_STRUCTURES, fit_contact_head
-from esm1nv_jax.inference.model import Model, load_and_say
+from esm1nv_jax.inference.model import Model, load, load_and_say
 from esm1nv_jax.inference.structures import (
     CUTOFFS,
     MIN_SEPARATION,
@@ -89,8 +89,11 @@ def main(argv: list[str]) -> None:
         )
     proteins = read_proteins(args.fasta, args.structures) if args.out else []
     check_held_out(training, proteins)
-    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
     method = args.method or ("attention" if args.fit else "jacobian")
+    if method == "attention":  # by XLA, whatever the engine
+        model = load(args.checkpoint, args.precision, args.max_residues, args.engine)
+    else:
+        model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
     if method == "attention" and not args.fit:
         contact_maps.check_method(method, model.contact_head_params is not None)
     if method == "jacobian" and proteins:

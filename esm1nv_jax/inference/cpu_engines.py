@@ -92,11 +92,11 @@ def _unsupported_reason(engine: str, precision: str, config: EncoderConfig) -> s
             return f"is not for models with {name}={value!r};"
     if (platform := jax.default_backend()) != "cpu":
         return f"computes on a CPU, and JAX has a {platform}: set JAX_PLATFORMS=cpu, or"
+    if precision != "fp32" and engine == "openvino" and not has_instructions(precision):
+        return f"would multiply in fp32, not {precision}, on this CPU;"
     for package in PACKAGES[engine]:
         if importlib.util.find_spec(package) is None:
             return f"needs {package}: pip install -e '.[{EXTRAS[engine]}]', or"
-    if precision != "fp32" and engine == "openvino" and not has_instructions(precision):
-        return f"has no instructions of this CPU for {precision};"
     return ""
 
 

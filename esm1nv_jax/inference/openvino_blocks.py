@@ -26,7 +26,7 @@ from openvino import opset15 as ops  # noqa: E402
 HINTS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 LEVELS = 127  # of int8, on each side of 0
 # Columns of an activation that share a scale. With 32 a block takes 1.15 of the time, with all 768
-# 1.2 (two cores of a Zen 5).
+# 1.2 (two cores of a Zen 5). Kernels of fewer rows are multiplied in fp32.
 GROUP = 128
 # By the names of ONNX.
 OPERATIONS = {

@@ -62,6 +62,18 @@ def test_sums_of_int8_products_are_exact_where_16_bits_would_saturate():
     np.testing.assert_allclose(found, exact, rtol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    """As wide as a group of columns that OpenVINO gives a scale."""
+    config = dataclasses.replace(CONFIG, width=128, ffn=256)
+    return make_model(tmp_path_factory.mktemp("model") / "wide", config=config)
+
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    return load(model_path)
+
+
 @pytest.fixture(params=["onnxruntime", "openvino"])
 def int8(request, model_path, monkeypatch):
     if request.param == "openvino":
