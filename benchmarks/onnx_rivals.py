@@ -6,15 +6,14 @@ for any number of rows and tokens. Needs the extra `bench-engines`, too.
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-sys.modules.setdefault("openvino_telemetry", None)  # as `inference/openvino_blocks.py`, for NNCF
-THREADS = len(os.sched_getaffinity(0))
+from esm1nv_jax.inference.block_graph import usable_cores
+
+THREADS = usable_cores()
 Hidden = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int64 tokens, mask [B, T]: fp32 [B, T, D]
 
 
@@ -65,7 +64,8 @@ def onnx_runtime(path: Path, int8: bool) -> Hidden:
 
 def openvino(path: Path, kind: str) -> Hidden:
     """A function that runs the model by OpenVINO, `kind` being fp32, bf16 or int8."""
-    import openvino
+    # Not `import openvino`, which reports itself, and then does NNCF.
+    from esm1nv_jax.inference.openvino_blocks import openvino
 
     core = openvino.Core()
     model = core.read_model(path)

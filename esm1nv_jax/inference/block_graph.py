@@ -15,6 +15,7 @@ import numpy as np
 from esm1nv_jax.model.encoder_config import EncoderConfig
 
 MASKED_SCORE = -1e30  # exp of it less any real score is exactly 0 in fp32
+TINY = 1e-30  # instead of the scale of zeros in int8
 SEGMENT_IDS = "segment_ids"
 
 # (x_BTD, segment_ids_BT, (cos, sin) or None, layers) to the last block's output and those of layers

@@ -90,10 +90,8 @@ def main(argv: list[str]) -> None:
     proteins = read_proteins(args.fasta, args.structures) if args.out else []
     check_held_out(training, proteins)
     method = args.method or ("attention" if args.fit else "jacobian")
-    if method == "attention":  # by XLA, whatever the engine
-        model = load(args.checkpoint, args.precision, args.max_residues, args.engine)
-    else:
-        model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
+    load_model = load if method == "attention" else load_and_say  # attention maps are XLA's
+    model = load_model(args.checkpoint, args.precision, args.max_residues, args.engine)
     if method == "attention" and not args.fit:
         contact_maps.check_method(method, model.contact_head_params is not None)
     if method == "jacobian" and proteins:

@@ -63,16 +63,13 @@ def select_engine(engine: str, precision: str, config: EncoderConfig) -> str:
         if reason := _unsupported_reason(engine, precision, config):
             raise UserError(f"--engine {engine} {reason} take --engine auto")
         return engine
-    fast = has_instructions(precision)
-    if fast and not _unsupported_reason("openvino", precision, config):
-        return "openvino"
-    if precision != "int8":
-        return "xla"
-    if not (reason := _unsupported_reason("onnxruntime", precision, config)):
-        return "onnxruntime"
-    if fast:
-        reason = _unsupported_reason("openvino", precision, config)
-    raise UserError(f"--precision int8 {reason} take --precision fp32 or bf16")
+    fastest_first = ["openvino"] if has_instructions(precision) else []
+    fastest_first.append("onnxruntime" if precision == "int8" else "xla")
+    reasons = [_unsupported_reason(name, precision, config) for name in fastest_first]
+    for name, reason in zip(fastest_first, reasons, strict=True):
+        if not reason:
+            return name
+    raise UserError(f"--precision {precision} {reasons[0]} take --precision fp32 or bf16")
 
 
 def has_instructions(precision: str) -> bool:

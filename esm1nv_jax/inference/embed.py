@@ -78,7 +78,7 @@ def merge(out: str, overwrite: bool = False) -> str:
 
 def _computation(request: EmbedRequest) -> Computation:
     model = load_and_say(
-        request.checkpoint, request.precision, request.engine, request.max_residues
+        request.checkpoint, request.precision, request.max_residues, request.engine
     )
     if "logits" in request.include:
         model.require_lm_head()

@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     if options.against:
         groups = {x: x for x in source.ids(range(len(source.lengths)))}
     model = load_and_say(
-        options.checkpoint, options.precision, options.engine, options.max_residues
+        options.checkpoint, options.precision, options.max_residues, options.engine
     )
     model.require_lm_head()
     if options.against:

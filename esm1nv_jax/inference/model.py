@@ -304,7 +304,7 @@ def load(
     )
 
 
-def load_and_say(path: str, precision: str, engine: str, max_residues: int | None = None) -> Model:
+def load_and_say(path: str, precision: str, max_residues: int | None, engine: str) -> Model:
     """`load` for a command, which prints the engine where it is another than XLA."""
     model = load(path, precision, max_residues, engine)
     if model.engine != "xla":

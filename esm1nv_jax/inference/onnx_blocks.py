@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from esm1nv_jax.inference.block_graph import usable_cores
+from esm1nv_jax.inference.block_graph import TINY, usable_cores
 
 OPSET, IR_VERSION = 21, 10
 OWN_DOMAIN = "com.microsoft"  # of operators that ONNX Runtime adds to the standard's
 LEVELS = 127  # of an activation on each side of 128; of a kernel, see `quantize_kernel`
-TINY = 1e-30  # instead of the scale of zeros
 
 
 def quantize_kernel(kernel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from esm1nv_jax.inference.block_graph import usable_cores
+from esm1nv_jax.inference.block_graph import TINY, usable_cores
 
 # OpenVINO reports every import to its makers over the network, by a process that it forks, which
 # JAX's threads do not stand. It does not where this package of theirs is missing.
@@ -76,7 +76,7 @@ class OpenVinoGraph:
         """[N, K], as OpenVINO knows a kernel that it may multiply in int8."""
         kernel_NK = np.asarray(kernel, np.float32).T
         largest_N1 = np.abs(kernel_NK).max(axis=1, keepdims=True)
-        scale_N1 = np.maximum(largest_N1, np.finfo(np.float32).tiny) / LEVELS
+        scale_N1 = np.maximum(largest_N1, TINY) / LEVELS
         levels_NK = self.constant(np.rint(kernel_NK / scale_N1), np.int8)
         return ops.multiply(ops.convert(levels_NK, np.float32), self.constant(scale_N1))
 

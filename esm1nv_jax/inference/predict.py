@@ -38,7 +38,7 @@ def predict(request: FastaRequest) -> str | None:
 
 def _computation(request: FastaRequest) -> Computation:
     model = load_and_say(
-        request.checkpoint, request.precision, request.engine, request.max_residues
+        request.checkpoint, request.precision, request.max_residues, request.engine
     )
     head = model.require_head()
     outputs = OutputSpec((), head=head)

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     task = labeled_data.read(options.csv, name, options.limit)
     folder = None if options.no_cache else command.cache_folder()
     cache = EmbeddingCache(folder / "embeddings") if folder else None
-    model = load_and_say(options.checkpoint, options.precision, options.engine)
+    model = load_and_say(options.checkpoint, options.precision, None, options.engine)
     layers = parse_layers(options.layers, model)
     if options.plot and len(layers) == 1:
         raise UserError("--plot shows several layers; name them, as in --layers all")

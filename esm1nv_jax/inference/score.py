@@ -97,7 +97,7 @@ def score_proteingym(args: argparse.Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder, to be made")
     assays = proteingym.read_assays(args.proteingym, args.reference)
-    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.max_residues, args.engine)
     model.check_mode(mode, args.force)
     if mode != EXACT and any(assay.is_indels for assay in assays):
         model.check_mode(ONE_PASS, args.force)
@@ -113,7 +113,7 @@ def score_sequences(args: argparse.Namespace) -> None:
     path, _copy = regular_file(args.sequences)
     table = SequenceTable(path, args.on_error == "skip")
     measured = read_measured(path, table.columns, args.target)
-    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.max_residues, args.engine)
     model.check_mode(mode, args.force)
     scores = score_table(model, table, out, mode, args.overwrite)
     console.print(f"{out}: {count(len(table.lengths), 'sequence')} by {mode}")
@@ -155,7 +155,7 @@ def score_mutants(args: argparse.Namespace) -> None:
         columns, mutants = variant_table.read_mutants(table, wild_type, args.offset, skip)
         measured = read_measured(table, columns, args.target)
 
-    model = load_and_say(args.checkpoint, args.precision, args.engine, args.max_residues)
+    model = load_and_say(args.checkpoint, args.precision, args.max_residues, args.engine)
     model.check_mode(mode, args.force)
     model.check_fits(len(wild_type), name)
     if len(wild_type) > model.longest:

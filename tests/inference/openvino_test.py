@@ -16,7 +16,7 @@ from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import cpu_engines, embed
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
-from esm1nv_jax.model.kernels.matmul import cpu_features, multiplies_bf16
+from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 from tests.inference.int8_test import MODERN, cosines
 from tests.inference.models import CONFIG, make_model, make_proteins, write_fasta
 
@@ -92,9 +92,7 @@ def test_bf16_is_near_fp32_and_is_not_fp32(bf16, model):
     assert 1e-6 < 1 - cosines(found, exact).min() < 1e-3
 
 
-@pytest.mark.skipif(
-    cpu_engines.INSTRUCTIONS["int8"].isdisjoint(cpu_features()), reason="this CPU has no VNNI"
-)
+@pytest.mark.skipif(not cpu_engines.has_instructions("int8"), reason="this CPU has no VNNI")
 def test_in_int8_each_group_of_columns_of_an_activation_has_a_scale():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 9, 320)).astype(np.float32)
