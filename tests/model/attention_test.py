@@ -165,6 +165,26 @@ def test_bfloat16_is_as_near_as_its_rounding():
         np.testing.assert_allclose(found.astype(np.float64), right, atol=0.06)
 
 
+def test_a_cpu_keeps_six_bytes_a_score():
+    """The weights in fp32 and the dropped ones in bf16; of masks in fp32 it would be ten."""
+    shape = (2, 256, 3, 4, 16)
+
+    def temporary_bytes(layers):
+        def loss(qkv):
+            x = qkv
+            for layer in range(layers):
+                keys = jnp.arange(2, dtype=jnp.uint32) + layer
+                ids = jnp.ones(shape[:2], jnp.int32)
+                x = qkv + attention.attention(x, ids, jnp.bfloat16, 0.1, keys)[:, :, None]
+            return jnp.sum(x**2)
+
+        lowered = jax.jit(jax.grad(loss)).lower(jax.ShapeDtypeStruct(shape, jnp.float32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    scores = 2 * 4 * 256 * 256
+    assert (temporary_bytes(4) - temporary_bytes(2)) / 2 / scores < 7
+
+
 def test_only_blocks_that_share_a_segment_are_visited():
     ids = jnp.asarray(segments([64, 64, 100, 28], length=320))  # the last block is padding
     low, high = visited_blocks(ids, 64, 64)

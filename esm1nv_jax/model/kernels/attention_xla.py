@@ -35,12 +35,14 @@ def _backward(dtype, rate, residuals, g_BNTH):
     operands, like_qkv, row_keys_B, weights_BNTS, total_BNT1, out_BNTH = residuals
     q_BNTH, k_BNSH, v_BNSH = operands
     g_BNTH = g_BNTH / total_BNT1
-    scale_BNTS = _dropout_scale(weights_BNTS.shape, rate, row_keys_B)
+    # The forward's operand, and nothing else that dropout made: XLA's CPU backend finds it computed
+    # there and keeps it, in the operands' dtype, where of masks it would keep fp32 copies.
+    dropped_BNTS = cast_operand(_drop(weights_BNTS, rate, row_keys_B), dtype)
     dtotal_BNT1 = jnp.sum(g_BNTH * out_BNTH, axis=-1, keepdims=True)
     g_BNTH = force_row_major(cast_operand(g_BNTH, dtype))
-    dv_BNSH = _sum_over_queries(weights_BNTS * scale_BNTS, g_BNTH, dtype)
+    dv_BNSH = _sum_over_queries(dropped_BNTS, g_BNTH, dtype)
     ddropped_BNTS = _einsum("BNTH,BNSH->BNTS", g_BNTH, v_BNSH, dtype)
-    dscores_BNTS = weights_BNTS * (ddropped_BNTS * scale_BNTS - dtotal_BNT1)
+    dscores_BNTS = dropped_BNTS * ddropped_BNTS - weights_BNTS * dtotal_BNT1
     dq_BNTH = _einsum("BNTS,BNSH->BNTH", dscores_BNTS, k_BNSH, dtype) * q_BNTH.shape[-1] ** -0.5
     dk_BNSH = _sum_over_queries(dscores_BNTS, q_BNTH, dtype)
     return jnp.stack([dq_BNTH, dk_BNSH, dv_BNSH]).astype(like_qkv.dtype), None, None
@@ -56,7 +58,7 @@ def _attention(qkv_CBNTH, segment_ids_BT, row_keys_B, dtype, rate):
     scores_BNTS = _scores(q_BNTH, k_BNSH, segment_ids_BT, dtype)
     weights_BNTS = jnp.exp(scores_BNTS - jnp.max(scores_BNTS, axis=-1, keepdims=True))
     total_BNT1 = jnp.sum(weights_BNTS, axis=-1, keepdims=True)
-    dropped_BNTS = weights_BNTS * _dropout_scale(weights_BNTS.shape, rate, row_keys_B)
+    dropped_BNTS = _drop(weights_BNTS, rate, row_keys_B)
     out_BNTH = _einsum("BNTS,BNSH->BNTH", dropped_BNTS, v_BNSH, dtype) / total_BNT1
     like_qkv = jnp.zeros((0,), qkv_CBNTH.dtype)
     return out_BNTH, (operands, like_qkv, row_keys_B, weights_BNTS, total_BNT1, out_BNTH)
@@ -94,11 +96,11 @@ def _einsum(pattern: str, a, b, dtype):
     )
 
 
-def _dropout_scale(shape, rate, row_keys_B):
-    """What dropout multiplies each weight by: 0 or 1 / (1 - rate); 1 where there is none."""
+def _drop(weights_BNTS, rate, row_keys_B):
+    """The weights under inverted dropout."""
     if not rate:
-        return np.float32(1)
-    _, N, T, _ = shape
+        return weights_BNTS
+    _, N, T, _ = weights_BNTS.shape
     n, t, s = (jax.lax.broadcasted_iota(jnp.uint32, (N, T, T), axis) for axis in range(3))
     mask_BNTS = attention_mask(row_keys_B[:, None, None, None], n, t, s, T, rate)
-    return mask_BNTS * np.float32(1 / (1 - attention_rate(rate)))
+    return weights_BNTS * (mask_BNTS * np.float32(1 / (1 - attention_rate(rate))))
