@@ -29,11 +29,13 @@ def find(name: str | Path) -> Path:
     """
     path = Path(name)
     below = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
-    for candidate in (path, CONFIGS / below, CONFIGS / below.with_suffix(".py")):
+    for candidate in (path, CONFIGS / below, CONFIGS / f"{below}.py"):
         if candidate.is_file():
             return candidate
     names = sorted(str(p.relative_to(CONFIGS).with_suffix("")) for p in CONFIGS.rglob("*.py"))
-    raise UserError(f"config file {name} does not exist; give a file, or one of {', '.join(names)}")
+    raise UserError(
+        f"config file {str(name)!r} does not exist; give a file, or one of {', '.join(names)}"
+    )
 
 
 def from_option(option: str, overrides: list[str]) -> config_dict.ConfigDict:

@@ -67,6 +67,14 @@ def replacing(path: Path, kept: Path | None = None) -> Iterator[Path]:
             new.unlink(missing_ok=True)
 
 
+def parse_json(text: str) -> Any:
+    """As `json.loads`, but raises ValueError too where the nesting is deeper than it can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def to_json(value: Any, indent: int | None = 1) -> str:
     """JSON has no NaN: numbers that do not exist become null."""
     plain = json.loads(json.dumps(value), parse_constant=lambda _: None)

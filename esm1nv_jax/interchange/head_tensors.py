@@ -68,17 +68,19 @@ def read_config(
     problem = fields.get("problem_type")
     problem = problem or PROBLEMS["regression" if len(bias) == 1 else "classification"]
     kinds = {value: kind for kind, value in PROBLEMS.items()}
-    if problem not in kinds:
+    if not isinstance(problem, str) or problem not in kinds:
         raise UserError(
             f"{source}: problem_type is {problem!r}; there are {', '.join(PROBLEMS.values())}"
         )
     kind = kinds[problem]
     labels = fields.get("id2label") or {str(i): f"LABEL_{i}" for i in range(len(bias))}
-    classes = tuple(str(labels.get(str(i))) for i in range(len(bias)))
-    if len(labels) != len(bias) or (kind == "regression" and len(bias) != 1):
+    indices = [str(i) for i in range(len(bias))]
+    classes = tuple(str(labels.get(i)) for i in indices)
+    if set(labels) != set(indices) or (kind == "regression" and len(bias) != 1):
         raise UserError(
-            f"{source}: the head has {len(bias)} outputs, id2label {len(labels)} labels, and "
-            f"problem_type is {problem!r}; they must agree, and a regression has one"
+            f"{source}: the head has {len(bias)} outputs, id2label {len(labels)} labels (from "
+            f"{min(labels)!r}), and problem_type is {problem!r}; labels are numbered from 0, one "
+            "for each output, and a regression has one"
         )
     return HeadConfig(levels[0], kind, () if kind == "regression" else classes, "cls")
 

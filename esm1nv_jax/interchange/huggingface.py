@@ -15,6 +15,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from esm1nv_jax.checkpoints.model_folder import NO_LM_HEAD, Weights, flatten, unflatten
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.interchange import (
@@ -47,7 +48,7 @@ PEFT_TASKS = {"residue": "TOKEN_CLS", "protein": "SEQ_CLS"}
 def is_hf_folder(folder: epath.Path) -> bool:
     """Whether a config.json of `transformers` lies there (a run has one of its own)."""
     try:
-        return "model_type" in json.loads((folder / CONFIG).read_text())
+        return "model_type" in files.parse_json((folder / CONFIG).read_text())
     except (OSError, ValueError, TypeError):
         return False
 
@@ -60,7 +61,7 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
     """
     folder = epath.Path(path)
     try:
-        fields = json.loads((folder / CONFIG).read_text())
+        fields = files.parse_json((folder / CONFIG).read_text())
         model_type = fields.get("model_type")
     except OSError:
         raise UserError(f"{folder} has no {CONFIG}; give a folder of save_pretrained") from None
@@ -108,7 +109,7 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
         provenance["licence"] = license_name
     try:
         if (folder / PROVENANCE).exists():
-            provenance = json.loads((folder / PROVENANCE).read_text()) | provenance
+            provenance = files.parse_json((folder / PROVENANCE).read_text()) | provenance
         if (folder / PADDING).exists():
             _restore_padding(folder / PADDING, config, flatten(weights.params))
     except (OSError, ValueError, TypeError, SafetensorError) as error:

@@ -11,6 +11,7 @@ import json
 
 from etils import epath
 
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.tokenizer import BOS, EOS, ESM1NV, ESM2, MASK, PAD, RESIDUES, UNK, vocabulary
 from esm1nv_jax.model.encoder_config import EncoderConfig
@@ -115,7 +116,7 @@ def _parse_lines(text: str) -> list[str]:
 
 
 def _parse_json(text: str) -> list[str]:
-    content = json.loads(text)
+    content = files.parse_json(text)
     ids = dict(content["model"]["vocab"])
     ids |= {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     tokens = sorted(ids, key=lambda token: ids[token])

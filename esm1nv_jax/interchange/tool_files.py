@@ -4,7 +4,6 @@ another type or unknown here; and the tensors of a Hugging Face folder. Nothing 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import reprlib
 from collections.abc import Callable
@@ -106,7 +105,7 @@ def _shards(folder: epath.Path, name: str) -> list[str]:
     if not index.exists():
         return []
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(files.parse_json(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index} is not an index of shards; fetch the folder again") from None
     outside = [file for file in shards if "/" in str(file) or "\\" in str(file)]

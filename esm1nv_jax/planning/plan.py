@@ -234,13 +234,19 @@ def measured(workdir: str, config) -> dict[str, float]:
 
 
 def config_of(workdir: str):
-    """The config of a run, locked. Raises UserError where it has none."""
+    """The config of a run, locked, with what an older version did not record. Raises UserError
+    where it has none."""
     from ml_collections import config_dict
+
+    from esm1nv_jax.training.run_config import flat_with_defaults
 
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--against {workdir} holds no config.json; name the folder of a run")
-    return config_dict.ConfigDict(json.loads(path.read_text(encoding="utf-8"))).lock()
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    config = config_dict.ConfigDict(recorded)
+    config.update_from_flattened_dict(flat_with_defaults(recorded))
+    return config.lock()
 
 
 def _table(title: str, *columns: str) -> Table:

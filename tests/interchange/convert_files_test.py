@@ -232,6 +232,9 @@ def test_wrong_folders_are_named(copy, tmp_path):
         load_weights(str(path))
     with pytest.raises(UserError, match="not a JSON object"):
         convert.import_model(str(path), str(tmp_path / "out"))
+    (path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        convert.import_model(str(path), str(tmp_path / "out"))
     (path / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json"):
         convert.import_model(str(path), str(tmp_path / "out"))

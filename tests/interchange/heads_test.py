@@ -171,6 +171,8 @@ def test_the_card_names_the_class_and_the_labels(tmp_path):
     "change, message",
     [
         (lambda f, t: f.update(problem_type="ranking"), "problem_type is 'ranking'"),
+        (lambda f, t: f.update(problem_type=["ranking"]), r"problem_type is \['ranking'\]"),
+        (lambda f, t: f.update(id2label={"1": "A", "2": "B", "3": "C"}), r"3 labels \(from '1'\)"),
         (lambda f, t: f["id2label"].pop("2"), "3 outputs, id2label 2 labels"),
         (lambda f, t: f.update(problem_type="regression"), "a regression has one"),
         (lambda f, t: t.pop("classifier.out_proj.bias"), "classifier.bias, which is missing"),

@@ -320,6 +320,14 @@ def test_a_run_of_another_model_is_refused(tmp_path):
         plan_module.measured(str(tmp_path), config)
 
 
+def test_a_run_of_an_older_version_is_of_the_model_that_it_meant(tmp_path):
+    config = config_file.load("tests/configs/tiny.py")
+    model = config.model.to_dict()
+    del model["branch_scale"]
+    write_run(tmp_path, model)
+    assert plan_module.measured(str(tmp_path), config)["seconds_per_step"] == pytest.approx(0.6)
+
+
 @pytest.mark.aot
 def test_compilers_for_absent_chips_are_silent_in_other_commands():
     completed = subprocess.run(
