@@ -106,6 +106,7 @@ small=(python benchmarks/train.py --fasta "$test" --model small --steps 5 --roun
 speed train_small "${small[@]}" --dtypes bfloat16
 speed train_small_kept "${keep[@]}" "${small[@]}"
 run accuracy python benchmarks/train.py --fasta "$test" --model small --rows 2 --accuracy 200
+run residual python benchmarks/residual.py
 speed embed python benchmarks/embed.py --fasta "$test" --residues 30000 --rounds 2 --rivals
 # docs/data.md
 speed prepare python benchmarks/prepare.py --fasta "${training[@]}" --copies 4 --rounds 3

@@ -13,7 +13,6 @@ both: trust the ratio. Needs the extra `bench`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
 import sys
@@ -24,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from train import running
+from train import Ours, alternated
 
 from esm1nv_jax.common import command, config_file
 from esm1nv_jax.common.command import Parser
-from esm1nv_jax.common.errors import UserError
 
 CONFIG = Path(__file__).parents[1] / "configs" / "finetune.py"
 OURS, RIVAL = "ours", "transformers"
@@ -49,49 +47,16 @@ def serve(pipe: Connection, program: str, options: dict[str, Any], exported: str
         serve_trainer(pipe, options, exported)
         return
     command.keep_freed_memory()  # as esm1nv_jax.main does
-    run, end = ours(config_of(options))
+    ours = Ours(config_of(options), proteins_of)
     while steps := pipe.recv():
         began = time.perf_counter()
-        proteins = run(steps)
+        proteins = ours.run(steps)
         pipe.send(proteins / (time.perf_counter() - began))
-    end()
+    ours.batches.close()
 
 
-def ours(config):
-    """(a function from steps to their proteins, its end): the loop of a run without its log."""
-    import jax
-
-    from esm1nv_jax.data.packing import stream_config
-    from esm1nv_jax.training import run_data, sharding, step, train
-    from esm1nv_jax.training.run_config import RunConfig
-
-    settings = RunConfig.from_config_dict(config)
-    mesh = sharding.make_mesh(jax.local_devices())
-    data = run_data.open_data(settings)
-    step_config = settings.step_config(mesh.devices.flat[0], data.objective, data.tuning)
-    stream = stream_config(settings, settings.global_rows(data.train.lengths, mesh.size))
-    create = jax.jit(step.state_from_params, static_argnums=0)
-    state = create(step_config, sharding.place_state(data.initial, mesh))
-    train_step, _ = step.compile_steps(step_config, mesh, stream.rows, stream.row_length)
-    batches = train.training_batches(data.train, stream, step_config.objective, mesh)
-
-    def run(steps: int) -> int:
-        nonlocal state
-        proteins, pending = 0, None
-        for _ in range(steps):
-            batch, arrays = next(batches)
-            starts = (batch["segment_ids"] > 0) & (batch["positions"] == 0)
-            proteins += int(np.count_nonzero(starts))
-            state, values = train_step(state, arrays)
-            if pending is not None:
-                pending.fetch()
-            pending = values
-        assert pending is not None
-        pending.fetch()
-        jax.block_until_ready(state)
-        return proteins
-
-    return run, batches.close
+def proteins_of(batch) -> int:
+    return int(np.count_nonzero((batch["segment_ids"] > 0) & (batch["positions"] == 0)))
 
 
 def serve_trainer(pipe: Connection, options: dict[str, Any], exported: str) -> None:
@@ -211,19 +176,8 @@ def main(argv: list[str]) -> None:
         convert.to_hf(args.model, exported, approximate=True)
         for method in args.methods.split(","):
             options = vars(args) | {"method": method}
-            rates: dict[str, list[float]] = {OURS: [], RIVAL: []}
-            with contextlib.ExitStack() as stack:
-                programs = {
-                    name: stack.enter_context(running(serve, name, options, exported))
-                    for name in rates
-                }
-                try:
-                    for round_ in range(args.rounds + 1):  # the first warms up
-                        for name, run in programs.items():
-                            rate = run(args.steps)
-                            rates[name] += [rate] if round_ else []
-                except EOFError:
-                    raise UserError("a program ended; is pip install -e '.[bench]' done?") from None
+            programs = {name: (name, options, exported) for name in (OURS, RIVAL)}
+            rates = alternated(serve, programs, args.rounds, args.steps)
             results[method] = rates
             a, b = (statistics.median(rates[name]) for name in (OURS, RIVAL))
             print(

@@ -39,35 +39,13 @@ def main() -> None:
         train = [read_fasta(path) for path in options.train]
         write(folder / "train.fasta", train)
         write(folder / "test.fasta", [test])
-        subprocess.run(
-            [
-                "mmseqs",
-                "easy-search",
-                "test.fasta",
-                "train.fasta",
-                "hits.tsv",
-                "scratch",
-                "--format-output",
-                "query,fident,qcov",
-                "-c",
-                "0.5",
-                "--cov-mode",
-                "2",
-                "-s",
-                "5.7",
-                "--max-seqs",
-                "300",
-                "--threads",
-                str(options.threads),
-                "-v",
-                "1",
-            ],
-            cwd=folder,
-            check=True,
-        )
+        search = "mmseqs easy-search test.fasta train.fasta hits.tsv scratch -v 1 -s 5.7 -c 0.5"
+        search += f" --cov-mode 2 --max-seqs 300 --threads {options.threads}"
+        search += " --format-output query,fident"
+        subprocess.run(search.split(), cwd=folder, check=True)
         best: dict[str, float] = {}
         for line in (folder / "hits.tsv").read_text().splitlines():
-            number, identity, _ = line.split("\t")
+            number, identity = line.split("\t")
             name = names[int(number)]
             best[name] = max(best.get(name, 0.0), float(identity))
     classes = {name: group(best.get(name, 0.0)) for name in names}

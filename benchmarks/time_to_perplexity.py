@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import rivals
 import torch
-from train import CONFIGS, Ours, config_of
+from train import CONFIGS, Ours, config_of, residues_of
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command, config_file
@@ -92,12 +92,13 @@ def followed(
 def ours(args, data: str, run: Run) -> Curve:
     began = time.perf_counter()
     config = configured(args, run)
-    if args.recipe == "quickstart":
-        recipe = config_file.load(CONFIGS / "quickstart.py")
-        with config.unlocked():
+    with config.unlocked():
+        config.data.path = data
+        if args.recipe == "quickstart":
+            recipe = config_file.load(CONFIGS / "quickstart.py")
             config.optimizer.update(kind=recipe.optimizer.kind, beta2=recipe.optimizer.beta2)
             config.masking = recipe.masking
-    program = Ours(config, data)
+    program = Ours(config, residues_of)
     mesh = sharding.make_mesh(jax.local_devices())
     held_out = open_split(data, "validation")
     stream = evaluation_stream(stream_config(config, args.rows))

@@ -36,7 +36,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import stream_config
 from esm1nv_jax.data.prepare import Preparation, prepare
 from esm1nv_jax.data.source import open_split
-from esm1nv_jax.training import sharding, step, train
+from esm1nv_jax.training import run_data, sharding, step, train
 from esm1nv_jax.training.run_config import RunConfig
 
 CUT = 510
@@ -44,10 +44,11 @@ MODELS = {"full": dict(), "small": dict(layers=5, width=256, heads=4, ffn=1024)}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def config_of(model: str, dtype: str, rows: int):
+def config_of(model: str, dtype: str, rows: int, folder: str = "sample"):
     """`pretrain_small` with rows of 512 tokens."""
     config = config_file.load(CONFIGS / "pretrain_small.py", f"hf,max_length={CUT},batch={rows}")
     with config.unlocked():
+        config.data.path = folder
         config.model.update(**MODELS[model])
         config.compute.dtype = dtype
         config.optimizer.warmup = 10
@@ -57,37 +58,47 @@ def config_of(model: str, dtype: str, rows: int):
 class Ours:
     """The loop of `train.run` without its log: batches ahead, metrics one step late."""
 
-    def __init__(self, config, folder: str):
+    def __init__(self, config, count: Callable[[dict], int]):
+        run = RunConfig.from_config_dict(config)
         mesh = sharding.make_mesh(jax.local_devices())
-        self.settings = RunConfig.from_config_dict(config).step_config(mesh.devices.flat[0])
-        source = open_split(folder, "train")
-        stream = stream_config(config, config.batch.rows)
-        self.state = jax.jit(step.create_state, static_argnums=0)(self.settings)
+        data = run_data.open_data(run)
+        self.settings = run.step_config(mesh.devices.flat[0], data.objective, data.tuning)
+        stream = stream_config(run, run.global_rows(data.train.lengths, mesh.size))
+        if data.initial is None:
+            self.state = jax.jit(step.create_state, static_argnums=0)(self.settings)
+        else:
+            start = jax.jit(step.state_from_params, static_argnums=0)
+            self.state = start(self.settings, sharding.place_state(data.initial, mesh))
         began = time.perf_counter()
         self.step, _ = step.compile_steps(self.settings, mesh, stream.rows, stream.row_length)
         self.compiled_in = time.perf_counter() - began
-        self.batches = train.training_batches(source, stream, self.settings.objective, mesh)
+        self.batches = train.training_batches(data.train, stream, self.settings.objective, mesh)
+        self.count = count
 
     def run(self, steps: int) -> int:
-        """Residues of so many steps."""
-        residues, pending = 0, None
+        """What so many steps saw, as `count` has it."""
+        seen, pending = 0, None
         for _ in range(steps):
             batch, arrays = next(self.batches)
-            residues += int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
+            seen += self.count(batch)
             self.state, values = self.step(self.state, arrays)
             if pending is not None:
                 pending.fetch()
             pending = values
         pending.fetch()
         jax.block_until_ready(self.state)
-        return residues
+        return seen
+
+
+def residues_of(batch) -> int:
+    return int(np.count_nonzero(batch["tokens"] >= tokenizer.FIRST_RESIDUE))
 
 
 def accuracy(folder: str, model: str, rows: int, steps: int) -> None:
     """Prints how far bf16 strays from fp32, on the same batches from the same start."""
     losses, gradients = {}, {}
     for dtype in ("bfloat16", "float32"):
-        ours = Ours(config_of(model, dtype, rows), folder)
+        ours = Ours(config_of(model, dtype, rows, folder), residues_of)
         _, arrays = next(ours.batches)
 
         def loss(params, batch, settings=ours.settings):
@@ -143,10 +154,10 @@ RIVALS = {"transformers": (RANDOM, GROUPED), "a": (RANDOM,), "b": (GROUPED,), "n
 
 def serve(pipe: Connection, program: str, model: str, dtype: str, rows: int, folder: str) -> None:
     """In a process of its own: makes as many steps as it is asked for, until it hears 0."""
-    config = config_of(model, dtype, rows)
+    config = config_of(model, dtype, rows, folder)
     if program == OURS:
         command.keep_freed_memory()  # as esm1nv_jax.main does
-        ours = Ours(config, folder)
+        ours = Ours(config, residues_of)
         run, end = ours.run, ours.batches.close
     else:
         run, end = rival(config, folder, program == GROUPED), lambda: None
@@ -175,20 +186,23 @@ def running(serve: Callable[..., None], *arguments):
     worker.join()
 
 
-def measured(args, dtype: str, folder: str) -> dict[str, list[float]]:
-    """Residues a second of each program, round by round in turn."""
-    names = (OURS, *RIVALS[args.rival])
+def alternated(serve, programs: dict[str, tuple], rounds: int, steps: int):
+    """Rates of each program, round by round in turn; `programs` are arguments of `serve` by name.
+
+    Raises UserError where one of them ends by itself.
+    """
     with contextlib.ExitStack() as stack:
-        programs = {
-            name: stack.enter_context(running(serve, name, args.model, dtype, args.rows, folder))
-            for name in names
-        }
-        rates: dict[str, list[float]] = {name: [] for name in names}
-        for round_ in range(args.rounds + 1):  # the first warms up
-            for name, run in programs.items():
-                rate = run(args.steps)
-                if round_:
-                    rates[name].append(rate)
+        run = {name: stack.enter_context(running(serve, *a)) for name, a in programs.items()}
+        rates: dict[str, list[float]] = {name: [] for name in programs}
+        try:
+            for round_ in range(rounds + 1):  # the first warms up
+                for name in programs:
+                    rate = run[name](steps)
+                    rates[name] += [rate] if round_ else []
+        except EOFError:
+            raise UserError(
+                "a program ended; is pip install -e '.[bench]' done, and is there memory for all?"
+            ) from None
     return rates
 
 
@@ -246,20 +260,20 @@ def main(argv: list[str]) -> None:
             return
         if args.profile:
             for dtype in dtypes:
-                ours = Ours(config_of(args.model, dtype, args.rows), folder)
+                ours = Ours(config_of(args.model, dtype, args.rows, folder), residues_of)
                 ours.run(2)
                 print(f"{dtype}: compiled in {ours.compiled_in:.1f} s")
                 for name, share in profile(ours, args.steps):
                     print(f"  {100 * share:5.1f} %  {name}")
                 ours.batches.close()
             return
-        try:
-            rates = {dtype: measured(args, dtype, folder) for dtype in dtypes}
-        except EOFError:
-            raise UserError(
-                "a program ended; is pip install -e '.[bench]' done, and is there memory for all? "
-                "--rival a and --rival b take less"
-            ) from None
+        rates = {}
+        for dtype in dtypes:
+            programs = {
+                name: (name, args.model, dtype, args.rows, folder)
+                for name in (OURS, *RIVALS[args.rival])
+            }
+            rates[dtype] = alternated(serve, programs, args.rounds, args.steps)
     print(f"\n{args.model} model, residues/s, median of {args.rounds} rounds (least to most)")
     for dtype, of_programs in rates.items():
         ours = statistics.median(of_programs[OURS])

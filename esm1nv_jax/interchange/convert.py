@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
 from etils import epath
 
-from esm1nv_jax.common import command
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
 
@@ -40,7 +39,7 @@ def to_hf(checkpoint: str, out: str, approximate: bool = False) -> str:
     if "metrics" not in provenance and run and len(steps) == 1:
         metrics = model_card.validation_metrics(run, steps[0])
         provenance = provenance | ({"metrics": metrics} if metrics else {})
-    with _disk_errors(out):
+    with files.writing(out):
         huggingface.write(out, dataclasses.replace(weights, provenance=provenance), difference)
     return difference
 
@@ -66,7 +65,7 @@ def to_peft(checkpoint: str, out: str, approximate: bool = False) -> str:
     tuned, difference = _convertible(weights, approximate)
     adapters = step_folder.read_params(*found)["lora"]
     base = load_weights(metadata["base"]["path"])
-    with _disk_errors(out):
+    with files.writing(out):
         lora = LoraConfig(**metadata["lora"])
         huggingface.write_adapter(out, base, tuned, lora, adapters, difference)
     return difference
@@ -101,7 +100,7 @@ def import_model(path: str, out: str, source: str = "hf", vocabulary: str | None
         raise UserError(f"{path} does not exist; give {SOURCES[source]}")
     readers = {"nemo": nemo.read, "fair-esm": fair_esm.read}
     weights = huggingface.read(path, vocabulary) if source == "hf" else readers[source](path)
-    with _disk_errors(out):
+    with files.writing(out):
         model_folder.write(out, weights)
     return weights
 
@@ -168,16 +167,6 @@ def _check_empty(out: str) -> None:
     folder = epath.Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out {out} exists and is not empty; choose another")
-
-
-@contextlib.contextmanager
-def _disk_errors(out: str):
-    """Turns an error of the disk into one line."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--out {out} cannot be written ({reason}); choose another") from None
 
 
 def main(argv: list[str]) -> int:

@@ -114,35 +114,6 @@ class Encoder(nnx.Module):
         nothing = jnp.zeros((), DTYPES[self.compute.residual_dtype])
         return add_residual(nothing, x_BTD, config.dropout, key, 0, drop.EMBEDDING)
 
-    def __call__(
-        self,
-        tokens_BT,
-        segment_ids_BT,
-        positions_BT,
-        key,
-        predictions_BM,
-        layers,
-        lora,
-        return_attention,
-    ):
-        """As `forward`."""
-        rope = self.rope(positions_BT)
-        x_BTD = self.embed(tokens_BT, segment_ids_BT, positions_BT, key)
-        hidden, weights = {0: x_BTD}, []
-        normed_BTD = None
-        # In one kernel with a block's last sum: the norm that the next block begins with.
-        fused = self.compute.backend("residual_norm") != "xla" and self.config.norm == "pre"
-        next_norms = [block.attention_norm if fused else None for block in self.blocks[1:]] + [None]
-        for i, (block, next_norm) in enumerate(zip(self.blocks, next_norms, strict=True)):
-            block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
-            if return_attention:
-                weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
-            x_BTD, normed_BTD = run_block(
-                block, x_BTD, normed_BTD, segment_ids_BT, rope, key, block_lora, next_norm
-            )
-            hidden[i + 1] = x_BTD
-        return self.output(x_BTD, hidden, tuple(weights), predictions_BM, layers)
-
     def rope(self, positions_BT):
         """Cosines and sines of rotary positions; None where positions are learned."""
         if self.config.position_kind == "learned":
@@ -191,16 +162,22 @@ def forward(
       lora: a config of LoRA and its parameters, not merged into `params`.
       return_attention: also return the attention weights, with T x T numbers a head.
     """
-    return bind(config, params, compute)(
-        tokens_BT,
-        segment_ids_BT,
-        positions_BT,
-        dropout_key,
-        prediction_positions_BM,
-        hidden_layers,
-        lora,
-        return_attention,
-    )
+    model = bind(config, params, compute)
+    rope = model.rope(positions_BT)
+    x_BTD = model.embed(tokens_BT, segment_ids_BT, positions_BT, dropout_key)
+    hidden, weights, normed_BTD = {0: x_BTD}, [], None
+    # In one kernel with a block's last sum: the norm that the next block begins with.
+    fused = compute.backend("residual_norm") != "xla" and config.norm == "pre"
+    next_norms = [block.attention_norm if fused else None for block in model.blocks[1:]] + [None]
+    for i, (block, next_norm) in enumerate(zip(model.blocks, next_norms, strict=True)):
+        block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
+        if return_attention:
+            weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
+        x_BTD, normed_BTD = run_block(
+            block, x_BTD, normed_BTD, segment_ids_BT, rope, dropout_key, block_lora, next_norm
+        )
+        hidden[i + 1] = x_BTD
+    return model.output(x_BTD, hidden, tuple(weights), prediction_positions_BM, hidden_layers)
 
 
 def bind(config: EncoderConfig, params: dict, compute: ComputeConfig) -> Encoder:

@@ -11,7 +11,6 @@ evaluation by the sequence itself: an example is masked alike in any row, batch 
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -66,17 +65,7 @@ def recipe(name: str, rate: float | None = None, final_rate: float = 0.0) -> Mas
     return dataclasses.replace(RECIPES[name], rate=rate, final_rate=final_rate)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "inputs_BT",
-        "prediction_positions_BM",
-        "targets_BM",
-        "is_target_BM",
-        "is_masked_BM",
-    ],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masked:
     """A corrupted batch. M is a static bound, so that not every entry is a target."""

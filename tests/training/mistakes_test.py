@@ -138,7 +138,7 @@ def test_of_a_config_file(tmp_path, train_here, text, words):
 def test_of_a_missing_config_and_unknown_arguments(train_here):
     assert_refused(train_here(config="configs/nothing.py"), "'configs/nothing.py' does not exist")
     for folder in ("", ".", "configs", "/", ":hf"):
-        with pytest.raises(UserError, match="does not exist; give a file, or one of .*quickstart"):
+        with pytest.raises(UserError, match=r"does not exist; give a file, or one of .*quickstart"):
             config_file.from_option(folder, [])
     assert_refused(train_here(config=f"{processes.TINY}:stpes=3"), "steps=")
     assert_refused(train_here(config=f"{processes.TINY}:steps=three"), "not of type int")
