@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import SPECIALS
 from esm1nv_jax.inference.forward_pass import OutputSpec, forward, forward_at_once
-from esm1nv_jax.inference.loaded_model import DeviceModel
+from esm1nv_jax.inference.loaded_model import DeviceModel, attention_bytes
 from esm1nv_jax.inference.row_shapes import RowBatch, pack_rows, pad_rows, split_into_windows
 from esm1nv_jax.model import heads
 
@@ -46,12 +47,22 @@ def run_batches(
     """
     waiting: collections.deque = collections.deque()
     longest = 0
+
+    def exhausted() -> MemoryExhausted:
+        return MemoryExhausted(
+            f"rows of {longest:,} tokens do not fit into the memory of the device; read fewer at "
+            f"once, as with --max-residues {longest // 2}"
+        )
+
     run: Callable = forward if model.platform == "cpu" else forward_at_once
     if model.run_blocks is not None:
         run = functools.partial(forward, run_blocks=model.run_blocks)
     try:
         for arrays, context in batches:
             longest = max(longest, arrays["tokens_BT"].shape[1])
+            needed = attention_bytes(model.config, longest)
+            if model.platform == "cpu" and needed > command.machine_memory():
+                raise exhausted()  # a machine that swaps, or ends the process, says nothing
             batch = jax.device_put(arrays, model.row_sharding)
             results = run(model.params, batch, model.config, model.compute, outputs)
             waiting.append((results, context))
@@ -63,10 +74,7 @@ def run_batches(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise MemoryExhausted(
-            f"rows of {longest:,} tokens do not fit into the memory of the device; read fewer at "
-            f"once, as with --max-residues {longest // 2}"
-        ) from None
+        raise exhausted() from None
 
 
 class Segments(NamedTuple):

@@ -85,7 +85,7 @@ class LoadedModel:
         if jax.local_devices()[0].platform != "cpu":
             return
         at_once = min(residues, self.longest)
-        needed = COPIES * 4 * self.config.heads * (at_once + SPECIALS) ** 2
+        needed = attention_bytes(self.config, at_once + SPECIALS)
         available = command.machine_memory()
         if needed > available:
             enough = math.isqrt(available // (2 * COPIES * 4 * self.config.heads)) - SPECIALS
@@ -208,6 +208,11 @@ class LoadedModel:
                 "cut it into domains"
             )
         return ids
+
+
+def attention_bytes(config: EncoderConfig, tokens: int) -> int:
+    """What the attention scores of a row take on a CPU."""
+    return COPIES * 4 * config.heads * tokens**2
 
 
 def _kernels_in_bf16(params: dict) -> dict:

@@ -67,6 +67,11 @@ def test_a_protein_that_does_not_fit_is_named_before_the_work(
     argv += ["--out", str(tmp_path / "s.csv"), "--max-residues", "400"]
     assert command.run(cli.dispatch, argv) == 2
     assert "error: row 3 of t.csv has 400 residues" in capsys.readouterr().err
+    argv = ["evaluate", "--checkpoint", long_model, "--fasta", str(tmp_path / "l")]
+    assert command.run(cli.dispatch, [*argv, "--max-residues", "400"]) == 2
+    assert "error: rows of 416 tokens do not fit into the memory" in capsys.readouterr().err
+    with pytest.raises(UserError, match="rows of 416 tokens do not fit"):
+        load(long_model, max_residues=400).score_sequences([LONG[1]])
 
 
 def test_a_device_without_memory_is_one_line_that_names_the_protein(
