@@ -9,6 +9,7 @@ two splits.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 import re
@@ -72,6 +73,8 @@ def load_table(path: Path) -> tuple[np.ndarray, bool]:
         columns = []
         for row in rows:
             line += 1
+            if line == 1:
+                row = row.removeprefix(codecs.BOM_UTF8)
             fields = row.rstrip(b"\r").split(b"\t")
             if len(fields) > 1:
                 columns.append((fields[0].strip(), fields[-1].strip()))

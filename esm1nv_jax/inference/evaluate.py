@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +167,9 @@ def evaluate_model(
     else:
         counts, counted_in = unigram_counts(model, source, training_data)
     sums = None
-    with ExitStack() as stack:
-        if masks_out:
-            stack.enter_context(files.writing(masks_out))
-            file = stack.enter_context(open(masks_out, "w", encoding="utf-8"))
-            corrupted = fixed_masks.write_masks(file, source, corrupted, counts)
-        task = stack.enter_context(bar("evaluating", len(source.lengths), "proteins", progress))
+    if masks_out:
+        corrupted = fixed_masks.write_masks(masks_out, source, corrupted, counts)
+    with bar("evaluating", len(source.lengths), "proteins", progress) as task:
         for sums in perplexity.evaluate(model, source, stream, corrupted, counts, groups):
             task.update(sums.sequences)
     if sums is None or not sums.positions:
@@ -243,7 +239,7 @@ def read_groups(path: str) -> dict[str, str]:
     """Id to class, from lines `id<TAB>class`."""
     groups = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, 1):

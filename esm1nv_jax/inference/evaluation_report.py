@@ -111,7 +111,10 @@ def _plot_learning_curves(report: HtmlReport, provenance: dict[str, Any]) -> Non
     if not run or not (Path(run) / metrics_log.FILE).is_file():
         report.note("No learning curves: the run of these weights is not on this machine.")
         return
-    lines = metrics_log.read(run)
+    lines = [line for line in metrics_log.read(run) if "perplexity_mask" in line]
+    if not lines:
+        report.note("No learning curves: the run of these weights was fine-tuned to labels.")
+        return
     report.heading("Learning curves")
     figure, axis = new_figure()
     for kind, colour, style in (("train", GREY, "-"), ("validation", BLUE, "o-")):

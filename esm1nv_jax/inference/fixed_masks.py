@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fill import Batch
@@ -97,16 +98,14 @@ def _proteins(batch: Batch) -> Iterator[tuple[int, int, int]]:
 
 
 def write_masks(
-    file: TextIO,
-    source: Source,
-    corrupted: Iterator[tuple[Batch, Masked]],
-    residue_counts: np.ndarray,
+    path: str, source: Source, corrupted: Iterator[tuple[Batch, Masked]], residue_counts: np.ndarray
 ) -> Iterator[tuple[Batch, Masked]]:
-    """Passes `corrupted` on, and writes the masks of every protein to `file`."""
+    """Passes `corrupted` on, and writes the masks of every protein to a file."""
     counts = dict(zip(tokenizer.RESIDUES, map(int, residue_counts), strict=True))
     first: dict = {"residue_counts": counts}
+    mode = "w"
     for batch, masked in corrupted:
-        proteins = list(_proteins(batch))
+        proteins, lines = list(_proteins(batch)), []
         ids = source.ids([example for _, example, _ in proteins])
         for name, (row, _, start) in zip(ids, proteins, strict=True):
             segment = batch["segment_ids"][row, start]
@@ -120,8 +119,11 @@ def write_masks(
                 "positions": (at - start - 1).tolist(),
                 "inputs": [tokenizer.TOKENS[i] for i in masked.inputs_BT[row, at]],
             }
-            file.write(json.dumps(line | first) + "\n")
+            lines.append(json.dumps(line | first) + "\n")
             first = {}
+        with files.writing(path), open(path, mode, encoding="utf-8") as file:
+            file.writelines(lines)
+        mode = "a"
         yield batch, masked
 
 
@@ -129,7 +131,7 @@ def read_masks(path: str) -> MaskFile:
     """Reads a file of masks. Raises UserError that names the line at fault."""
     proteins, masks, counts, number = [], [], None, 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for text in file:
                 number += 1
                 line = json.loads(text)
@@ -170,4 +172,5 @@ def _parse(line: object) -> tuple[str, bytes, ProteinMasks]:
     if unknown := [token for token in inputs if token not in list(_INPUT_IDS)]:
         raise ValueError(f"input {unknown[0]!r} is neither <mask> nor a residue letter")
     ids = np.array([_INPUT_IDS[token] for token in inputs], np.int64)
+    sequence = sequence.replace(UNKNOWN, "J")  # as in FASTA; a `?` is read as <mask> elsewhere
     return line["id"], sequence.encode(), (np.array(positions, np.int64), ids)

@@ -10,6 +10,7 @@ one range. Ties count as if broken at random, so a constant score gives the base
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import gzip
 import importlib.util
@@ -136,7 +137,8 @@ def read_structure(path: Path, chain: str = "", sequence: str | None = None) -> 
     """
     try:
         content = path.read_bytes()
-        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("latin-1")
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        text = content.removeprefix(codecs.BOM_UTF8).decode("latin-1")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     name = name_of(path, chain)

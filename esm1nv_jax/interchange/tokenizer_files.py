@@ -99,7 +99,8 @@ def read_vocabulary(folder: epath.Path, size: int, file: str | None, hf_config: 
             "one from elsewhere"
         )
     try:
-        tokens = (_parse_json if path.suffix == ".json" else _parse_lines)(path.read_text())
+        text = path.read_text().removeprefix("\ufeff")
+        tokens = (_parse_json if path.suffix == ".json" else _parse_lines)(text)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path} cannot be read: a vocab.txt has one token a line, a tokenizer.json a table of "

@@ -72,6 +72,11 @@ def test_the_documented_order_is_not_taken_for_mmseqs2(tmp_path):
     assert not swapped
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_accession(tmp_path):
+    mapped, _ = splits.load_table(table(tmp_path, b"\xef\xbb\xbfA1\tC1\nA2\tC1\n"))
+    assert splits.look_up(mapped, [b"A1", b"A2"])[1].all()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

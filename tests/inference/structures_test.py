@@ -99,6 +99,8 @@ def test_a_list_of_contacts_needs_the_sequence(tmp_path):
     found = read_structure(path, sequence=SEQUENCE)
     assert {*zip(*np.nonzero(found.is_contact), strict=True)} == {(1, 8), (8, 1), (11, 2), (2, 11)}
     assert found.is_resolved.all()
+    path.write_text("2\t9\n", encoding="utf-8-sig")
+    assert read_structure(path, sequence=SEQUENCE).is_contact.sum() == 2
     with pytest.raises(UserError, match="give the sequence of a by --fasta"):
         read_structure(path)
     path.write_text("1\t" + "9" * 5000)

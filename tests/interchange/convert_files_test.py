@@ -217,7 +217,7 @@ def test_wrong_folders_are_named(copy, tmp_path):
     vocabulary.unlink()
     with pytest.raises(UserError, match=r"neither tokenizer\.json nor vocab\.txt.*--voc"):
         load_weights(str(path))
-    (tmp_path / "elsewhere.txt").write_text(text)
+    (tmp_path / "elsewhere.txt").write_text(text, encoding="utf-8-sig")
     assert convert.import_model(
         str(path), str(tmp_path / "m"), "hf", str(tmp_path / "elsewhere.txt")
     )
