@@ -263,12 +263,13 @@ def evaluate_models(
     """Metrics of every member and, last, of the average, on the same masks: over all proteins
     (`metrics`), and of each (`by_protein`)."""
     ids = source.ids(range(len(source.lengths)))
+    longest = Model(weights.model, {}, weights.provenance).longest  # cut alike, masked alike
     rows = []
     with bar("evaluating", len(members) + 1, "models") as task:
         for member in [*members, None]:
             params = (load_weights(str(_path(member))) if member else weights).encoder_params
             provenance = {} if member else weights.provenance  # read the training data once
-            model = Model(weights.model, jax.device_put(params), provenance)
+            model = Model(weights.model, jax.device_put(params), provenance, max_residues=longest)
             results = evaluate_model(model, source, groups=dict(zip(ids, ids, strict=True)))
             row = {"metrics": results["overall"], "by_protein": results["by_group"]}
             row |= {"name": str(member or f"average of {len(members)}"), "run": "", "step": 0}

@@ -167,7 +167,7 @@ def predict(
     """Writes the maps of all proteins, and returns rows of precision of those with a structure."""
     passes = [STANDARD * len(p.sequence) if method == "jacobian" else 1 for p in proteins]
     rows: list[dict] = []
-    taken: set[str] = set()
+    taken = {Path(TABLE).stem}
     with bar("contacts", sum(passes), "passes") as progress:
         starts = itertools.accumulate(passes, initial=0)
         for protein, start in zip(proteins, starts, strict=False):

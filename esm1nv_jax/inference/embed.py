@@ -41,6 +41,10 @@ class EmbedRequest(FastaRequest):
         for name in ("include", "layers"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise UserError(f"--{name} names one twice: {getattr(self, name)}")
+        if not self.layers:
+            raise UserError(
+                f"--{'repr-' * self.esm_layers}layers names none; give some, such as 0 -1"
+            )
         if self.layout == JOINED:
             return
         if Path(self.out).suffix != ".h5":
@@ -84,6 +88,11 @@ def _computation(request: EmbedRequest) -> Computation:
         model.require_lm_head()
     layers, blocks = request.layers, model.config.layers
     if request.esm_layers:  # counted from the end where negative, the last after its LayerNorm
+        if unknown := [i for i in layers if not -blocks - 1 <= i <= blocks]:
+            raise UserError(
+                f"--repr-layers {unknown[0]} is unknown; there are 0 (embeddings) to {blocks} (the "
+                f"last block, also -1), and from the end -1 to {-blocks - 1}"
+            )
         layers = tuple((i + blocks + 1) % (blocks + 1) for i in request.layers)
         layers = tuple(-1 if i == blocks else i for i in layers)
         console.print(f"--repr-layers are stored as {', '.join(map(str, layers))}")
@@ -91,7 +100,8 @@ def _computation(request: EmbedRequest) -> Computation:
     layer_record.print_recommended(request.checkpoint, model.digest, layers)
     outputs = OutputSpec(request.include, layers, request.dtype)
 
-    def run(ids: list[np.ndarray]) -> dict[str, np.ndarray]:
+    def run(sequences: list[bytes]) -> dict[str, np.ndarray]:
+        ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
         arrays = embed_sequences(
             model.on_devices, ids, outputs, model.longest, request.deterministic
         )

@@ -22,7 +22,6 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import EXIT_SAVED, UserError
-from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.fasta import Proteins, scan
 from esm1nv_jax.data.tables import COLUMNS, parse_columns
 from esm1nv_jax.inference import cpu_engines
@@ -80,13 +79,13 @@ class FastaRequest:
 class Computation:
     """What is computed of proteins.
 
-    run: residue ids of some proteins to arrays, [proteins, ...] or [residues, ...]. settings: all
+    run: some normalized sequences to arrays, [proteins, ...] or [residues, ...]. settings: all
     that their contents depend on, as JSON has it. bytes_per_residue: of the arrays. with_hashes:
     whether parts hold `HASHES`.
     """
 
     model: Model
-    run: Callable[[list[np.ndarray]], dict[str, np.ndarray]]
+    run: Callable[[list[bytes]], dict[str, np.ndarray]]
     settings: dict[str, Any]
     bytes_per_residue: int
     with_hashes: bool = False
@@ -239,7 +238,7 @@ class _Job:
     def _part(self, records: list[tuple[str, bytes]]) -> dict[str, np.ndarray]:
         kept = [s if self.request.long == "window" else s[: self.limit] for _, s in records]
         try:
-            arrays = self.computation.run([tokenizer.residue_ids(sequence) for sequence in kept])
+            arrays = self.computation.run(kept)
         except MemoryExhausted as error:
             name, residues = max(((n, len(s)) for n, s in records), key=lambda record: record[1])
             raise UserError(f"{name} has {residues:,} residues: {error}") from None

@@ -43,15 +43,15 @@ def _computation(request: FastaRequest) -> Computation:
     head = model.require_head()
     outputs = OutputSpec((), head=head)
 
-    def run(ids: list[np.ndarray]) -> dict[str, np.ndarray]:
+    def run(sequences: list[bytes]) -> dict[str, np.ndarray]:
+        ids = [tokenizer.residue_ids(sequence) for sequence in sequences]
         arrays = embed_sequences(
             model.on_devices, ids, outputs, model.longest, request.deterministic
         )
         values = to_predictions(head, arrays["head"])
         if head.level == "protein":
             return {BY_PROTEIN: values}
-        letters = np.array([token.encode() for token in tokenizer.TOKENS], object)
-        return {LETTERS: letters[np.concatenate(ids)].astype("S1"), BY_RESIDUE: values}
+        return {LETTERS: np.frombuffer(b"".join(sequences), "S1"), BY_RESIDUE: values}
 
     described = dataclasses.asdict(head) | {"classes": list(head.classes)}
     settings = {"head": described, "head_parameters": model.head_digest}

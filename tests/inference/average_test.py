@@ -16,7 +16,15 @@ from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
-from esm1nv_jax.inference.average import Member, average, paired_difference, select, verdict
+from esm1nv_jax.data.source import MemorySource, open_split
+from esm1nv_jax.inference.average import (
+    Member,
+    average,
+    evaluate_models,
+    paired_difference,
+    select,
+    verdict,
+)
 from esm1nv_jax.model import encoder
 from esm1nv_jax.training import sharding
 from tests.checkpoints.policies import checkpoint_config
@@ -25,11 +33,11 @@ from tests.model.parameters import random_parameters
 CONFIG = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
 
 
-def save(run, steps, config=CONFIG, devices=1, params=None):
+def save(run, steps, config=CONFIG, devices=1, params=None, **data):
     """Checkpoints of fresh parameters, one seed a step, laid over so many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     metadata = {
-        "config": {"model": dataclasses.asdict(config), "data": {"path": "sample"}},
+        "config": {"model": dataclasses.asdict(config), "data": {"path": "sample"} | data},
         "code": "test",
     }
     data_state = {"epoch": 0, "window": 0, "row": 0, "data": "fingerprint"}
@@ -222,6 +230,17 @@ def test_the_command_writes_a_model_that_knows_where_it_came_from(runs, tmp_path
     json.loads((out / "model.json").read_text())
     assert command.run(cli.dispatch, argv) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_members_are_asked_what_the_average_is(tmp_path):
+    """Of one member: the same, where the run was trained on shorter crops than it has positions."""
+    members = select([save(tmp_path / "run", (1,), max_residues=20)])
+    source = open_split("sample", "test")
+    proteins = list(zip(source.ids(range(9)), source.sequences(range(9)), strict=True))
+    member, mean = evaluate_models(average(members), members, MemorySource(proteins))
+    for name in ("positions_mask", "perplexity_mask"):
+        assert member["metrics"][name] == mean["metrics"][name]
+    assert paired_difference(mean, member)[0] == 0
 
 
 COUNTS = np.array([12, 40, 7, 0, 25, 90, 33, 18])

@@ -87,6 +87,13 @@ def test_maps_without_structures_leave_no_precision_of_an_earlier_run(model_path
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.npz"]
 
 
+def test_a_protein_named_as_the_table_keeps_its_maps(model_path, tmp_path):
+    fasta = write_fasta(tmp_path / "p.fasta", [("Precision", "MKTV")])
+    arguments = ["--checkpoint", model_path, "--fasta", fasta, "--out", tmp_path / "out"]
+    contacts(*arguments, "--formats", "tsv")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["Precision-2.tsv"]
+
+
 def test_a_fitted_head_is_used_saved_and_used_again(model_path, folders, tmp_path, capsys):
     saved = tmp_path / "model"
     contacts(

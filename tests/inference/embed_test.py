@@ -255,6 +255,22 @@ def test_the_options_of_esm_extract_are_understood(model, model_path, tmp_path, 
     assert {"mean_-1", "mean_1"} < last.keys()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--repr-layers", "3"], "--repr-layers 3 is unknown; there are 0 (embeddings) to 2"),
+        (["--repr-layers", "0", "-4"], "--repr-layers -4 is unknown; there are 0"),
+        (["--repr-layers", ","], "--repr-layers names none"),
+        (["--layers", ","], "--layers names none"),
+    ],
+)
+def test_layers_that_are_not_there_are_told(model_path, tmp_path, capsys, options, said):
+    fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:2])
+    argv = ["embed", "--checkpoint", model_path, "--fasta", fasta, "--out", f"{tmp_path}/o.npz"]
+    assert command.run(cli.dispatch, [*argv, *options]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_option_is_given_in_one_of_its_two_names(model_path, tmp_path, capsys):
     fasta = write_fasta(tmp_path / "in.fasta", PROTEINS[:2])
     argv = ["embed", "--checkpoint", model_path, "--fasta", fasta]

@@ -141,6 +141,12 @@ def test_the_three_formats_hold_the_same_in_the_order_of_the_fasta(
     assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_residue_is_written_as_the_letter_of_the_fasta(tuned, tmp_path):
+    predict(request(tuned[RESIDUE], tmp_path, "o.csv", [("a", "MJx*K")]))
+    with open(tmp_path / "o.csv", encoding="utf-8", newline="") as file:
+        assert [row["residue"] for row in csv.DictReader(file)] == [*"MJX*K"]
+
+
 def test_interrupted_work_goes_on(tuned, tmp_path, small_parts, monkeypatch, capsys):
     (tmp_path / "one").mkdir()
     alone = predict(request(tuned[RESIDUE], tmp_path / "one", "o.csv"))
