@@ -128,6 +128,18 @@ def try_lock(descriptor: int, path: object) -> bool | None:
     return True
 
 
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Holds the lock of a file. Raises UserError, which says `refusal`, where another process does,
+    and where the file cannot be written."""
+    with writing(path):
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115, closed below
+    with file:
+        if try_lock(file.fileno(), path.parent) is False:
+            raise UserError(refusal)
+        yield
+
+
 def write_atomically(path: epath.Path, text: str) -> None:
     """Write a file so that a process that dies leaves the whole text or the old file."""
     if is_remote(path):  # object stores write whole objects

@@ -17,16 +17,20 @@ MAX_BYTES = 1 << 30  # about what a table takes that is held in memory
 Row = tuple[int, list[str]]  # line number, fields
 
 
+def delimiter_of(path: str | Path) -> str:
+    """What divides the fields of a table: tabs in a file named `.tsv`."""
+    return "\t" if ".tsv" in Path(path).suffixes[-2:] else ","
+
+
 def open_csv(path: str) -> tuple[list[str], Iterator[Row]]:
-    """Reads the header of a CSV file in UTF-8, plain or compressed; its rows are read one by one.
-    Fields of a file named `.tsv` are divided by tabs.
+    """Reads the header of a CSV file in UTF-8, plain or compressed, divided by `delimiter_of`;
+    its rows are read one by one.
 
     Returns the names of the columns, and (line number, fields) of each row that is not blank;
     white space around names and fields is removed. Raises UserError, also while rows are read.
     """
-    delimiter = "\t" if ".tsv" in Path(path).suffixes[-2:] else ","
     lines = text_lines(path, "a CSV file")
-    reader = csv.reader(lines, skipinitialspace=True, delimiter=delimiter)
+    reader = csv.reader(lines, skipinitialspace=True, delimiter=delimiter_of(path))
 
     def rows() -> Iterator[Row]:
         try:

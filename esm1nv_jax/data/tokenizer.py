@@ -146,6 +146,11 @@ class Vocabulary:
     size: int
     missing: tuple[int, ...]
 
+    @property
+    def letters(self) -> str:
+        """The residues that have a token."""
+        return "".join(x for i, x in enumerate(RESIDUES, FIRST_RESIDUE) if i not in self.missing)
+
     def own_id(self, row: int) -> int:
         """The model's id of one of our ids; that of its `<unk>` where it has none."""
         return self.rows.index(UNK if row in self.missing else row)

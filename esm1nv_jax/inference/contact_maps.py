@@ -8,7 +8,7 @@ substitution of every residue i. It needs no training, no attention weights and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,8 +39,7 @@ def attention_maps(model: DeviceModel, ids: np.ndarray) -> np.ndarray:
     """
     check_size(model.config, len(ids), "attention")
     T = len(ids) + 2
-    [results] = _run(model, ids, "attention")
-    return results["attention"][0, :, :, :T, :T]
+    return _run(model, ids, "attention")["attention"][0, :, :, :T, :T]
 
 
 def predict_contacts(
@@ -60,7 +59,7 @@ def predict_contacts(
     check_method(method, contact_head.NAME in model.params)
     check_size(model.config, len(ids), method)
     if method == "attention":
-        [results] = _run(model, ids, "contacts")
+        results = _run(model, ids, "contacts")
         on_progress(1)
         return results["contacts"][0, 1 : len(ids) + 1, 1 : len(ids) + 1]
     return coupling_strength(categorical_jacobian(model, ids, on_progress))
@@ -77,13 +76,13 @@ def check_method(method: str, has_contact_head: bool) -> None:
         )
 
 
-def _run(model: DeviceModel, ids: np.ndarray, kind: str) -> Iterator[dict]:
+def _run(model: DeviceModel, ids: np.ndarray, kind: str) -> dict:
     """Results of one sequence in a row of its own."""
     tokens = tokenizer.add_specials(ids)
     row = RowBatch(model.shapes.length(len(tokens)), [[0]])
     arrays, _ = fill_rows(row, [tokens], model.shapes.devices)
-    for results, _ in run_batches(model, [(arrays, None)], OutputSpec((kind,), ())):
-        yield results
+    [(results, _)] = run_batches(model, [(arrays, None)], OutputSpec((kind,), ()))
+    return results
 
 
 def categorical_jacobian(

@@ -8,9 +8,9 @@ softmax over all tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -56,7 +56,10 @@ def pseudo_log_likelihood(
                 owned = slice(window.first - window.start + 1, window.last - window.start + 1)
                 known = owned.start + np.flatnonzero(_is_predicted(model, tokens[owned]))
                 residues[i] += len(known)
-                yield from one_masked(tokens, known.tolist(), i)
+                for column in known.tolist():
+                    masked = tokens.copy()
+                    masked[column] = tokenizer.MASK
+                    yield LogProbQuery(masked, [column], (i, int(tokens[column])))
 
     for query, log_probs in run_queries(model, queries()):
         i, token = query.context
@@ -95,8 +98,7 @@ def one_pass_log_likelihood(
     logits = logits.astype(np.float64)
     own = np.take_along_axis(logits, token[:, None].astype(np.int64), axis=1)[:, 0]
     np.put_along_axis(logits, token[:, None].astype(np.int64), -np.inf, axis=1)
-    highest = logits.max(axis=1)
-    others = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+    others = np.logaddexp.reduce(logits, axis=1)
     log_p = -np.logaddexp(0, -(own - others - copied))
     owner = np.repeat(np.arange(len(ids)), [len(i) for i in ids])
     return np.bincount(owner, np.where(known, log_p, 0), minlength=len(ids))
@@ -116,7 +118,8 @@ def score_mutants(
     A protein of more than `limit` residues is read in windows centred on the sites. `additive`
     masks the sites of a mutant one at a time. `on_progress` is called with how many are done.
 
-    Raises UserError where the sites of a mutant do not share a window.
+    Raises UserError where the sites of a mutant do not share a window, or the wild type's letter
+    there is one that is never predicted.
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown; there are {', '.join(MODES)}")
@@ -135,9 +138,24 @@ def score_mutants(
             f"apart, the model reads {limit} at once; leave the mutant out, or score its parts "
             "with --additive"
         )
+    known = _is_predicted(model, tokenizer.residue_ids(mutants.old.tobytes()))
+    if (unknown := np.flatnonzero(~known)).size:
+        raise UserError(
+            f"{mutants[row[unknown[0]]].name}: this model has no token for "
+            f"{chr(mutants.old[unknown[0]])}, so that nothing can be compared with it; leave such "
+            "mutants out"
+        )
     if mode == EXACT:
-        of_mutants = starts[mutants.starts]
-        return _pseudo_log_ratios(model, wild_type, mutants, of_mutants, limit, on_progress)
+        starts = starts[mutants.starts]
+        windows, window = np.unique(starts, return_inverse=True)
+        cut = [wild_type[start : start + limit].encode() for start in windows.tolist()]
+        for mutant, start in zip(mutants, starts.tolist(), strict=True):
+            cut.append(mutant.apply_to(wild_type)[start : start + limit].encode())
+        passed, passes = itertools.count(1), sum(map(len, cut))
+        pll = pseudo_log_likelihood(
+            model, cut, limit, lambda _: on_progress(n * next(passed) / passes)
+        )[1]
+        return pll[len(windows) :] - pll[window]
     # Sites that ask the same are answered by one table of log-probabilities: in wt-marginals all
     # that are read in one window, else those that are masked together.
     if mode == UNMASKED:
@@ -180,49 +198,9 @@ def _site_sets(mutants: MutantTable) -> np.ndarray:
     return np.fromiter((numbers.setdefault(x, len(numbers)) for x in sets), np.int64, len(mutants))
 
 
-def _pseudo_log_ratios(
-    model: DeviceModel,
-    wild_type: str,
-    mutants: MutantTable,
-    starts: np.ndarray,
-    limit: int,
-    on_progress: Callable[[float], None] = lambda done: None,
-) -> np.ndarray:
-    """PLL(mutant) - PLL(wild type) of each mutant, both over the same window of `limit` residues
-    from `starts` on: float64 [mutants]."""
-    n = len(mutants)
-    windows, window = np.unique(starts, return_inverse=True)
-    pll = np.zeros(n + len(windows))  # of the mutants, then of the windows of the wild type
-
-    def queries() -> Iterator[LogProbQuery]:
-        for key, start in enumerate(windows.tolist(), n):
-            yield from whole(wild_type, start, key)
-        for key, start in enumerate(starts.tolist()):
-            yield from whole(mutants[key].apply_to(wild_type), start, key)
-
-    def whole(sequence: str, start: int, key: int) -> Iterator[LogProbQuery]:
-        tokens = add_specials(sequence[start : start + limit].encode())
-        return one_masked(tokens, range(1, len(tokens) - 1), key)
-
-    total = len(pll) * min(limit, len(wild_type))
-    for done, (query, log_probs) in enumerate(run_queries(model, queries()), 1):
-        key, token = query.context
-        pll[key] += float(log_probs[0, token])
-        on_progress(n * done / total)
-    return pll[:n] - pll[n:][window]
-
-
 def _is_predicted(model: DeviceModel, tokens: np.ndarray) -> np.ndarray:
     missing = np.array(vocabulary(model.config.vocabulary).missing, np.int64)
     return (tokens >= tokenizer.FIRST_RESIDUE) & ~np.isin(tokens, missing)
-
-
-def one_masked(tokens: np.ndarray, columns: Iterable[int], key: Any) -> Iterator[LogProbQuery]:
-    """One query for each of `columns`, with that token masked; context (key, the token)."""
-    for column in columns:
-        masked = tokens.copy()
-        masked[column] = tokenizer.MASK
-        yield LogProbQuery(masked, [column], (key, int(tokens[column])))
 
 
 def add_specials(window: bytes) -> np.ndarray:

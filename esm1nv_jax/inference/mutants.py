@@ -122,12 +122,6 @@ def is_mutant(name: str) -> bool:
     return all(_SUBSTITUTION.fullmatch(text.strip()) for text in name.split(":"))
 
 
-def kind_of(name: str) -> str:
-    """What a name that is no mutant stands for: "wild type", "synonymous", "stop", "blank", or else
-    "no substitution"."""
-    return _not_a_substitution(name.strip())[0]
-
-
 def undo(name: str, mutated: str) -> str:
     """The wild type of a mutated sequence. Raises UserError where it is not that of the mutant."""
     letters = list(mutated)
@@ -147,7 +141,7 @@ def _parse(name: str, wild_type: str, offset: int, missense: bool) -> Sites:
     for text in map(str.strip, name.split(":")):
         match = _SUBSTITUTION.fullmatch(text)
         if match is None:
-            raise MutantError(*_not_a_substitution(text))
+            raise MutantError(*why_no_substitution(text))
         old, index, new = match[1].upper(), int(match[2]) - 1 - offset, match[3].upper()
         if not 0 <= index < len(wild_type):
             raise MutantError(
@@ -175,8 +169,8 @@ def _parse(name: str, wild_type: str, offset: int, missense: bool) -> Sites:
     return tuple(sites)
 
 
-def _not_a_substitution(text: str) -> tuple[str, str]:
-    """(kind, message) of what is no `A4G`."""
+def why_no_substitution(text: str) -> tuple[str, str]:
+    """(kind, message) of what is no `A4G`: "wild type", "synonymous", "stop", "blank", ..."""
     parts = re.split(r"\s*[,;/+&\s]\s*", text)
     if len(parts) > 1 and all(map(_SUBSTITUTION.fullmatch, parts)):
         return "not joined by ':'", (
@@ -196,11 +190,12 @@ def _not_a_substitution(text: str) -> tuple[str, str]:
     )
 
 
-def all_singles(wild_type: str, offset: int = 0) -> list[str]:
-    """Every single substitution of a residue by another standard amino acid, by position."""
+def all_singles(wild_type: str, offset: int = 0, letters: str = RESIDUES) -> list[str]:
+    """Every single substitution of a residue, one of `letters`, by another standard amino acid, by
+    position."""
     return [
         f"{old}{index + 1 + offset}{new}"
         for index, old in enumerate(wild_type)
         for new in AMINO_ACIDS
-        if new != old and old in RESIDUES
+        if new != old and old in letters
     ]

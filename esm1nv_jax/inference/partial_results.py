@@ -102,16 +102,10 @@ class PartialResults:
             raise UserError(f"{path} holds no settings of unfinished work; remove {self.folder}")
         return settings
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Keeps a second job from doing the same share of the work."""
-        with open(self.folder / f"{name}.lock", "w", encoding="utf-8") as file:
-            if files.try_lock(file.fileno(), self.folder) is False:
-                raise UserError(
-                    f"{self.folder} is being written by another live job; wait for it, or choose "
-                    "another --out"
-                )
-            yield
+        refusal = "is being written by another live job; wait for it, or choose another --out"
+        return files.locked(self.folder / f"{name}.lock", f"{self.folder} {refusal}")
 
     def path(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.npz"

@@ -22,7 +22,6 @@ from scipy.optimize import minimize
 from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data.labeled_data import Split
 
-HEADS = ("linear", "cnn", "mlp")
 KERNEL, CHANNELS, LAYERS = 7, 32, (256, 128)
 ROUNDS, PATIENCE = 30, 4  # validation follows every round: an epoch, or as many as make
 STEPS = 50  # so many steps

@@ -25,7 +25,7 @@ from esm1nv_jax.data.tables import open_csv
 from esm1nv_jax.inference import variant_table
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, ONE_PASS
 from esm1nv_jax.inference.model import Model
-from esm1nv_jax.inference.mutants import is_mutant, kind_of, parse_mutants, undo
+from esm1nv_jax.inference.mutants import is_mutant, parse_mutants, undo, why_no_substitution
 from esm1nv_jax.inference.proteingym_summary import Assay, summarize
 from esm1nv_jax.inference.variant_table import COLUMN, SCORE, SequenceTable, column_of, score_table
 
@@ -68,14 +68,17 @@ def run(
     # Large and small ones are dealt out in turn.
     by_size = sorted(assays, key=lambda assay: (-assay.path.stat().st_size, assay.name))
     mine = by_size[shard[0] - 1 :: shard[1]]
-    with open(out / f"job-{shard[0]}-of-{shard[1]}.lock", "w", encoding="utf-8") as lock:
-        if files.try_lock(lock.fileno(), out) is False:
-            raise UserError(f"another live job scores this shard into {out}; wait for it")
+    lock = out / f"job-{shard[0]}-of-{shard[1]}.lock"
+    with files.locked(lock, f"another live job scores this shard into {out}; wait for it"):
         for number, assay in enumerate(mine, 1):
             path = out / f"{assay.name}.csv"
-            if path.exists() and not overwrite:
-                _check_rows(path, assay)
+            if path.exists() and _has_rows(path, assay):
                 continue
+            if path.exists() and not overwrite:
+                raise UserError(
+                    f"{path} has other rows than {assay.path}; remove it, and the same command "
+                    "scores it"
+                )
             console.print(f"{assay.name}, {number} of {len(mine)}")
             if assay.is_indels:
                 table = SequenceTable(assay.path, skip=True)
@@ -95,16 +98,13 @@ def run(
             summarize(some, out, kind)
 
 
-def _check_rows(path: Path, assay: Assay) -> None:
-    """Raises UserError where a file of scores has other columns or rows than its assay."""
+def _has_rows(path: Path, assay: Assay) -> bool:
+    """Whether a file of scores has the columns and rows of its assay."""
     tables = [open_csv(str(file)) for file in (assay.path, path)]
     (columns, rows), (scored_columns, scored_rows) = tables
     n = len(columns)
     pairs = itertools.zip_longest((r for _, r in rows), (r[:n] for _, r in scored_rows))
-    if scored_columns[:n] != columns or any(row != scored for row, scored in pairs):
-        raise UserError(
-            f"{path} has other rows than {assay.path}; remove it, and the same command scores it"
-        )
+    return scored_columns[:n] == columns and all(row == scored for row, scored in pairs)
 
 
 def _score_substitutions(model: Model, assay: Assay, out: Path, mode: str, overwrite: bool) -> None:
@@ -190,7 +190,9 @@ def _is_indels(path: Path) -> bool:
         raise UserError(f"{path} has a column {SCORE!r} already; rename it")
     if COLUMN not in columns:
         return True
-    names = (name for name in column_of(path, COLUMN) if kind_of(name) not in NEITHER)
+    names = (
+        name for name in column_of(path, COLUMN) if why_no_substitution(name)[0] not in NEITHER
+    )
     return not any(map(is_mutant, itertools.islice(names, LOOKED_AT)))
 
 
@@ -226,7 +228,7 @@ def _write_or_check(
     out: Path, settings: dict[str, Any], assays: list[Assay], overwrite: bool
 ) -> None:
     """Raises UserError where scores in `out` are of other settings, or not from here at all; with
-    `overwrite` those of other settings are removed."""
+    `overwrite` those of other settings are removed, and those of finished work."""
     path, old = out / SETTINGS, None
     written = [score for assay in assays if (score := out / f"{assay.name}.csv").exists()]
     try:
@@ -242,7 +244,7 @@ def _write_or_check(
         if not overwrite:
             raise UserError(f"{path} is damaged; begin anew with --overwrite") from None
         old = {}
-    if old == settings:
+    if old == settings and not (overwrite and len(written) == len(assays)):
         return
     if old is not None and not overwrite:
         changed = sorted(name for name in settings if old.get(name) != settings[name])

@@ -14,6 +14,7 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.command import Parser, parse_shard
 from esm1nv_jax.common.console import console, count, stdout
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.inference import cpu_engines, proteingym, variant_table
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
     add("--proteingym", metavar="DIR", help="the assays of ProteinGym, a CSV file each")
     add("--reference", help="of --proteingym: its DMS_substitutions.csv or DMS_indels.csv")
     add("--shard", metavar="I/N", help="of --proteingym: score the I-th of N shares of the assays")
-    add("--out", required=True, help="CSV to write: the table with scores; a folder of such files")
+    add("--out", required=True, help="CSV or TSV to write: the table with scores; a folder")
     add("--mode", choices=(*MODES, ONE_PASS), help=f"default {MASKED}; of sequences {EXACT}")
     add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
     add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
     cpu_engines.add_arguments(parser)
     add("--force", action="store_true", help="allow modes where they mean nothing")
-    add("--overwrite", action="store_true", help="replace --out")
+    add("--overwrite", action="store_true", help="replace --out and unfinished work")
     args = parser.parse_args(argv)
     inputs = (args.mutants, args.all_singles, args.sequences, args.proteingym)
     if sum(map(bool, inputs)) != 1:
@@ -144,12 +145,9 @@ def score_mutants(args: argparse.Namespace) -> None:
     name, wild_type = read_wild_type(args.fasta)
     # Checked before the model is loaded. A table is read again and again, not held in memory.
     table, _copy = regular_file(args.mutants) if args.mutants else (None, None)
-    measured = None
+    measured, columns = None, [COLUMN]
     if table is None:
-        names = all_singles(wild_type, args.offset)
-        columns = [COLUMN]
         measured_column(columns, args.target)
-        mutants = parse_mutants(names, wild_type, args.offset)
     else:
         skip = args.on_error == "skip"
         columns, mutants = variant_table.read_mutants(table, wild_type, args.offset, skip)
@@ -163,6 +161,10 @@ def score_mutants(args: argparse.Namespace) -> None:
             f"{name} has {len(wild_type):,} residues, the model reads {model.longest:,}: windows "
             "centred on the sites"
         )
+    if table is None:
+        letters = tokenizer.vocabulary(model.config.vocabulary).letters
+        names = all_singles(wild_type, args.offset, letters)
+        mutants = parse_mutants(names, wild_type, args.offset)
     fields = ([name] for name in names) if table is None else variant_table.rows_of(table)
     how = mode, args.additive, args.overwrite
     scores = variant_table.score_and_write(

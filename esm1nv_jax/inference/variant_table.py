@@ -19,7 +19,7 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.data.tables import delimiter_of, open_csv
 from esm1nv_jax.inference import likelihood
 from esm1nv_jax.inference.likelihood import EXACT, ONE_PASS
 from esm1nv_jax.inference.model import Model
@@ -145,22 +145,24 @@ class SavedScores:
     JSON lines: the settings, then {mutant: score, ...} of each block.
     """
 
-    def __init__(self, out: Path, settings: dict, overwrite: bool):
+    def __init__(self, out: Path, settings: dict, overwrite: bool, noun: str = "mutant"):
         self.path = out.with_name(out.name + ".partial")
         lines = []
-        if self.path.exists() and not overwrite:
+        if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError):  # cut short by a crash
                     lines.append(json.loads(line))
             if lines and lines[0] != settings:
-                raise UserError(
-                    f"{self.path} holds unfinished work with other settings; finish it with those, "
-                    "or begin anew with --overwrite"
-                )
+                if not overwrite:
+                    raise UserError(
+                        f"{self.path} holds unfinished work with other settings; finish it with "
+                        "those, or begin anew with --overwrite"
+                    )
+                lines = []
         blocks = [line for line in lines[1:] if isinstance(line, dict)]
         self.scores: dict[str, float] = dict(pair for block in blocks for pair in block.items())
         if self.scores:
-            console.print(f"going on with {self.path}: {count(len(self.scores), 'mutant')} done")
+            console.print(f"going on with {self.path}: {count(len(self.scores), noun)} done")
         with files.writing(self.path):  # whole or not at all: a full disk takes nothing away
             text = f"{json.dumps(settings)}\n{json.dumps(self.scores)}\n"
             files.write_atomically(self.path, text)
@@ -239,7 +241,7 @@ def score_table(
     console.print(f"{table.path.name}: {count(sequences, 'sequence')} by {mode}, {cost}")
     settings: dict = {"model": model.digest, "precision": model.arithmetic, "mode": mode}
     settings |= {"longest": model.longest, "sequences": table.digest}
-    saved = SavedScores(out, settings, overwrite)
+    saved = SavedScores(out, settings, overwrite, "sequence")
     for row, value in saved.scores.items():
         scores[int(row)] = value
     copied = likelihood.copy_log_odds(model.masking) if mode == ONE_PASS else 0.0
@@ -269,7 +271,7 @@ def write_scores(
 ) -> None:
     """The table with scores as last columns, empty where there is none; in place of OUT at once."""
     with files.replacing(out) as new, open(new, "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
+        table = csv.writer(file, delimiter=delimiter_of(out), lineterminator="\n")
         table.writerow([*columns, *scores])
         for row, *values in zip(rows, *scores.values(), strict=True):
             table.writerow([*row, *("" if np.isnan(x) else f"{x:.6g}" for x in values)])

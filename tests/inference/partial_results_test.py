@@ -269,6 +269,13 @@ def test_a_second_job_of_the_same_share_is_refused(model_path, tmp_path, small_p
             embed(request(model_path, tmp_path, shard=(1, 2)))
 
 
+def test_a_folder_of_parts_that_cannot_be_written_is_one_line(model_path, tmp_path, small_parts):
+    embed(request(model_path, tmp_path, shard=(1, 2)))
+    (tmp_path / "out.npz.parts" / "job-2-of-2.lock").mkdir()
+    with pytest.raises(UserError, match=r"job-2-of-2\.lock cannot be written: Is a directory"):
+        embed(request(model_path, tmp_path, shard=(2, 2)))
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_without_locks_it_says_so_and_goes_on(model_path, tmp_path, monkeypatch, capsys, number):
     def flock(*_):

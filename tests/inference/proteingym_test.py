@@ -370,3 +370,22 @@ def test_what_was_not_written_here_stays(model_path, folder, capsys):
         assert gym(model_path, folder, *options) == 2
         assert "was not written by this command" in capsys.readouterr().err
     assert mine.read_text() == "mine"
+
+
+def test_a_killed_overwrite_goes_on(model_path, folder, monkeypatch, capsys):
+    assert gym(model_path, folder) == 0
+    scored, compute = [], likelihood.score_mutants
+
+    def counted(*args, **kwargs):
+        scored.append(args[1])
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(likelihood, "score_mutants", counted)
+    assert gym(model_path, folder, "--overwrite") == 130
+    assert gym(model_path, folder, "--overwrite") == 0 and len(scored) == 4
+    (folder / "out" / "job-1-of-1.lock").unlink()
+    (folder / "out" / "job-1-of-1.lock").mkdir()
+    assert gym(model_path, folder) == 2
+    assert "job-1-of-1.lock cannot be written: Is a directory" in capsys.readouterr().err

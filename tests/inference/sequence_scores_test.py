@@ -1,6 +1,7 @@
 """Whole sequences: exact pseudo-log-likelihoods read literally, and what one pass approximates."""
 
 import csv
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,10 +10,13 @@ from esm1nv_jax import cli, load
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.tables import open_csv
+from esm1nv_jax.data.tokenizer import ESM1NV
 from esm1nv_jax.inference import likelihood, variant_table
 from esm1nv_jax.inference.likelihood import copy_log_odds
+from esm1nv_jax.inference.variant_table import SavedScores
 from esm1nv_jax.model.masking import RECIPES, MaskingConfig
-from tests.inference.models import make_model, make_proteins
+from tests.inference.models import CONFIG, make_model, make_proteins, write_fasta
 from tests.inference.score_test import WILD, log_p, pll, take
 from tests.inference.windows_test import farthest
 
@@ -122,7 +126,8 @@ def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(likelihood, name, lambda *args: scored.extend(args[1]) or compute(*args))
     assert score(model_path, tmp_path, "--mode", mode) == 0
     assert len(scored) == len(sequences) - first
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert f"{first} sequences done" in told
     assert "score: spearman" in printed and "score_per_residue: spearman" in printed
     with open(tmp_path / "s.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -163,3 +168,38 @@ def test_unknown_letters_are_not_predicted(model):
     expected = sum(take(p[i], "MKJV"[i]) for i in (0, 1, 3))
     assert known == pytest.approx(expected, abs=1e-4)
     assert tokenizer.residue_ids(b"J")[0] == tokenizer.UNK
+
+
+WITHOUT_O = dataclasses.replace(CONFIG, vocabulary=ESM1NV.removesuffix(" O"))
+
+
+def test_mutants_are_compared_by_the_letters_that_are_predicted(tmp_path):
+    path = make_model(tmp_path / "m", config=WITHOUT_O)
+    model = load(path)
+    for wild in ("MKOV", "MKJV", "MK<mask>V"):
+        found = model.score_variants(wild, ["K2R", "V4A"], mode="pseudo-perplexity")
+        whole = model.score_sequences([wild, wild.replace("K", "R"), wild.replace("V", "A")])
+        np.testing.assert_allclose(found, whole[1:] - whole[0], atol=1e-5)
+    for mode in likelihood.MODES:
+        for wild, name in (("MKOV", "O3A"), ("MKJV", "K2R:J3A")):
+            with pytest.raises(UserError, match=f"{name}: this model has no token for {wild[2]}"):
+                model.score_variants(wild, ["K2R", name], mode=mode)
+    argv = ["score", "--checkpoint", path, "--fasta", write_fasta(tmp_path / "w", [("w", "MKOV")])]
+    assert command.run(cli.dispatch, [*argv, "--all-singles", "--out", f"{tmp_path}/s.csv"]) == 0
+    rows = (tmp_path / "s.csv").read_text().splitlines()[1:]
+    assert len(rows) == 3 * 19 and not any(row.startswith("O") for row in rows)
+
+
+def test_a_table_named_tsv_has_tabs(model_path, tmp_path):
+    (tmp_path / "t.csv").write_text('sequence,note\nMKV,"a,b"\n')
+    out = tmp_path / "s.tsv"
+    assert score(model_path, tmp_path, "--out", str(out)) == 0
+    assert open_csv(str(out))[0] == ["sequence", "note", "score", "score_per_residue"]
+    assert out.read_text().splitlines()[1].startswith("MKV\ta,b\t")
+
+
+def test_saved_scores_are_kept_by_overwrite_where_settings_are_the_same(tmp_path):
+    out = tmp_path / "s.csv"
+    SavedScores(out, {"model": "a"}, True).append({"A1G": 0.5})
+    assert SavedScores(out, {"model": "a"}, True).scores == {"A1G": 0.5}
+    assert SavedScores(out, {"model": "b"}, True).scores == {}

@@ -56,7 +56,7 @@ def test_a_centred_window_holds_its_sites_and_stays_inside(length, limit):
 
 
 @pytest.mark.parametrize("mode", likelihood.MODES)
-def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
+def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(model, monkeypatch, mode):
     read = []
 
     def run_queries(model, queries, *most):
@@ -67,7 +67,7 @@ def test_an_inner_stop_at_the_end_of_a_window_stays_a_token(monkeypatch, mode):
     monkeypatch.setattr(likelihood, "run_queries", run_queries)
     wild_type = "ACDEF*GHIKL"  # in windows of six residues, the first ends in the stop
     mutants = parse_mutants(["A1C"], wild_type)
-    likelihood.score_mutants(None, wild_type, mutants, 6, mode)
+    likelihood.score_mutants(model.on_devices, wild_type, mutants, 6, mode)
     assert read and all(len(tokens) == 8 for tokens in read)
     assert tokenizer.UNK in {int(tokens[6]) for tokens in read}  # or <mask>, where it is asked for
 
