@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from esm1nv_jax.common.errors import UserError
@@ -129,6 +129,14 @@ def bar(
     with Progress(*columns, console=console, refresh_per_second=4, expand=True) as task.progress:
         task.progress.add_task(printable(what), total=total, completed=int(start), note="", of=of)
         yield task
+
+
+def numbers_table(title: str, *columns: str, names: int = 1) -> Table:
+    """A table whose first `names` columns are text, the others numbers."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < names else "right")
+    return table
 
 
 def count(n: int, noun: str) -> str:

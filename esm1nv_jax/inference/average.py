@@ -21,12 +21,11 @@ import jax
 import numpy as np
 import tensorstore
 from etils import epath
-from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import command, config_file, files
-from esm1nv_jax.common.console import bar, console, stdout
+from esm1nv_jax.common.console import bar, console, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import BLUE, ORANGE, HtmlReport, new_figure, plus_minus
 from esm1nv_jax.data.source import MemorySource
@@ -88,7 +87,7 @@ def main(argv: list[str]) -> None:
         provenance = weights.provenance | {"metrics": {"data": name, **rows[-1]["metrics"]}}
         with files.writing(options.out):
             model_folder.write(options.out, dataclasses.replace(weights, provenance=provenance))
-        table = Table(*COLUMNS, title=f"Perplexity on {name}, the same masks", title_justify="left")
+        table = numbers_table(f"Perplexity on {name}, the same masks", *COLUMNS)
         for row in rows:
             table.add_row(*_cells(row, rows[-1]), style="bold" if row is rows[-1] else "")
         stdout.print(table)

@@ -10,11 +10,10 @@ import re
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from esm1nv_jax.common import files
 from esm1nv_jax.common.command import Parser
-from esm1nv_jax.common.console import bar, console, count, stdout
+from esm1nv_jax.common.console import bar, console, count, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import new_figure, plus_minus
 from esm1nv_jax.data.tokenizer import STANDARD
@@ -271,9 +270,8 @@ def write_table(path: Path, rows: list[dict]) -> None:
 def print_summary(rows: list[dict]) -> None:
     """Prints means over proteins with their standard errors."""
     proteins = len({id(row["protein"]) for row in rows})
-    table = Table(title=f"precision, mean ± s.e. over {count(proteins, 'protein')}")
-    for column in ("range", "method", *CUTOFFS):
-        table.add_column(column, justify="right" if column in CUTOFFS else "left")
+    title = f"precision, mean ± s.e. over {count(proteins, 'protein')}"
+    table = numbers_table(title, "range", "method", *CUTOFFS, names=2)
     for name, (first, end) in RANGES.items():
         text = f"{name} {first}-{end - 1}" if end else f"{name} {first}+"
         for method in dict.fromkeys(row["method"] for row in rows):

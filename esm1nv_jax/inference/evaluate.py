@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import command, files
-from esm1nv_jax.common.console import bar, console, count, stdout
+from esm1nv_jax.common.console import bar, console, count, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import manifest
@@ -283,9 +282,7 @@ def print_results(results: dict[str, Any]) -> None:
     title = (
         f"{results['checkpoint']} on {results['data']}: {count(results['sequences'], 'protein')}"
     )
-    table = Table(title=title, title_justify="left")
-    for name, side in (("", "left"), ("all selected", "right"), ("<mask> only", "right")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table = numbers_table(title, "", "all selected", "<mask> only")
     for i, row in enumerate(summary_rows(results)):
         table.add_row(*row, style="" if i else "bold")
     stdout.print(table)

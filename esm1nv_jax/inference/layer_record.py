@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
-from rich.table import Table
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import files
-from esm1nv_jax.common.console import console, stdout
+from esm1nv_jax.common.console import console, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import BLUE, new_figure
 
@@ -85,9 +84,7 @@ def print_curve(results: dict[str, Any]) -> None:
     """The score of each layer on the validation split."""
     layers = results["layers"]
     title = f"linear head on each layer of this encoder: validation {layers['metric']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer", justify="right")
-    table.add_column(layers["metric"], justify="right")
+    table = numbers_table(title, "layer", layers["metric"], names=0)
     for layer, value in layers["curve"].items():
         style = "bold" if layer == layers["layer"] else ""
         table.add_row(str(layer), f"{value:.4f}", style=style)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import command, files
-from esm1nv_jax.common.console import bar, console, count, stdout
+from esm1nv_jax.common.console import bar, console, count, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import labeled_data
@@ -270,9 +269,7 @@ def print_results(results: dict[str, Any]) -> None:
     title = f"{results['task']}: {count(counts['test'], 'test protein')}"
     title += f", {counts['train']:,} to train on"
     title += f", mean ± standard error over {seeds} seeds" if seeds > 1 else ""
-    table = Table(title=title, title_justify="left")
-    for name in ("head", "features", *names):
-        table.add_column(name, justify="left" if name in ("head", "features") else "right")
+    table = numbers_table(title, "head", "features", *names, names=2)
     for row in rows:
         cells = (plus_minus(row[n], row[f"{n}_se_seeds"], 3) for n in names)
         style = "bold" if row["features"] == TRAINED else ""

@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.table import Table
 
 from esm1nv_jax.common import files
-from esm1nv_jax.common.console import console, count, stdout
+from esm1nv_jax.common.console import console, count, numbers_table, stdout
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data.tables import open_csv
 from esm1nv_jax.inference.variant_table import PER_RESIDUE, SCORE
@@ -151,11 +150,8 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
     _write_csv(out / f"{kind}_assays.csv", rows)
     proteins = len({assay.protein for assay in assays})
     title = f"{count(len(assays), 'assay')} of {kind}, {count(proteins, 'protein')}"
-    table = Table(title=f"{title}, mean ± standard error", title_justify="left")
-    groups = Table(title="Spearman", title_justify="left")
+    table, groups = numbers_table(f"{title}, mean ± standard error", "", *METRICS), None
     summary: list[dict[str, object]] = []
-    for column in ("", *METRICS):
-        table.add_column(column, justify="right" if column else "left")
     not_viral = [assay.taxon != "Virus" for assay in assays]
     for score in scores:
         line: dict[str, object] = {"Model_name": score}
@@ -173,12 +169,10 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
                 kept = np.where(not_viral, of_metric, math.nan).tolist()
                 grouped["Without_viruses"] = average(assays, kept)[2]
             line |= {name: f"{x:.3f}" for name, x in grouped.items()}
-            if grouped and not groups.columns:
-                groups.add_column("")
-                for name in grouped:
-                    column = re.sub("^(Function|Taxa)_", "", name).replace("_", " ")
-                    groups.add_column(column, justify="right")
-            if grouped:
+            if grouped and groups is None:
+                shown = (re.sub("^(Function|Taxa)_", "", x).replace("_", " ") for x in grouped)
+                groups = numbers_table("Spearman", "", *shown)
+            if groups is not None:
                 groups.add_row(score, *(f"{x:.3f}" for x in grouped.values()))
         table.add_row(score, *cells, style="bold")
         summary.append(line)
@@ -187,7 +181,7 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
             table.add_row(f"{name} (published)", f"{value:.3f}")
     _write_csv(out / f"{kind}_summary.csv", summary)
     stdout.print(table)
-    if groups.columns:
+    if groups is not None:
         stdout.print(groups)
     if kind == "substitutions" and len(assays) != PUBLISHED_ASSAYS:
         stdout.print(f"The published values are over {PUBLISHED_ASSAYS} assays, not these.")

@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from esm1nv_jax.common import command, metrics_log
-from esm1nv_jax.common.console import console, stdout
+from esm1nv_jax.common.console import console, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.planning import chips
 
@@ -249,13 +247,6 @@ def config_of(workdir: str):
     return config.lock()
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
-    return table
-
-
 def print_plan(p: Plan) -> None:
     """Tables of memory and kernels, and the estimate of time."""
     stdout.print(
@@ -265,7 +256,7 @@ def print_plan(p: Plan) -> None:
         f"{p['sequences_per_step']:,.0f} sequences a step; lengths from {p['data']}\n"
         f"compiled   in {p['compile_seconds']:.0f} s, XLA_FLAGS={p['flags'] or 'none'}"
     )
-    table = _table("Memory of one device", "", "GiB")
+    table = numbers_table("Memory of one device", "", "GiB")
     for kind, size in (*p["memory"].items(), ("peak", p["peak"]), ("the device has", p["budget"])):
         table.add_row(kind, f"{size / chips.GIB:.2f}", style="bold" if kind == "peak" else "")
     stdout.print(table)
@@ -275,7 +266,7 @@ def print_plan(p: Plan) -> None:
         stdout.print(f"no estimate of time: {p['miscounted']}")
         return
     slots = p["rows"] * p["row_length"]
-    table = _table("Kernels", "", "number", "bytes/token", "MFLOP/token", "ms", "share")
+    table = numbers_table("Kernels", "", "number", "bytes/token", "MFLOP/token", "ms", "share")
     for k in p["kernels"]:
         if k["kind"] != "collective":
             table.add_row(
@@ -315,7 +306,7 @@ def print_plan(p: Plan) -> None:
 
 def print_comparison(plans: list[Plan]) -> None:
     """One line a variant."""
-    table = _table("", "", "peak GiB", "", "ms", "MFU", "residues/s", "bytes/token")
+    table = numbers_table("", "", "peak GiB", "", "ms", "MFU", "residues/s", "bytes/token")
     for p in plans:
         if "refused" in p:
             table.add_row(p["variant"], "", p["refused"])
