@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -112,8 +113,8 @@ class _Row:
     line: int
     id: str
     sequence: bytes
-    label: Any  # str, float, list of floats, or a tuple of classes
-    mask: str
+    labels: Sequence[Any]  # of each residue, or one: letters, numbers, a class, a tuple of classes
+    mask: str  # 1 for each label that is used
     text: str  # the label as it stands in the table
 
 
@@ -156,7 +157,7 @@ def read(
     for split, content in rows.items():
         if len(content) < 2:
             raise UserError(f"{path} has {len(content)} rows of split {split}; a probe needs more")
-        if level == "residue" and not any("1" in row.mask for row in content):
+        if not any("1" in row.mask for row in content):
             raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
     _check_ids(path, [row for content in rows.values() for row in content])
     unique = [{row.sequence for row in content} for content in rows.values()]
@@ -169,12 +170,19 @@ def read(
         if limit is not None and limit < n:
             chosen = permute(np.arange(n), n, fold_all(0, purpose("probe limit")))[:limit]
             rows[split] = [content[i] for i in sorted(chosen.tolist())]
-    distinct = sorted({x for content in rows.values() for row in content for x in _values(row)})
+    labels = {
+        x
+        for content in rows.values()
+        for row in content
+        for x, bit in zip(row.labels, row.mask, strict=True)
+        if bit == "1"
+    }
+    distinct = sorted(set().union(*labels) if kind == "multilabel" else labels)
     if len(distinct) < 2:
         only = "".join(f"{x:g}" if isinstance(x, float) else x for x in distinct)
         raise UserError(f"{path}: every label is {only!r}; there is nothing to learn")
     classes = tuple(distinct) if kind != "regression" else ()
-    splits = {split: _split(content, level, kind, classes) for split, content in rows.items()}
+    splits = {split: _split(content, kind, classes) for split, content in rows.items()}
     return Task(name, classes, **splits, fingerprint=digest.hexdigest()[:16], shared=shared)
 
 
@@ -213,8 +221,8 @@ def _row(where: str, line: int, text: dict[str, str], level: str, kind: str) -> 
     if not sequence:
         raise UserError(f"{where}: the sequence is empty")
     label, n = text["label"], len(sequence)
-    mask = text.get("mask", "1" * n) if level == "residue" else ""
-    value: Any = label
+    mask = text.get("mask", "1" * n) if level == "residue" else "1"
+    labels: Sequence[Any] = label if level == "residue" else [label]
     if level == "residue":
         numbers = label.split()
         size, unit = (
@@ -230,14 +238,14 @@ def _row(where: str, line: int, text: dict[str, str], level: str, kind: str) -> 
             raise UserError(f"{where}: the mask holds more than 0 and 1")
         if kind == "regression":
             used = [x if bit == "1" else "0" for x, bit in zip(numbers, mask, strict=True)]
-            value = [_number(where, x) for x in used]
+            labels = [_number(where, x) for x in used]
     elif kind == "regression":
-        value = _number(where, label)
+        labels = [_number(where, label)]
     elif kind == "multilabel":
-        value = tuple(sorted({x.strip() for x in label.split(";")} - {""}))
+        labels = [tuple(sorted({x.strip() for x in label.split(";")} - {""}))]
     elif not label:
         raise UserError(f"{where}: the label is empty")
-    return _Row(line, text.get("id") or f"line_{line}", sequence, value, mask, label)
+    return _Row(line, text.get("id") or f"line_{line}", sequence, labels, mask, label)
 
 
 def _number(where: str, text: str) -> float:
@@ -254,37 +262,22 @@ def _check_ids(path: str, rows: list[_Row]) -> None:
     seen: dict[str, _Row] = {}
     for row in rows:
         first = seen.setdefault(row.id, row)
-        if first.label != row.label:
+        if first.labels != row.labels:
             lines = sorted((first.line, row.line))
             raise UserError(
                 f"{path}, line {lines[1]}: id {row.id!r} has another label than in line {lines[0]}"
             )
 
 
-def _values(row: _Row) -> list:
-    """The labels of a row that are used."""
-    if row.mask:
-        return [x for x, bit in zip(row.label, row.mask, strict=True) if bit == "1"]
-    return list(row.label) if isinstance(row.label, tuple) else [row.label]
-
-
-def _split(rows: list[_Row], level: str, kind: str, classes: tuple[str, ...]) -> Split:
-    sequences, ids = [row.sequence for row in rows], tuple(row.id for row in rows)
-    if level == "residue":
-        text = "".join(row.mask for row in rows).encode()
-        used = np.frombuffer(text, np.uint8) == ord("1")
-        sizes = np.array([len(s) for s in sequences])
-        if kind == "regression":
-            return Split(sequences, np.concatenate([row.label for row in rows]), used, sizes, ids)
-        index = {name: i for i, name in enumerate(classes)}  # letters of masked residues have none
-        letters = "".join(row.label for row in rows)
-        labels = np.fromiter((index.get(x, 0) for x in letters), np.int64, len(letters))
-        return Split(sequences, labels, used, sizes, ids)
+def _split(rows: list[_Row], kind: str, classes: tuple[str, ...]) -> Split:
+    flat = [x for row in rows for x in row.labels]
     if kind == "regression":
-        labels = np.array([row.label for row in rows])
+        labels = np.array(flat)
     elif kind == "multilabel":
-        labels = np.array([[name in row.label for name in classes] for row in rows], np.int64)
+        labels = np.array([[name in x for name in classes] for x in flat], np.int64)
     else:
-        labels = np.array([classes.index(row.label) for row in rows])
-    ones = np.ones(len(rows), np.int64)
-    return Split(sequences, labels, ones.astype(bool), ones, ids)
+        index = {name: i for i, name in enumerate(classes)}  # letters of masked residues have none
+        labels = np.array([index.get(x, 0) for x in flat])
+    used = np.frombuffer("".join(row.mask for row in rows).encode(), np.uint8) == ord("1")
+    sizes, ids = np.array([len(row.mask) for row in rows]), tuple(row.id for row in rows)
+    return Split([row.sequence for row in rows], labels, used, sizes, ids)

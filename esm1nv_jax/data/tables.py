@@ -33,26 +33,23 @@ def open_csv(path: str) -> tuple[list[str], Iterator[Row]]:
     reader = csv.reader(lines, skipinitialspace=True, delimiter=delimiter_of(path))
 
     def rows() -> Iterator[Row]:
+        width = 0
         try:
-            for row in reader:
-                if any(row):
-                    yield reader.line_num, [field.strip() for field in row]
+            for row in filter(any, reader):
+                width = width or len(row)
+                if len(row) != width:
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(row)} fields, the header has {width}"
+                    )
+                yield reader.line_num, [field.strip() for field in row]
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}; is it CSV?") from None
-
-    def checked(columns: list[str], table: Iterator[Row]) -> Iterator[Row]:
-        for line, fields in table:
-            if len(fields) != len(columns):
-                raise UserError(
-                    f"{path}, line {line}: {len(fields)} fields, the header has {len(columns)}"
-                )
-            yield line, fields
 
     table = rows()
     _, columns = next(table, (1, []))
     if not columns:
         raise UserError(f"{path} is empty; give a CSV file with names of columns in its first line")
-    return columns, checked(columns, table)
+    return columns, table
 
 
 def read_csv(path: str) -> tuple[list[str], list[Row]]:
