@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -115,16 +116,16 @@ class RunCheckpoints:
         self._threads = ThreadPoolExecutor(len(self._managers), "checkpoint")
         self._writes: dict[str, Future] = {}
         self.best_step, self._best = 0, float("inf")  # `_best` times the sign is the metric
+        self._saved_bests = [self._best]  # on process 0; the last is on disk, or being written
         if jax.process_index() == 0:
             for folder in self._managers:
                 steps(self.workdir, folder)  # raises UserError where it cannot be read
                 with files.writing(self.workdir / folder):
                     _delete_unfinished(self.workdir / folder)
-            best = step_folder.latest_valid_step(self.workdir, strict, console.print, BEST)
-            self._quarantine(BEST, best)
-            if best is not None:
+            if (best := self.latest_valid_step(BEST)) is not None:
                 value = step_folder.read_metadata(self.workdir, best, BEST)[metric]
                 self.best_step, self._best = best, self._sign * value
+                self._saved_bests.append(self._best)
 
     def should_save(self, step: int) -> bool:
         """Whether the policy asks for a checkpoint after `step`, by steps or by the clock."""
@@ -143,10 +144,19 @@ class RunCheckpoints:
         self, value: float, step: int, params, optimizer, data_state: dict, metadata: dict
     ) -> None:
         """As `save`, into `best/`, where the `value` of the metric is the best of the run."""
+        self._report(BEST)
         if self._sign * value < self._best:
             self.best_step, self._best = step, self._sign * value
+        # Not of `_best`, which all processes share: this one alone knows of a save that failed.
+        if self._sign * value < self._saved_bests[-1]:
+            self._saved_bests.append(self._sign * value)
             metadata = metadata | {self.best_metric: value}
             self._start(BEST, step, params, optimizer, data_state, metadata)
+
+    def broadcast_best(self, broadcast: Callable[[Callable[[], str]], str]) -> None:
+        """Takes over which step is the best, and how good, from process 0, which has read it."""
+        best = broadcast(lambda: json.dumps((self.best_step, self._best)))
+        self.best_step, self._best = json.loads(best)
 
     def check(self) -> None:
         """Reports a save that failed, waiting for none; raises SaveError if the config says so."""
@@ -159,28 +169,39 @@ class RunCheckpoints:
         for folder in list(self._writes):
             self._writes.pop(folder).result()
 
-    def latest_valid_step(self) -> int | None:
+    def latest_valid_step(self, folder: str = FOLDER) -> int | None:
         """The newest step whose files are as they were written; None where there is no step.
 
-        Renames newer ones to `STEP.damaged`. For process 0. Raises UserError where every step is
-        damaged, or, if `strict`, the newest.
+        Reports newer ones and renames them to `STEP.damaged`, so that they can be made anew. For
+        process 0. Raises UserError where every checkpoint is damaged, or, if `strict`, the newest.
         """
-        step = step_folder.latest_valid_step(self.workdir, self.strict, console.print)
-        if step is None and (damaged := steps(self.workdir)):
+        valid, damaged = None, []
+        for step in reversed(steps(self.workdir, folder)):
+            if not (errors := step_folder.verify(self.workdir, step, folder)):
+                valid = step
+                break
+            name = f"checkpoint {step}" if folder == FOLDER else f"{folder}/{step}"
+            message = f"{name} of {self.workdir} is damaged: {'; '.join(errors)}"
+            if self.strict:
+                raise UserError(
+                    f"{message}; check all with `esm1nv doctor {self.workdir}`, or leave out "
+                    "--strict to set it aside"
+                )
+            console.print(f"{message}; it is set aside")
+            damaged.append(self.workdir / folder / str(step))
+        if damaged and valid is None and folder == FOLDER:
             raise UserError(
                 f"all {len(damaged)} checkpoints of {self.workdir} are damaged; see `esm1nv doctor "
                 f"{self.workdir}`, restore them from a copy, or choose another --workdir=DIR"
             )
-        self._quarantine(FOLDER, step)
-        return step
-
-    def restore(self, step: int, params, optimizer) -> tuple[Any, Any, dict]:
-        """(params, optimizer, data_state) of a step, for every process.
-
-        `params` and `optimizer` are trees of `jax.ShapeDtypeStruct` with the shardings to make.
-        Raises UserError where the checkpoint holds other arrays.
-        """
-        return restore_from(self.workdir, step, FOLDER, params, optimizer)
+        with files.writing(self.workdir / folder):
+            for path in damaged:
+                aside = path.with_name(f"{path.name}.damaged")
+                if aside.exists():
+                    aside.rmtree()
+                path.rename(aside)
+        self._managers[folder].reload()
+        return valid
 
     def _start(self, folder: str, step: int, params, optimizer, data_state, metadata) -> None:
         self._report(folder)
@@ -214,23 +235,14 @@ class RunCheckpoints:
                 f"checkpoint {step} could not be written to {path}: {_reason(error)}"
             ) from None
 
-    def _quarantine(self, folder: str, valid: int | None) -> None:
-        """Renames the steps later than `valid`, so that they can be made anew."""
-        with files.writing(self.workdir / folder):
-            for step in steps(self.workdir, folder):
-                if valid is None or step > valid:
-                    damaged = self.workdir / folder / f"{step}.damaged"
-                    if damaged.exists():
-                        damaged.rmtree()
-                    (self.workdir / folder / str(step)).rename(damaged)
-        self._managers[folder].reload()
-
     def _report(self, folder: str) -> None:
         """Waits for the write into `folder` and reports its failure as the config says."""
         try:
             if folder in self._writes:
                 self._writes.pop(folder).result()
         except SaveError as error:
+            if folder == BEST:
+                self._saved_bests.pop()
             valid = steps(self.workdir)
             newest = f"the newest whole one is {valid[-1]}" if valid else "there is none yet"
             if self.config.on_error == "stop":
@@ -241,7 +253,11 @@ class RunCheckpoints:
 def restore_from(
     workdir: epath.Path, step: int, folder: str, params, optimizer
 ) -> tuple[Any, Any, dict]:
-    """As `RunCheckpoints.restore`, of any run, which stays untouched."""
+    """(params, optimizer, data_state) of a step of any run, for every process.
+
+    `params` and `optimizer` are trees of `jax.ShapeDtypeStruct` with the shardings to make.
+    Raises UserError where the checkpoint holds other arrays.
+    """
     if not files.is_remote(workdir):  # Orbax refuses relative paths
         workdir = epath.Path(os.path.abspath(workdir))
     manager = _open(workdir / folder, policies.FixedIntervalPolicy(1), policies.LatestN(1))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 
 import numpy as np
 import tensorstore
@@ -49,29 +48,6 @@ def is_finished(path: epath.Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def latest_valid_step(
-    workdir: epath.PathLike, strict: bool, on_progress: Callable[[str], None], folder: str = FOLDER
-) -> int | None:
-    """The newest step whose files are all as they were written; None where there is none.
-
-    Calls `on_progress` with a message for each newer one, which is damaged, or raises UserError if
-    `strict`.
-    """
-    for step in reversed(steps(workdir, folder)):
-        errors = verify(workdir, step, folder)
-        if not errors:
-            return step
-        name = f"checkpoint {step}" if folder == FOLDER else f"{folder}/{step}"
-        message = f"{name} of {workdir} is damaged: {'; '.join(errors)}"
-        if strict:
-            raise UserError(
-                f"{message}; check all with `esm1nv doctor {workdir}`, or leave out --strict to "
-                "set it aside"
-            )
-        on_progress(f"{message}; it is set aside")
-    return None
 
 
 def verify(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import jax
@@ -95,13 +96,14 @@ def restore_or_initialize(
         return "" if latest is None else str(latest)
 
     chosen = group.broadcast("checkpoint", choose)
-    checkpoints.best_step = int(group.broadcast("best", lambda: str(checkpoints.best_step)))
+    checkpoints.broadcast_best(functools.partial(group.broadcast, "best"))
     if chosen and not checkpoints.best_step:  # damaged: what is to be better counts from here
         checkpoints.best_step = int(chosen)
     shapes = abstract_state(step_config, mesh)
     create = jax.jit(state_from_params, static_argnums=0, out_shardings=replicated)
     if chosen:
-        params, rest, data = checkpoints.restore(int(chosen), *split_state(shapes))
+        step = (checkpoints.workdir, int(chosen), step_folder.FOLDER)
+        params, rest, data = restore_from(*step, *split_state(shapes))
         if data["data"] != run_data.train.fingerprint:
             raise UserError(OTHER_DATA)
         saved = step_folder.read_metadata(checkpoints.workdir, int(chosen))

@@ -99,6 +99,36 @@ def test_a_save_that_failed_is_told_and_ends_the_run_only_if_asked(tmp_path, cap
     assert step_folder.steps(tmp_path) == [1, 3]
 
 
+def test_a_best_that_could_not_be_written_does_not_count_as_written(tmp_path):
+    saves = checkpoints_of(tmp_path, on_error="continue")
+    saves.save_if_best(2.5, 100, *STATE)
+    saves.wait()
+    (tmp_path / "best" / "200").write_text("in the way")
+    for step, loss in ((200, 2.0), (300, 2.1), (400, 2.2)):
+        saves.save_if_best(loss, step, *STATE)
+    saves.wait()
+    assert step_folder.steps(tmp_path, step_folder.BEST) == [300]
+    assert saves.best_step == 200  # from which patience counts, in every process
+
+
+def test_all_processes_know_the_best_after_a_restart(tmp_path, monkeypatch):
+    """Process 0 alone reads it."""
+    first = checkpoints_of(tmp_path)
+    first.save_if_best(0.5, 30, *STATE)
+    first.wait()
+    processes = []
+    for index in (0, 1):
+        monkeypatch.setattr("jax.process_index", lambda index=index: index)
+        processes.append(checkpoints_of(tmp_path))
+    sent = []
+    processes[0].broadcast_best(lambda make: sent.append(make()) or sent[0])
+    processes[1].broadcast_best(lambda make: sent[0])
+    for step, loss, best in ((60, 0.6, 30), (90, 0.4, 90)):
+        for checkpoints in processes:
+            checkpoints.save_if_best(loss, step, *STATE)
+        assert [checkpoints.best_step for checkpoints in processes] == [best, best]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
