@@ -97,7 +97,7 @@ setup(
         "matplotlib>=3.9",
         "safetensors>=0.5",
         "isal>=1.7",
-        "zstandard>=0.23",
+        "backports.zstd>=1.0; python_version < '3.14'",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["esm1nv=esm1nv_jax.cli:main"]},

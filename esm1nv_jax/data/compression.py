@@ -19,17 +19,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import zstandard
 from isal import igzip_lib
 
 from esm1nv_jax.common.errors import UserError
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 BLOCK = 1 << 20  # bytes of text read or decompressed at a time
 _COMPRESSED = 1 << 17  # compressed bytes read at a time: at most so much is lost before a damage
-_ZSTD_PIECE = 1 << 10  # zstd has no bound on its output: a piece makes at most 32 MiB of text
 _MAX_LINE = 1 << 25  # characters of a line of text
 _GZIP, _ZSTD, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00"
 _GZIP_FLAG = igzip_lib.DECOMP_GZIP
+_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 31}
 _SKIPPABLE = b"\x2a\x4d\x18"  # bytes 1 to 3 of a zstd frame without content; pzstd writes them
 _UNSUPPORTED = {
     b"BZh": "bzip2",
@@ -92,7 +96,7 @@ class DecompressedFile:
             if head.startswith(_GZIP):
                 yield from self._members(lambda: igzip_lib.IgzipDecompressor(flag=_GZIP_FLAG))
             elif head.startswith(_ZSTD) or head[1:4] == _SKIPPABLE:
-                yield from self._members(_ZstdDecompressor)
+                yield from self._members(lambda: zstd.ZstdDecompressor(options=_ZSTD_OPTIONS))
             elif head.startswith(_XZ):
                 yield from self._members(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
             else:
@@ -100,7 +104,7 @@ class DecompressedFile:
                     yield block
         except EOFError as error:
             raise DamagedFileError("the compressed file ends too early") from error
-        except (igzip_lib.IsalError, lzma.LZMAError, zstandard.ZstdError, OSError) as error:  # type: ignore[misc]
+        except (igzip_lib.IsalError, lzma.LZMAError, zstd.ZstdError, OSError) as error:  # type: ignore[misc]
             if isinstance(error, OSError) and error.errno is not None:  # the disk, not the data
                 raise UserError(f"cannot read {self.name}: {error.strerror}") from error
             raise DamagedFileError(f"the compressed file is damaged ({error})") from error
@@ -192,34 +196,3 @@ def temporary_file(name: str, folder: Path | None) -> Iterator[IO[bytes]]:
         where = folder or tempfile.gettempdir()
         hint = f"; no space is left in {where}" if error.errno == errno.ENOSPC else ""
         raise UserError(f"cannot read {name}: {error.strerror}{hint}") from error
-
-
-class _ZstdDecompressor:
-    """A decompressor of one zstd frame with the interface of `lzma.LZMADecompressor`."""
-
-    def __init__(self):
-        self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self._input, self._at = b"", 0
-
-    @property
-    def eof(self) -> bool:
-        return self._frame.eof
-
-    @property
-    def needs_input(self) -> bool:
-        return self._at >= len(self._input)
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._frame.unused_data + self._input[self._at :]
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        if data:
-            self._input, self._at = data, 0
-        out, length = [], 0
-        while not self.needs_input and length < max_length and not self.eof:
-            piece = self._input[self._at : self._at + _ZSTD_PIECE]
-            self._at += len(piece)
-            out.append(self._frame.decompress(piece))
-            length += len(out[-1])
-        return b"".join(out)

@@ -8,15 +8,14 @@ import sys
 import zlib
 
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import compression, tables
-from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile, text_lines
+from esm1nv_jax.data.compression import DamagedFileError, DecompressedFile, text_lines, zstd
 
-PACK = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress}
+PACK = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstd.compress}
 
 
 @settings(max_examples=400, deadline=None)
@@ -70,7 +69,7 @@ def test_frames_without_content(tmp_path):
     """`pzstd` puts one before each other frame."""
     empty = bytes.fromhex("502a4d18") + (4).to_bytes(4, "little") + b"size"
     path = tmp_path / "x"
-    path.write_bytes((empty + zstandard.compress(b">a\nMK\n")) * 2)
+    path.write_bytes((empty + zstd.compress(b">a\nMK\n")) * 2)
     assert b"".join(DecompressedFile(path)) == b">a\nMK\n" * 2
 
 
@@ -78,7 +77,7 @@ def bomb(path, kind, megabytes):
     """A file of so many megabytes of one letter, a few kB large."""
     block = b"A" * 1_000_000
     if kind == "zst":
-        packer = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+        packer = zstd.ZstdCompressor()
     elif kind == "xz":
         packer = lzma.LZMACompressor(preset=0)
     else:
@@ -116,7 +115,7 @@ def test_a_decompression_bomb_is_refused_in_little_memory(tmp_path, kind):
 def test_blocks_are_small_however_far_a_file_expands(tmp_path, kind):
     sizes = [len(block) for block in DecompressedFile(bomb(tmp_path / "bomb", kind, 200))]
     assert sum(sizes) == 200_000_006
-    assert max(sizes) <= 34 << 20
+    assert max(sizes) <= 1 << 20
 
 
 def test_a_table_that_is_read_as_a_whole_has_a_bound(tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import zstandard
 
 from esm1nv_jax.cli import dispatch
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import EXIT_USER, UserError
 from esm1nv_jax.data import manifest, prepare, splits
+from esm1nv_jax.data.compression import zstd
 from esm1nv_jax.data.prepare import Preparation
 from esm1nv_jax.data.source import open_split
 from tests.data.made_up import fasta, made_up
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("small_chunks")
 def test_every_kind_of_input(tmp_path, kind):
     proteins = made_up(300)
     text = fasta(proteins)
-    pack = {"gz": gzip.compress, "zst": zstandard.compress, "xz": lzma.compress}.get(kind, bytes)
+    pack = {"gz": gzip.compress, "zst": zstd.compress, "xz": lzma.compress}.get(kind, bytes)
     paths = [tmp_path / "a"]
     paths[0].write_bytes(pack(text))
     if kind == "several":
@@ -79,7 +79,7 @@ BAD = {  # name: (content, line in the message, words in it, counted as)
         "text before the first header",
     ),
     "cut_gzip": (gzip.compress(TEXT)[:-200], "line", "too early", "damaged file"),
-    "cut_zstd": (zstandard.compress(TEXT)[:-200], "line", "too early", "damaged file"),
+    "cut_zstd": (zstd.compress(TEXT)[:-200], "line", "too early", "damaged file"),
     "cut_xz": (lzma.compress(TEXT)[:-200], "line", "too early", "damaged file"),
     "bad_gzip": (
         gzip.compress(TEXT)[:3000] + b"xxxxxxxx" + gzip.compress(TEXT)[3008:],
