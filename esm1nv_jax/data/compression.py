@@ -185,8 +185,9 @@ def regular_file(name: str, folder: Path | None = None) -> tuple[Path, IO[bytes]
 def temporary_file(name: str, folder: Path | None) -> Iterator[IO[bytes]]:
     """A file to be filled from the input `name`, which is removed with that object."""
     try:
+        suffix = "".join(Path(name).suffixes[-2:])  # by which tables are told apart
         copy = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            prefix="esm1nv-input-", dir=folder, delete=False
+            prefix="esm1nv-input-", suffix=suffix, dir=folder, delete=False
         )
         # By itself it would complain where the folder was removed before it.
         weakref.finalize(copy, Path(copy.name).unlink, missing_ok=True)

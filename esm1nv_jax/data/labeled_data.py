@@ -15,7 +15,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold, fold_all, permute, purpose
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.source import Labels, MemorySource
-from esm1nv_jax.data.tables import read_csv
+from esm1nv_jax.data.tables import check_unique, read_csv
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
 # The level and kind of the labels of each task.
@@ -141,6 +141,7 @@ def read(
     needed = ("sequence", "label", *(() if fractions else ("split",)))
     if missing := [c for c in needed if c not in columns]:
         raise UserError(f"{path} has no column {', '.join(missing)}; it has {', '.join(columns)}")
+    check_unique(path, columns, ("id", "sequence", "label", "split", "mask"))
     rows: dict[str, list[_Row]] = {"train": [], "valid": [], "test": []}
     for line, fields in table:
         text = dict(zip(columns, fields, strict=True))

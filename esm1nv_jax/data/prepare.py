@@ -289,9 +289,8 @@ def main(argv: list[str]) -> None:
         "esm1nv prepare --fasta uniref50.fasta.gz --out data/uniref50",
     )
     add = parser.add_argument
-    add(
-        "--fasta", nargs="+", metavar="FILE", help="FASTA, CSV or Parquet files, or pipes; -: stdin"
-    )
+    kinds = "FASTA, CSV or Parquet files, or pipes; -: stdin"
+    add("--fasta", nargs="+", action="extend", metavar="FILE", help=kinds)
     add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
     add("--out", metavar="DIR", help="the folder to make")
     for name, size in zip(splits.NAMES[1:], splits.DEFAULT_SIZES, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -13,13 +13,15 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data.compression import regular_file, temporary_file, text_lines
 
 MAX_BYTES = 1 << 30  # about what a table takes that is held in memory
+_COMPRESSED = (".gz", ".bgz", ".zst", ".zstd", ".xz")
+csv.field_size_limit(1 << 25)  # characters, as `text_lines` allows a line; 131,072 by default
 
 Row = tuple[int, list[str]]  # line number, fields
 
 
 def delimiter_of(path: str | Path) -> str:
     """What divides the fields of a table: tabs in a file named `.tsv`."""
-    return "\t" if ".tsv" in Path(path).suffixes[-2:] else ","
+    return "\t" if _suffix(path) == ".tsv" else ","
 
 
 def open_csv(path: str) -> tuple[list[str], Iterator[Row]]:
@@ -50,6 +52,12 @@ def open_csv(path: str) -> tuple[list[str], Iterator[Row]]:
     if not columns:
         raise UserError(f"{path} is empty; give a CSV file with names of columns in its first line")
     return columns, table
+
+
+def _suffix(name: str | Path) -> str:
+    """The suffix of a file's name, without that of a compression."""
+    path = Path(name)
+    return Path(path.stem if path.suffix in _COMPRESSED else path).suffix
 
 
 def read_csv(path: str) -> tuple[list[str], list[Row]]:
@@ -106,7 +114,7 @@ def protein_file(
 
 
 def _is_table(name: str) -> bool:
-    return bool(set(Path(name).suffixes[-2:]) & {*_SUFFIXES})
+    return _suffix(name) in _SUFFIXES
 
 
 def input_name(name: str) -> str:
@@ -147,5 +155,10 @@ def _check_columns(name: str, names: list[str], columns: tuple[str, str]) -> Non
             f"{name} has no column {', '.join(missing)}; it has {', '.join(names)}: name those of "
             "ids and sequences by --columns=ID,SEQUENCE"
         )
+    check_unique(name, names, columns)
+
+
+def check_unique(name: str, names: list[str], columns: Iterable[str]) -> None:
+    """Raises UserError where one of `columns` stands twice in the `names` of a file."""
     if twice := [column for column in columns if names.count(column) > 1]:
         raise UserError(f"{name} has two columns {twice[0]!r}; rename one")

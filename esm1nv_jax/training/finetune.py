@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
     add("--batch", type=int, metavar="N", help="proteins a step and device")
     add("--lr", type=float, metavar="RATE", help="peak learning rate; by default of the method")
     add("--seed", type=int, metavar="N", help="of the head, the order and dropout")
-    add("--grid", nargs="+", metavar="NAME=VALUES", help="lr=1e-4,3e-4 weight_decay=0,0.01")
+    grid = "lr=1e-4,3e-4 weight_decay=0,0.01"
+    add("--grid", nargs="+", action="extend", metavar="NAME=VALUES", help=grid)
     options, overrides = parser.parse_known_args(argv)
     names = {"model": options.checkpoint, "csv": options.csv, "task": options.task}
     names |= {name: getattr(options, name) for name in ("method", "epochs", "batch", "lr", "seed")}
@@ -73,7 +74,7 @@ def parse_grid(words: list[str]) -> list[dict[str, float]]:
     for word in words:
         name, _, values = word.partition("=")
         try:
-            axes[FIELDS[name]] = [float(value) for value in values.split(",")]
+            axes.setdefault(FIELDS[name], []).extend(map(float, values.split(",")))
         except (KeyError, ValueError):
             raise UserError(
                 f"--grid {word!r} is not NAME=VALUE,VALUE with a name of {', '.join(FIELDS)}"

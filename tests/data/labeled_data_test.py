@@ -44,6 +44,13 @@ def test_what_is_no_table(tmp_path, text, encoding, words):
         read_csv(written(tmp_path, text, encoding))
 
 
+@pytest.mark.parametrize("name", ["sequence", "label", "mask"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, name):
+    text = f"sequence,label,split,{name},{name}\nMKV,1,train,1,1\n"
+    with pytest.raises(UserError, match=f"has two columns '{name}'; rename one"):
+        labeled_data.read(written(tmp_path, text), "regression")
+
+
 def test_sequences_are_normalized_as_in_fasta_files(tmp_path):
     read = labeled_data.read(table(tmp_path, "mk--Tv**", end="\r\n"), "localisation")
     assert read.train.sequences == [b"MKV", b"MKL", b"MKTV"]

@@ -32,12 +32,14 @@ def test_every_kind_of_input(tmp_path, kind):
     pack = {"gz": gzip.compress, "zst": zstd.compress, "xz": lzma.compress}.get(kind, bytes)
     paths = [tmp_path / "a"]
     paths[0].write_bytes(pack(text))
-    if kind == "several":
-        half = text.index(b">UniRef50_A00150")
-        paths = [tmp_path / "a", tmp_path / "b"]
-        paths[0].write_bytes(text[:half])
-        paths[1].write_bytes(gzip.compress(text[half:]))
     words = ["--out", tmp_path / "set", "--validation", 10, "--test", 20]
+    if kind == "several":
+        third, half = (text.index(b">UniRef50_A00%d" % n) for n in (100, 150))
+        paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+        paths[0].write_bytes(text[:third])
+        paths[1].write_bytes(text[third:half])
+        paths[2].write_bytes(gzip.compress(text[half:]))
+        words += ["--fasta", paths.pop()]
     if kind == "-":
         done = subprocess.run(
             [sys.executable, "-m", "esm1nv_jax", "prepare", "--fasta", "-", *map(str, words)],

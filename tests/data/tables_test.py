@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -109,7 +111,23 @@ def test_fasta_stays_as_it_is(tmp_path):
     assert protein_file(str(path)) == (path, None)
 
 
-def test_fields_of_a_tsv_may_hold_commas(tmp_path):
-    (tmp_path / "x.tsv").write_text("id\tnote\nA\tone, two\n")
+def test_a_fasta_may_be_named_after_the_table_it_was_made_of(tmp_path):
+    path = fasta(tmp_path).rename(tmp_path / "p.csv.fasta")
+    assert protein_file(str(path)) == (path, None)
+
+
+def test_fields_of_a_tsv_may_hold_commas_and_be_long(tmp_path):
+    (tmp_path / "x.tsv").write_text(f"id\tnote\nA\tone, two\nB\t{'M' * 200_000}\n")
     columns, rows = open_csv(str(tmp_path / "x.tsv"))
-    assert columns == ["id", "note"] and list(rows) == [(2, ["A", "one, two"])]
+    assert columns == ["id", "note"]
+    assert list(rows) == [(2, ["A", "one, two"]), (3, ["B", "M" * 200_000])]
+
+
+def test_a_table_comes_through_a_pipe(tmp_path):
+    content = table(tmp_path, "tsv").read_bytes()
+    os.mkfifo(tmp_path / "pipe.tsv")
+    writer = threading.Thread(target=(tmp_path / "pipe.tsv").write_bytes, args=(content,))
+    writer.start()
+    found = scan(str(tmp_path / "pipe.tsv"), columns=("accession", "seq"))
+    writer.join()
+    assert list(found) == list(scan(str(fasta(tmp_path))))

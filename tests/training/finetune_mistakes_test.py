@@ -143,6 +143,16 @@ def test_of_paths(refusal, models):
     )
 
 
+def test_a_grid_may_be_given_in_parts(monkeypatch, models, tmp_path):
+    monkeypatch.setattr(finetune, "search", lambda config, grid, out: len(grid))
+    (tmp_path / "t.csv").write_text(rows(CLASSES), encoding="utf-8")
+    argv = ["--checkpoint", str(models / "base"), "--csv", str(tmp_path / "t.csv"), "--out", "run"]
+    argv += ["--task", "protein_classification"]
+    for lr in ("lr=1,2", "lr=3"):
+        argv += ["--grid", lr, "weight_decay=0"]
+    assert finetune.main(argv[:-1] + ["weight_decay=1"]) == 6
+
+
 def test_a_sequence_in_two_splits_is_counted(tmp_path):
     sequences = ["MKVA", "MKVC", "MKVD", "MKVE", "MKVA", "MKVG", "MKVA", "MKVC"]
     (tmp_path / "t.csv").write_text(rows(CLASSES, sequence=sequences), encoding="utf-8")
