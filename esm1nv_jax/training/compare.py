@@ -64,8 +64,9 @@ class RecipeRow:
         if self.step is None:
             cells["mean"] = plus_minus(self.mean, self.se, 3)
         else:
-            cells |= {"step": f"{self.step:,}", "mean": f"{self.mean:.3f}"}
-            cells["spread"] = plus_minus(self.spread, math.nan, 3)
+            cells["step"] = f"{self.step:,}"
+            for name, value in {"mean": self.mean, "spread": self.spread}.items():
+                cells[name] = plus_minus(value, math.nan, 3)
         cells["above the first"] = plus_minus(self.difference, self.difference_se, 3)
         return cells | {f"test {name}": plus_minus(*x, 3) for name, x in self.test.items()}
 
@@ -210,7 +211,8 @@ def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
 
 def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]:
     """Return rows of one question, best first, with their differences from the best."""
-    rows = sorted(rows, key=lambda row: row.mean, reverse=runs[0].metric[1])
+    sign = -1 if runs[0].metric[1] else 1
+    rows = sorted(rows, key=lambda row: (math.isnan(row.mean), sign * row.mean))
     named = {run.name: run for run in runs}
     of_rows = [[named[name] for name in row.runs] for row in rows]
     steps = shared_steps([run for same in of_rows for run in same])
@@ -297,9 +299,9 @@ def plot_curves(runs: list[Run]):
     axis.set_title(", ".join(run.name for run in runs[:4]) + (", ..." if len(runs) > 4 else ""))
     axis.legend(frameon=False, fontsize=8)
     trained = [run.at(x["step"]) for run in runs for x in run.validation if x["step"] > 0]
-    if trained and not runs[0].is_finetuned:
+    shown = list(filter(math.isfinite, [*trained, *runs[0].baselines.values()]))
+    if any(map(math.isfinite, trained)) and not runs[0].is_finetuned:
         # The untrained model, at about 30, would flatten all that follows.
-        shown = [*trained, *runs[0].baselines.values()]
         axis.set_ylim(min(shown) - 0.2, max(shown) + 0.2)
     return figure
 

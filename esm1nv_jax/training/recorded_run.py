@@ -72,9 +72,9 @@ class Run:
         return tuple(fields.items())
 
     def at(self, step: float) -> float:
-        """Return the validation metric after `step` steps; NaN where there is none."""
+        """Return the validation metric after `step` steps; NaN where there is no finite one."""
         values = (x.get(self.metric[0]) for x in self.validation if x["step"] == step)
-        return next((x for x in values if x is not None), math.nan)
+        return next((x for x in values if x is not None and math.isfinite(x)), math.nan)
 
     def best(self) -> float:
         """Return the best validation metric after any step; NaN where there is none."""

@@ -123,6 +123,19 @@ def test_the_table_as_json_and_csv(runs, tmp_path):
     assert line["seeds"] == "0 1" and float(line["mean"]) == pytest.approx(16.25)
 
 
+def test_an_infinite_perplexity_counts_as_missing(tmp_path, capsys):
+    figures = {0: 30, 100: 17.0}, {0: 30, 100: math.inf}, {0: 30, 100: math.nan}
+    runs = [write(tmp_path / f"a/{seed}", f"seed={seed}", x) for seed, x in enumerate(figures)]
+    runs += [write(tmp_path / "b", "seed=0", figures[0], lr=1e-3)]
+    out = str(tmp_path / "page.html")
+    assert command.run(cli.dispatch, ["compare", *runs, "--out", out]) == 0
+    capsys.readouterr()
+    ((best, last),) = over_seeds(read(runs))
+    assert best.runs == ["b"] and best.cells()["mean"] == "17.000"
+    cells = last.cells()
+    assert [cells[x] for x in ("mean", "spread", "above the first")] == ["-", "-", "-"]
+
+
 def test_only_what_differs_is_shown(runs):
     found = differing_fields(read(runs))
     assert found["seed"] == [0, 1, 2, 0] and found["masking.recipe"][3] == "shipped"

@@ -36,6 +36,13 @@ def batch(number: int, rows: int = 16) -> dict[str, np.ndarray]:
     return pack([*made, []], 64)
 
 
+@pytest.mark.parametrize(("loss", "perplexity"), [(2.0, 7.389), (1e4, np.inf), (np.nan, np.nan)])
+def test_a_loss_that_is_no_number_is_no_infinite_perplexity(loss, perplexity):
+    sums = {"loss": loss, "loss_mask": loss, "num_correct_masked": 0, "num_targets": 1}
+    found = CONFIG.objective.metrics(sums | {"num_masked": 1})
+    assert found["perplexity_mask"] == pytest.approx(perplexity, nan_ok=True, rel=1e-3)
+
+
 @functools.cache
 def jitted(config, devices: int):
     """(train step, mesh)."""
