@@ -124,8 +124,8 @@ def main(argv: list[str]) -> None:
             raise UserError("the config names no data; write esm1nv inspect DIR --config=...")
         source = open_split(data, options.split)
         stream, rate = stream_config(config, rows=1), config.masking.rate
-        sequences = config.batch.sequences_per_device
-        rows = config.batch.rows or rows_for(source.lengths, sequences, stream)
+        sequences, parts = config.batch.sequences_per_device, config.batch.microbatches
+        rows = config.batch.rows or rows_for(source.lengths, sequences, stream, parts)
         stream = dataclasses.replace(stream, rows=rows)  # of a run on one device
     else:
         if overrides:

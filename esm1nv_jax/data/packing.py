@@ -79,16 +79,20 @@ def evaluation_stream(config: StreamConfig) -> StreamConfig:
     return dataclasses.replace(config, seed=0, crop="prefix")
 
 
-def rows_for(lengths: np.ndarray, sequences: int, config: StreamConfig) -> int:
-    """The number of rows that hold about `sequences` sequences.
+def rows_for(
+    lengths: np.ndarray, sequences: int, config: StreamConfig, microbatches: int = 1
+) -> int:
+    """The number of rows that hold about `sequences` sequences, equally many a microbatch.
 
-    Packed, it is round(sequences x mean tokens / row length); otherwise one row a sequence.
-    `lengths` are those of the data set in residues, uncropped: [examples].
+    Packed, it is round(sequences x mean tokens / row length); otherwise one row a sequence; both
+    are rounded up to a multiple of `microbatches`. `lengths` are those of the data set in residues,
+    uncropped: [examples].
     """
-    if not config.packed:
-        return sequences
-    mean = float(np.minimum(lengths, config.max_residues).mean()) + SPECIALS
-    return max(1, round(sequences * mean / config.row_length))
+    rows = sequences
+    if config.packed:
+        mean = float(np.minimum(lengths, config.max_residues).mean()) + SPECIALS
+        rows = max(1, round(sequences * mean / config.row_length))
+    return rows + -rows % microbatches
 
 
 class EpochOrder:

@@ -283,9 +283,9 @@ class RunConfig:
         rows = self.batch.rows
         if not rows:
             one_row = stream_config(self, rows=1)  # for the layout of a row
-            per_device = rows_for(lengths, self.batch.sequences_per_device, one_row)
-            per_device += -per_device % self.batch.microbatches
-            rows = per_device * num_devices
+            batch = self.batch
+            rows = rows_for(lengths, batch.sequences_per_device, one_row, batch.microbatches)
+            rows *= num_devices
         multiple = num_devices * self.batch.microbatches
         if rows % multiple:
             raise UserError(

@@ -23,6 +23,7 @@ from esm1nv_jax.model.dropout import attention_rate
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.training import evaluation
 from esm1nv_jax.training.monitor import NonfiniteStep
+from esm1nv_jax.training.objective import MaskedLM
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import StepConfig
@@ -176,11 +177,11 @@ def baseline_perplexities(
     """Return the perplexity of predictors that know only composition, on the same positions."""
     unigram = baselines.unigram(baselines.count_residues(train_source, baselines.UNIGRAM_PROTEINS))
     nats, positions = {"unigram": 0.0, "composition": 0.0}, 0
-    recipe = config.masking.config()
-    jitted_mask = jax.jit(masking.mask, static_argnums=0)
+    objective = MaskedLM(config.masking.config())
+    jitted_targets = jax.jit(MaskedLM.targets, static_argnums=(0, 1))
     for batch in evaluation_batches(validation_source, evaluation_stream(stream)):
-        arrays = (batch[name] for name in ("tokens", "segment_ids", "mask_bits"))
-        masked = jax.device_get(jitted_mask(recipe, *arrays))
+        arrays = {name: batch[name] for name in objective.batch_dtypes}
+        masked = jax.device_get(jitted_targets(objective, config.model, arrays))
         rows, entries = np.nonzero(masked.is_masked_BM)
         columns = masked.prediction_positions_BM[rows, entries]
         targets = masked.targets_BM[rows, entries]

@@ -78,6 +78,9 @@ def test_a_config_says_how_rows_are_cut(capsys):
     assert command.run(dispatch, [*argv, "--config.data.path=sample", "--show=0"]) == 0
     shown = capsys.readouterr().out
     assert "of 512 tokens a batch" in shown and "the 10 % of residues to be predicted" in shown
+    parts = ["--config.data.path=sample", "--show=0", "--config.batch.microbatches=64"]
+    assert command.run(dispatch, [*argv, *parts]) == 0
+    assert "256 of 512 tokens a batch" in capsys.readouterr().out  # 231, in 64 equal parts
     assert command.run(dispatch, argv) == EXIT_USER
     assert "names no data" in capsys.readouterr().err
 

@@ -244,6 +244,7 @@ def test_rows_for_a_number_of_sequences():
     config = StreamConfig(seed=0, rows=1, row_length=512, max_residues=510)
     mean = (102 + 302 + 512) / 3
     assert rows_for(lengths, 370, config) == round(370 * mean / 512)
+    assert rows_for(lengths, 370, config, 64) == 256
     assert rows_for(lengths, 370, dataclasses.replace(config, packed=False)) == 370
 
 

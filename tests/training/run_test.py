@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
+from esm1nv_jax.common import config_file
+from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.packing import stream_config
+from esm1nv_jax.data.source import MemorySource
 from esm1nv_jax.training import summary
+from esm1nv_jax.training.run_config import RunConfig
 from tests.training import processes
 from tests.training.processes import assert_same, lines, params
 
@@ -17,6 +22,17 @@ from tests.training.processes import assert_same, lines, params
 def test_the_start_names_a_rate_of_attention_dropout_that_is_rounded():
     assert "attention_dropout=0.1 is 26/256 = 0.1016" in summary.describe_attention_rate(0.1)
     assert summary.describe_attention_rate(0.0) == summary.describe_attention_rate(0.25) == ""
+
+
+def test_baselines_are_asked_what_the_model_is_asked():
+    """Not for a letter that its vocabulary lacks."""
+    config = config_file.load(processes.TINY).unlock()
+    config.model.vocabulary = " ".join(x for x in tokenizer.TOKENS if x != "X")
+    config = RunConfig.from_config_dict(config)
+    train, validation = (MemorySource([("p", letters)]) for letters in (b"A" * 75, b"AX" * 30))
+    stream = stream_config(config, rows=1)
+    found = summary.baseline_perplexities(config, stream, train, validation)
+    assert found["unigram"] == pytest.approx(100 / 76)  # each letter is counted once more
 
 
 @pytest.fixture(scope="module")
