@@ -258,8 +258,7 @@ def restore_from(
     `params` and `optimizer` are trees of `jax.ShapeDtypeStruct` with the shardings to make.
     Raises UserError where the checkpoint holds other arrays.
     """
-    if not files.is_remote(workdir):  # Orbax refuses relative paths
-        workdir = epath.Path(os.path.abspath(workdir))
+    workdir = files.absolute(workdir)  # Orbax refuses others
     manager = _open(workdir / folder, policies.FixedIntervalPolicy(1), policies.LatestN(1))
     items = ocp.args.Composite(
         params=ocp.args.StandardRestore(params),

@@ -97,7 +97,7 @@ class StepPath(NamedTuple):
 def find_step(path: epath.PathLike) -> StepPath | None:
     """The step that `path` names: itself, or the newest of a run or of its folders `checkpoints`
     and `best`; None where there is none."""
-    folder = epath.Path(path)
+    folder = files.absolute(path)  # of `.` or `500` the names of the folders above
     if folder.name.isdecimal() and folder.parent.name in (FOLDER, BEST):
         return StepPath(folder.parent.parent, int(folder.name), folder.parent.name)
     if folder.name in (FOLDER, BEST) and (steps := step_folder.steps(folder.parent, folder.name)):
@@ -205,7 +205,7 @@ def find_finetuned(path: str) -> StepPath | None:
             return None
     except (OSError, ValueError):
         return None  # `read` says what is wrong
-    best = step_folder.steps(run, BEST) if epath.Path(path) == run else []
+    best = step_folder.steps(run, BEST) if files.absolute(path) == run else []
     return StepPath(run, best[-1], BEST) if best else found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -24,6 +25,7 @@ THREADS = 64  # a small training run on two cores takes 36
 KEPT_SHARE = 0.2  # of the memory of the machine, that a program may work in
 # Device files of GPUs (/dev/dxg: under Windows) and TPUs.
 _ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
+_MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 _CUDA = "jax_cuda12_plugin jax_cuda13_plugin jax_plugins.xla_cuda12 jax_plugins.xla_cuda13".split()
 
 
@@ -225,9 +227,13 @@ def keeps(working_bytes: float) -> bool:
     return not has_accelerator() and wish != "0" and (wish == "1" or fits)
 
 
-def machine_memory() -> int:
-    """Return the bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def machine_memory(limits: Sequence[str] = _MEMORY_LIMITS) -> int:
+    """Return the bytes of memory that this machine has, or its container, by a file of `limits`."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            sizes.append(int(Path(path).read_text(encoding="utf-8")))
+    return min(sizes)
 
 
 def return_freed_memory() -> None:

@@ -153,6 +153,11 @@ def write_atomically(path: epath.Path, text: str) -> None:
     os.replace(new, path)
 
 
+def absolute(path: epath.PathLike) -> epath.Path:
+    """A path that holds in any folder; links in it stay."""
+    return epath.Path(path if is_remote(path) else os.path.abspath(path))
+
+
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path lies in an object store."""
     return "://" in str(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from typing import Any
@@ -17,17 +16,12 @@ FILE = "metrics.jsonl"
 
 
 def read(run_dir: epath.PathLike) -> list[dict[str, Any]]:
-    """Return every line in order, but for those that a crash or a full disk has cut short.
+    """Return every line in order, but for those that a crash or a full disk has damaged.
 
     Raises OSError where the file cannot be read.
     """
-    records = []
-    for line in (epath.Path(run_dir) / FILE).read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [record for record in records if isinstance(record, dict) and "kind" in record]
+    lines = (epath.Path(run_dir) / FILE).read_bytes().splitlines()
+    return [record for record in map(_record, lines) if record is not None]
 
 
 class MetricsWriter:
@@ -45,7 +39,7 @@ class MetricsWriter:
         self.path = run_dir / FILE
         with writing(self.path, errors=(OSError, UnicodeDecodeError)):  # a folder, no permission
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if _step(line) <= step]
+            kept = [line for line in lines if (x := _record(line)) and x["step"] <= step]
             if len(kept) < len(lines):
                 self.path.write_text("".join(f"{line}\n" for line in kept))
             self._file = open_append(self.path)
@@ -107,9 +101,11 @@ class MetricsWriter:
             self._events = None
 
 
-def _step(line: str) -> float:
-    """The step of a line; infinite for one cut short by a crash, so that it is dropped."""
+def _record(line: str | bytes) -> dict[str, Any] | None:
+    """What a line says; None of a damaged one, such as one cut short by a crash."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and "kind" in record and isinstance(record.get("step"), int)
+    return record if whole else None

@@ -183,7 +183,9 @@ class Watchdog:
         if status == EXIT_LOST:  # a user's mistake needs no stacks
             faulthandler.dump_traceback(self.log, all_threads=True)
         if received:
-            self.group.client.key_value_set(f"left/{self.group.index}", "", allow_overwrite=True)
+            client, key = self.group.client, f"left/{self.group.index}"
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone
+                client.key_value_set(key, "", allow_overwrite=True)
         elif self.group.client is not None:
             time.sleep(3 * PERIOD)  # the others receive the reason before they see this one go
         os._exit(status)

@@ -85,7 +85,7 @@ def _open_labeled(config: RunConfig) -> RunData:
     labeled_data.check_classes(path, task)
     objective = objective_of(config, task)
     validation = subset(task.source("valid"), config.evaluation.sequences)
-    metadata = {
+    metadata: dict[str, Any] = {
         "head": dataclasses.asdict(objective.head),
         "label_scale": [objective.label_mean, objective.label_std],
         "lora": dataclasses.asdict(objective.lora) if objective.lora else None,
@@ -94,8 +94,11 @@ def _open_labeled(config: RunConfig) -> RunData:
     train, test = task.source("train"), task.source("test") if finetune.test else None
     data = RunData(train, validation, test, task, objective, metadata=metadata)
     if not config.init_from:  # all parameters are trained, so that a checkpoint is a whole model
+        metadata |= model_folder.NO_LM_HEAD  # labels train none
         return data
     weights = _load_base(config)
+    if not weights.has_lm_head:
+        metadata |= model_folder.NO_LM_HEAD
     params = weights.encoder_params
     metadata["base"] = {"path": _exact_path(weights, config), "digest": model_folder.digest(params)}
     initial = params | objective.init_added(config.model, config.seed)

@@ -1,13 +1,16 @@
 """What a run refuses at its start, with real processes that really differ."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
-from esm1nv_jax.training import process_group
+from esm1nv_jax.training import distributed, process_group
 from tests.cluster.runs import Run
 from tests.training import processes
 
@@ -123,6 +126,24 @@ def test_a_process_that_never_comes_ends_the_start(tmp_path):
     with Run(tmp_path / "run", 2, *FEW, "--config.cluster.start_timeout=15", python=python) as run:
         assert run.wait(200) not in (0, 2, 75)
         assert "did not find each other in 15 s" in run.text or "DEADLINE_EXCEEDED" in run.text
+
+
+def test_a_process_that_is_told_to_end_does_so_when_the_coordinator_has_gone(monkeypatch, capsys):
+    def gone(*_, **__):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    client = types.SimpleNamespace(key_value_set=gone)
+    group = types.SimpleNamespace(client=client, index=1, host="here")
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended, match="2"):
+        distributed.Watchdog(group, 60, 60)._exit(2, "the config differs", received=True)
+    assert "process 1 on here, starting: the config differs" in capsys.readouterr().err
 
 
 def test_alone_every_note_comes_back_at_once():

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from etils import epath
 
+from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.metrics_log import MetricsWriter
 
@@ -68,6 +69,16 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
             for step in range(start + 1, start + 6):
                 writer.write(step, "train", {"loss": float(step)})
     assert steps(folder) == list(range(1, 9))
+
+
+def test_damaged_lines_are_left_out(tmp_path):
+    whole = b'{"step": 1, "kind": "train"}\n'
+    damaged = b'\xff\n{"step": null, "kind": "train"}\n{"step": "a", "kind": "train"}\n7\n{"ste\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damaged)
+    assert metrics_log.read(tmp_path) == [{"step": 1, "kind": "train"}]
+    (tmp_path / "metrics.jsonl").write_bytes(whole + damaged[2:])
+    with MetricsWriter(epath.Path(tmp_path), 5, True):
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
 @pytest.mark.parametrize("make", [os.mkdir, lambda path: path.write_bytes(b"\xff\xfe")])

@@ -86,6 +86,15 @@ def test_a_program_that_works_in_much_of_the_memory_keeps_none_unless_told_to(mo
     assert not command.keeps(1)
 
 
+def test_a_container_has_the_memory_that_it_is_allowed(tmp_path):
+    limit = tmp_path / "memory.max"
+    paths = [str(tmp_path / "absent"), str(limit)]
+    machine = command.machine_memory(paths)
+    for text, bytes_ in (("max\n", machine), (f"{1 << 62}\n", machine), ("1048576\n", 1 << 20)):
+        limit.write_text(text, encoding="utf-8")
+        assert command.machine_memory(paths) == bytes_
+
+
 def test_a_machine_without_proc_is_one_line(monkeypatch):
     monkeypatch.setattr(command, "has_accelerator", lambda: False)
     if sys.platform.startswith("linux"):

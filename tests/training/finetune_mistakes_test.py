@@ -150,7 +150,7 @@ def test_a_grid_may_be_given_in_parts(monkeypatch, models, tmp_path):
     argv += ["--task", "protein_classification"]
     for lr in ("lr=1,2", "lr=3"):
         argv += ["--grid", lr, "weight_decay=0"]
-    assert finetune.main(argv[:-1] + ["weight_decay=1"]) == 6
+    assert finetune.main([*argv[:-1], "weight_decay=1"]) == 6
 
 
 def test_a_sequence_in_two_splits_is_counted(tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs of fine-tuning: learning, the test split, going on, and the model that comes out."""
 
 import csv
+import dataclasses
 import json
 import signal
 import subprocess
@@ -187,6 +188,7 @@ def test_from_scratch_a_checkpoint_needs_no_base(run, base, tmp_path, monkeypatc
     assert command.run(main.main, [*argv, "--config.compute.dtype=float32"]) == 0
     weights = load_weights(str(tmp_path / "run"))
     assert weights.head.classes == ("C", "H") and weights.provenance["base"] is None
+    assert not weights.has_lm_head  # nothing has trained it
 
 
 def test_a_base_that_has_changed_or_gone_is_named(run, base, tmp_path, capfd):
@@ -204,6 +206,14 @@ def test_a_base_that_has_changed_or_gone_is_named(run, base, tmp_path, capfd):
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=f"fine-tuned from {model}, which cannot be read"):
         load_weights(str(out))
+
+
+def test_a_base_without_a_masked_lm_head_gives_none(run, base, tmp_path):
+    model, options = str(tmp_path / "model"), ("--method", "head", "--epochs", "1")
+    bare = dataclasses.replace(load_weights(base), provenance=model_folder.NO_LM_HEAD)
+    model_folder.write(model, bare)
+    assert load_weights(str(run("run", *options)[1])).has_lm_head
+    assert not load_weights(str(run("bare", *options, model=model)[1])).has_lm_head
 
 
 @pytest.mark.integration
