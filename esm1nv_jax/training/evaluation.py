@@ -9,12 +9,11 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from etils import epath
-from rich.table import Table
 
 from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST
 from esm1nv_jax.common import files, metrics_log
-from esm1nv_jax.common.console import console
+from esm1nv_jax.common.console import console, numbers_table
 from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream
@@ -108,10 +107,6 @@ def print_results(data: RunData, run_dir: epath.Path) -> None:
     sign = 1 if data.objective.maximize else -1
     known = [x for x in validated if x["step"] and x.get(name) is not None and x[name] == x[name]]
     tested = json.loads((run_dir / FILE).read_text()) if (run_dir / FILE).exists() else None
-    table = Table(
-        title=f"{data.objective.head.level} labels, chosen by {name}", title_justify="left"
-    )
-    table.add_column("")
     rows: list[tuple[str, dict, dict]] = []
     if known:
         best = max(known, key=lambda line: sign * line[name])
@@ -124,8 +119,7 @@ def print_results(data: RunData, run_dir: epath.Path) -> None:
         for n in ("loss", "accuracy", "macro_f1", "mcc", "spearman", "mse")
         if rows and n in rows[0][1]
     ]
-    for metric in names:
-        table.add_column(metric, justify="right")
+    table = numbers_table(f"{data.objective.head.level} labels, chosen by {name}", "", *names)
     for label, metrics, errors in rows:
         cells = [
             plus_minus(metrics[n], errors[n], 3)

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from rich.table import Table
 
 from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.checkpoints.step_folder import BEST
 from esm1nv_jax.common import config_file, files
 from esm1nv_jax.common.command import Parser
-from esm1nv_jax.common.console import console
+from esm1nv_jax.common.console import console, numbers_table
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED, UserError
 from esm1nv_jax.data.labeled_data import TASKS
 from esm1nv_jax.training.label_prediction import best_metric
@@ -140,7 +139,7 @@ def _best(run: Path, metric: str) -> float | None:
 
 
 def _print(record: dict[str, Any]) -> None:
-    table = Table("setting", record["metric"], title="Validation", title_justify="left")
+    table = numbers_table("Validation", "setting", record["metric"])
     for name, value in record["validation"].items():
         style = "bold" if name == record["chosen"] else ""
         table.add_row(name, "-" if value is None else f"{value:.4f}", style=style)

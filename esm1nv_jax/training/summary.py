@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from rich.table import Table
 
 from esm1nv_jax.checkpoints.step_folder import FOLDER, steps
 from esm1nv_jax.common import files, metrics_log
-from esm1nv_jax.common.console import console
+from esm1nv_jax.common.console import console, numbers_table
 from esm1nv_jax.data.packing import StreamConfig, evaluation_stream, rows_for
 from esm1nv_jax.data.pipeline import evaluation_batches
 from esm1nv_jax.data.source import Source
@@ -137,10 +136,8 @@ def print_results(
     baseline = baseline_perplexities(config, stream, data.train, data.validation)
     with contextlib.suppress(OSError):  # a full disk: two lines of a plot, no reason to fail
         files.write_atomically(run_dir / BASELINES, json.dumps(baseline, indent=1))
-    table = Table(title="Perplexity on held-out sequences (lower is better)", title_justify="left")
-    table.add_column("")
-    table.add_column("all selected", justify="right")
-    table.add_column("<mask> only", justify="right")
+    title = "Perplexity on held-out sequences (lower is better)"
+    table = numbers_table(title, "", "all selected", "<mask> only")
 
     def add_model(name: str, metrics: dict[str, float], style: str = "") -> None:
         values = (f"{metrics[key]:.2f}" for key in ("perplexity", "perplexity_mask"))
