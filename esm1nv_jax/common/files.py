@@ -55,16 +55,23 @@ def writing(
         ) from None
 
 
+def beside(path: Path) -> Path:
+    """Where to write what is to take the place of `path`: a device or a pipe itself."""
+    is_special = path.exists() and not path.is_file()
+    return path if is_special else path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, kept: Path | None = None) -> Iterator[Path]:
     """A new file to write, which takes the place of `path` when all went well; as `writing`."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new = beside(path)
     with writing(path, kept):
         try:
             yield new
             os.replace(new, path)
         finally:
-            new.unlink(missing_ok=True)
+            if new != path:
+                new.unlink(missing_ok=True)
 
 
 def parse_json(text: str) -> Any:

@@ -90,7 +90,7 @@ def rows_for(
     """
     rows = sequences
     if config.packed:
-        mean = float(np.minimum(lengths, config.max_residues).mean()) + SPECIALS
+        mean = float(np.minimum(lengths, np.int64(config.max_residues)).mean()) + SPECIALS
         rows = max(1, round(sequences * mean / config.row_length))
     return rows + -rows % microbatches
 

@@ -258,7 +258,9 @@ def assign(key: np.ndarray, validation: int, test: int, whole: bool) -> np.ndarr
         split_of[taken] = name
         split[order[split_of[cluster] == name]] = name
         if left and not whole:
-            split[order[split[order] == TRAIN][:left]] = name
+            at = np.flatnonzero(split[order] == TRAIN)[:left]
+            split[order[at]] = name
+            split_of[cluster[at]] = DROPPED  # a divided cluster is not taken by the next split
     return split
 
 

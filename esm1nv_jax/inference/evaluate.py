@@ -236,17 +236,21 @@ def unigram_counts(
 
 def read_groups(path: str) -> dict[str, str]:
     """Id to class, from lines `id<TAB>class`."""
-    groups = {}
+    groups: dict[str, str] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            name, tab, group = line.partition("\t")
-            if not tab or not group.strip():
+            name, _, group = (text.strip() for text in line.partition("\t"))
+            if not group or "\t" in group:
                 raise UserError(f"{path}, line {number}: {line[:60]!r} is not id<TAB>class")
-            groups[name.strip()] = group.strip()
+            if groups.setdefault(name, group) != group:
+                raise UserError(
+                    f"{path}, line {number}: {name!r} is in class {group!r}, and in "
+                    f"{groups[name]!r} above; give each id one class"
+                )
     if not groups:
         raise UserError(f"{path} names no class; write id<TAB>class, a line each")
     return groups

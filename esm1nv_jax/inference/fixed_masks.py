@@ -10,8 +10,10 @@ The first line also holds `residue_counts`, those of the unigram baseline, by le
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -100,31 +102,37 @@ def _proteins(batch: Batch) -> Iterator[tuple[int, int, int]]:
 def write_masks(
     path: str, source: Source, corrupted: Iterator[tuple[Batch, Masked]], residue_counts: np.ndarray
 ) -> Iterator[tuple[Batch, Masked]]:
-    """Passes `corrupted` on, and writes the masks of every protein to a file."""
+    """Passes `corrupted` on, and writes the masks of every protein to a file, which is there once
+    they are complete."""
     counts = dict(zip(tokenizer.RESIDUES, map(int, residue_counts), strict=True))
     first: dict = {"residue_counts": counts}
-    mode = "w"
-    for batch, masked in corrupted:
-        proteins, lines = list(_proteins(batch)), []
-        ids = source.ids([example for _, example, _ in proteins])
-        for name, (row, _, start) in zip(ids, proteins, strict=True):
-            segment = batch["segment_ids"][row, start]
-            end = start + int((batch["segment_ids"][row] == segment).sum())
-            residues = tokenizer.decode(batch["tokens"][row, start + 1 : end - 1])
-            at = masked.prediction_positions_BM[row][masked.is_target_BM[row]]
-            at = at[(at > start) & (at < end)]
-            line = {
-                "id": name,
-                "sequence": residues.replace("<unk>", UNKNOWN),
-                "positions": (at - start - 1).tolist(),
-                "inputs": [tokenizer.TOKENS[i] for i in masked.inputs_BT[row, at]],
-            }
-            lines.append(json.dumps(line | first) + "\n")
-            first = {}
-        with files.writing(path), open(path, mode, encoding="utf-8") as file:
-            file.writelines(lines)
-        mode = "a"
-        yield batch, masked
+    new = files.beside(Path(path))
+    try:
+        for batch, masked in corrupted:
+            proteins, lines = list(_proteins(batch)), []
+            ids = source.ids([example for _, example, _ in proteins])
+            for name, (row, _, start) in zip(ids, proteins, strict=True):
+                segment = batch["segment_ids"][row, start]
+                end = start + int((batch["segment_ids"][row] == segment).sum())
+                residues = tokenizer.decode(batch["tokens"][row, start + 1 : end - 1])
+                at = masked.prediction_positions_BM[row][masked.is_target_BM[row]]
+                at = at[(at > start) & (at < end)]
+                line = {
+                    "id": name,
+                    "sequence": residues.replace("<unk>", UNKNOWN),
+                    "positions": (at - start - 1).tolist(),
+                    "inputs": [tokenizer.TOKENS[i] for i in masked.inputs_BT[row, at]],
+                }
+                lines.append(json.dumps(line | first) + "\n")
+                first = {}
+            with files.writing(path), new.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            yield batch, masked
+        with files.writing(path):
+            os.replace(new, path)
+    finally:
+        if new != Path(path):
+            new.unlink(missing_ok=True)
 
 
 def read_masks(path: str) -> MaskFile:

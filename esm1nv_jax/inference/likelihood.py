@@ -123,6 +123,8 @@ def score_mutants(
     """
     if mode not in MODES:
         raise UserError(f"mode {mode!r} is unknown; there are {', '.join(MODES)}")
+    if additive and mode != MASKED:
+        raise UserError(f"additive scores are of mode {MASKED}, found {mode}")
     index, n = mutants.residues, len(mutants)
     if not n:
         return np.zeros(0)

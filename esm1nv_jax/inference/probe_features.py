@@ -19,6 +19,7 @@ import numpy as np
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common.console import bar
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.labeled_data import Split, Task
 from esm1nv_jax.inference.engine import OutputSpec, embed_sequences
@@ -94,7 +95,13 @@ def embeddings(
         arrays = embed_sequences(model.on_devices, some, outputs, model.longest)
         parts.append(arrays[f"{kind}_{layer}"])
         on_progress(sum(map(len, some)))
-    return np.concatenate(parts)
+    states = np.concatenate(parts)
+    if not np.isfinite(states).all():
+        raise UserError(
+            f"hidden states of layer {layer} are not finite in {dtype}; leave the layer out by "
+            "--layers, or check the checkpoint"
+        )
+    return states
 
 
 class EmbeddingCache:

@@ -35,12 +35,15 @@ def score(kind: str, labels: np.ndarray, predicted: np.ndarray) -> dict[str, flo
 def bootstrap_errors(
     kind: str, labels: np.ndarray, predicted: np.ndarray, protein: np.ndarray, seed: int = 0
 ) -> dict[str, float]:
-    """Return the standard error of every metric of `score`, by a bootstrap of the proteins.
+    """Return the standard error of every metric of `score`, by a bootstrap of the proteins; NaN of
+    one protein alone.
 
     protein: int [n], which one a label belongs to.
     """
     _, protein = np.unique(protein, return_inverse=True)
     n, rng = int(protein.max()) + 1, np.random.default_rng(seed)
+    if n == 1:  # every draw is the same
+        return dict.fromkeys(score(kind, labels, predicted), math.nan)
     if kind == "regression":
         order = np.argsort(protein, kind="stable")
         begin = np.searchsorted(protein[order], np.arange(n + 1))

@@ -118,7 +118,8 @@ def search(config: ConfigDict, grid: list[dict[str, float]], out: Path) -> int:
 
 def _name(setting: dict[str, float]) -> str:
     short = {field: name for name, field in FIELDS.items()}
-    return "_".join(f"{short[field]}={value:g}" for field, value in setting.items())
+    texts = ((short[field], repr(value).removesuffix(".0")) for field, value in setting.items())
+    return "_".join(f"{name}={text}" for name, text in texts)
 
 
 def _config(config: ConfigDict, setting: dict[str, float], test: bool) -> RunConfig:

@@ -245,6 +245,8 @@ def test_rows_for_a_number_of_sequences():
     mean = (102 + 302 + 512) / 3
     assert rows_for(lengths, 370, config) == round(370 * mean / 512)
     assert rows_for(lengths, 370, config, 64) == 256
+    longer = dataclasses.replace(config, max_residues=70_000, row_length=70_002)
+    assert rows_for(lengths.astype(np.uint16), 1000, longer) == round(1306 / 3 * 1000 / 70_002)
     assert rows_for(lengths, 370, dataclasses.replace(config, packed=False)) == 370
 
 

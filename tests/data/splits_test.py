@@ -134,3 +134,13 @@ def test_two_clusters_do_not_make_three_splits(tmp_path):
     options = Preparation((str(tmp_path / "a"),), str(tmp_path / "set"), 1, 1, groups=str(rows))
     with pytest.raises(UserError, match="too large: whole ones for validation and test"):
         prepare.prepare(options)
+
+
+def test_sizes_are_exact_whatever_stands_twice():
+    """A cluster that is divided for validation is no candidate for test."""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        key = np.repeat(np.arange(40), random.integers(1, 4, 40))
+        sizes = random.integers(1, 6, 2).tolist()
+        split = splits.assign(random.permutation(key), *sizes, whole=False)
+        assert np.bincount(split).tolist() == [len(key) - sum(sizes), *sizes]

@@ -3,13 +3,15 @@
 import errno
 import json
 
+import numpy as np
 import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport
 from esm1nv_jax.data.source import MemorySource
-from esm1nv_jax.inference import evaluation_report, fixed_masks
+from esm1nv_jax.inference import evaluation_report, fixed_masks, perplexity
 from esm1nv_jax.inference.evaluate import evaluate_model, read_groups
+from esm1nv_jax.model.masking import recipe
 
 PROTEINS = [("a", b"MKJVAXL*GS"), ("b", b"ACDEFGHIKL")]
 
@@ -41,6 +43,31 @@ def test_only_what_the_masks_are_written_to_is_said_to_refuse_them(model, tmp_pa
     monkeypatch.setattr(fixed_masks, "evaluation_batches", fail)
     with pytest.raises(OSError, match="Input/output error"):
         evaluate_model(model, MemorySource(PROTEINS), masks_out=str(tmp_path / "m.jsonl"))
+
+
+def test_masks_appear_when_they_are_complete(model, tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text("of before")
+    source = MemorySource(PROTEINS * 400)
+    stream = perplexity.evaluation_stream(model, 0)
+    drawn = fixed_masks.draw_masks(source, stream, recipe("card"), model.config.vocabulary)
+    written = fixed_masks.write_masks(str(path), source, drawn, np.ones(25))
+    next(written)
+    written.close()
+    assert path.read_text() == "of before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("p\tA\nq\tA\np\tB\n", "line 3: 'p' is in class 'B', and in 'A' above"),
+        ("p\tA\tB\n", "is not id<TAB>class"),
+    ],
+)
+def test_an_id_is_in_one_class(tmp_path, text, said):
+    (tmp_path / "g.tsv").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_groups(str(tmp_path / "g.tsv"))
 
 
 @pytest.mark.parametrize("names", [("loss", "accuracy"), ("loss", "perplexity_mask")])

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 
 from esm1nv_jax import cli, load
 from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
 from esm1nv_jax.inference import layer_record, probe, probe_features
@@ -49,7 +50,7 @@ def test_the_layer_is_chosen_without_the_test_split(model, monkeypatch):
     assert looked_at == [(layer, ("train", "valid")) for layer in (0, 1, 2)]
 
 
-def test_features_are_those_of_the_layer(model):
+def test_features_are_those_of_the_layer(model, monkeypatch):
     sequences = [s for _, s in make_proteins(6, seed=1)]
     ones = np.ones(6, np.int64)
     split = Split([s.encode() for s in sequences], ones, ones.astype(bool), ones)
@@ -59,6 +60,10 @@ def test_features_are_those_of_the_layer(model):
         np.testing.assert_allclose(found, expected.mean, atol=1e-5)
         found = probe_features.embeddings(model, split, True, layer=layer)
         np.testing.assert_allclose(found, np.concatenate(expected.per_residue), atol=2e-2)
+    too_large = {"per_residue_0": np.full((60, 16), np.inf, np.float16)}
+    monkeypatch.setattr(probe_features, "embed_sequences", lambda *_: too_large)
+    with pytest.raises(UserError, match="states of layer 0 are not finite in float16"):
+        probe_features.embeddings(model, split, True, layer=0)
 
 
 def test_a_record_is_of_one_model_and_of_every_task(tmp_path, capsys):

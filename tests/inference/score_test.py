@@ -109,6 +109,8 @@ def test_a_long_protein_is_read_in_a_window_centred_on_the_sites(model):
     one_by_one = model.score_variants(wild, [far], additive=True)
     alone = model.score_variants(wild, far.split(":"))
     assert abs(one_by_one[0] - alone.sum()) < 1e-4
+    with pytest.raises(UserError, match="additive scores are of mode masked-marginals"):
+        model.score_variants(wild, [far], mode="pseudo-perplexity", additive=True)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ def test_accuracy_has_the_standard_error_of_a_mean_over_proteins():
     copies = [np.repeat(x, 16, axis=0) for x in (labels, predicted, np.arange(n))]
     together = bootstrap_errors("classification", *copies)
     assert together["accuracy"] == pytest.approx(alone["accuracy"], rel=1e-6)
+    one = bootstrap_errors("classification", labels, predicted, np.full(n, 7))
+    assert np.isnan(list(one.values())).all()
 
 
 def test_several_labels_are_scored_class_by_class():
