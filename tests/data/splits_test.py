@@ -140,7 +140,7 @@ def test_sizes_are_exact_whatever_stands_twice():
     """A cluster that is divided for validation is no candidate for test."""
     random = np.random.default_rng(0)
     for _ in range(300):
-        key = np.repeat(np.arange(40), random.integers(1, 4, 40))
+        key = np.repeat(np.arange(40), random.integers(2, 4, 40))
         sizes = random.integers(1, 6, 2).tolist()
         split = splits.assign(random.permutation(key), *sizes, whole=False)
         assert np.bincount(split).tolist() == [len(key) - sum(sizes), *sizes]
