@@ -276,11 +276,12 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row(row["head"], row["features"], *cells, style=style)
     stdout.print(table)
     for difference in results["differences"]:
+        errors = difference["standard_errors"]
         stdout.print(
             f"{difference['head']}: this encoder less the untrained, {difference['metric']} "
             f"{difference['difference']:+.4f} ± {difference['se']:.4f} (by protein"
-            f"{' and seed' if seeds > 1 else ''}), "
-            f"{difference['standard_errors']:+.1f} standard errors"
+            f"{' and seed' if seeds > 1 else ''})"
+            + (f", {errors:+.1f} standard errors" if math.isfinite(errors) else "")
         )
     if results["published"] and not results.get("limit"):
         where, what, values = results["published"]

@@ -19,7 +19,7 @@ from esm1nv_jax.common import files
 from esm1nv_jax.common.console import bar, console, count
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
-from esm1nv_jax.data.tables import delimiter_of, open_csv
+from esm1nv_jax.data.tables import check_unique, delimiter_of, open_csv
 from esm1nv_jax.inference import likelihood
 from esm1nv_jax.inference.likelihood import EXACT, ONE_PASS
 from esm1nv_jax.inference.model import Model
@@ -71,6 +71,7 @@ def rows_of(path: Path) -> Iterator[list[str]]:
 
 def column_of(path: Path, name: str) -> Iterator[str]:
     columns, rows = open_csv(str(path))
+    check_unique(str(path), columns, [name])
     at = columns.index(name)
     return (fields[at] for _, fields in rows)
 

@@ -198,6 +198,12 @@ def test_a_table_named_tsv_has_tabs(model_path, tmp_path):
     assert out.read_text().splitlines()[1].startswith("MKV\ta,b\t")
 
 
+def test_a_column_that_stands_twice_is_refused(model_path, tmp_path, capfd):
+    (tmp_path / "t.csv").write_text("sequence,sequence\nMKV,MKL\n")
+    assert score(model_path, tmp_path, "--out", str(tmp_path / "s.csv")) == 2
+    assert "has two columns 'sequence'; rename one" in capfd.readouterr().err
+
+
 def test_saved_scores_are_kept_by_overwrite_where_settings_are_the_same(tmp_path):
     out = tmp_path / "s.csv"
     SavedScores(out, {"model": "a"}, True).append({"A1G": 0.5})
