@@ -289,9 +289,10 @@ def main(argv: list[str]) -> None:
         "esm1nv prepare --fasta uniref50.fasta.gz --out data/uniref50",
     )
     add = parser.add_argument
-    kinds = "FASTA, CSV or Parquet files, or pipes; -: stdin"
+    kinds = "FASTA, CSV, TSV or Parquet files, or pipes; -: stdin"
     add("--fasta", nargs="+", action="extend", metavar="FILE", help=kinds)
-    add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
+    of_tables = "of CSV, TSV and Parquet (default: %(default)s)"
+    add("--columns", default=",".join(COLUMNS), help=of_tables)
     add("--out", metavar="DIR", help="the folder to make")
     for name, size in zip(splits.NAMES[1:], splits.DEFAULT_SIZES, strict=True):
         add(
@@ -304,10 +305,13 @@ def main(argv: list[str]) -> None:
     add("--seed", type=int, default=0, help="of the choice of splits (default: %(default)s)")
     cores = min(os.cpu_count() or 1, 16)
     add("--workers", type=int, default=cores, help="processes (default here: %(default)s)")
-    add("--min-length", type=int, default=1, help="residues; shorter sequences are left out")
-    add("--max-length", type=int, help="residues; longer sequences are left out")
+    shorter = "residues; shorter sequences are left out (default: %(default)s)"
+    add("--min-length", type=int, default=1, metavar="N", help=shorter)
+    longer = "residues; longer sequences are left out (default: none)"
+    add("--max-length", type=int, metavar="N", help=longer)
     add("--groups", metavar="TSV", help="accession, tab, cluster: clusters are not divided")
-    add("--on-error", default="stop", help="stop at a bad record, or skip and count it")
+    on_error = "stop (default) at a bad record, or skip and count it"
+    add("--on-error", default="stop", metavar="{stop,skip}", help=on_error)
     add("--verify", metavar="DIR", help="instead: read a data set and compare with its manifest")
     options = vars(parser.parse_args(argv))
     if folder := options.pop("verify"):

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
-    add("--fasta", help="proteins to predict contacts of")
+    add("--fasta", help="proteins to predict contacts of: FASTA, CSV, TSV or Parquet")
     known = (
         "known structures: files, FILE:CHAIN or folders; PDB, mmCIF or lists of contacts. "
         "Those named as a protein of --fasta belong to it; without --fasta all are predicted"

@@ -133,7 +133,8 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     fasta_job.add_arguments(parser, ".parquet, .h5 or .npz")
     add("--include", nargs="+", default=["mean"], help=f"some of {' '.join(KINDS)} (default mean)")
-    add("--layers", nargs="+", help="0 the embeddings, k block k, -1 the last after its LayerNorm")
+    layers = "0 the embeddings, k block k, -1 (default) the last after its LayerNorm"
+    add("--layers", nargs="+", help=layers)
     add("--layout", default=JOINED, help="of HDF5: joined (default), per-protein or biotrainer")
     add("--dtype", default="float32", help="of what is stored: float32 (default) or float16")
     esm = parser.add_argument_group("as in esm-extract; also --include mean per_tok bos")

@@ -35,8 +35,9 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run, a step, or a model folder")
-    add("--data", metavar="DIR[:SPLIT]", help="a data set or sample; SPLIT is validation or test")
-    add("--fasta", metavar="FILE", help="proteins, plain or compressed")
+    of_data = "a data set or sample; SPLIT is validation (default), test or train"
+    add("--data", metavar="DIR[:SPLIT]", help=of_data)
+    add("--fasta", metavar="FILE", help="proteins: FASTA, CSV, TSV or Parquet")
     add("--masks", metavar="FILE", help="proteins and their masks, made by --masks-out")
     add("--masking", choices=tuple(RECIPES), help="which recipe (default card)")
     add("--seed", type=int, help="of the masks (default 0)")
@@ -45,7 +46,8 @@ def main(argv: list[str]) -> None:
     add("--groups", metavar="TSV", help="id and name of a class, a line each: results by class")
     add("--pseudo", action="store_true", help="also the pseudo-perplexity: for small sets")
     add("--against", metavar="PATH", help="another model: its difference, paired by protein")
-    add("--masks-out", metavar="FILE", help="write the masks, to ask another model the same")
+    masks_out = "write the masks, to evaluate another model at the same positions"
+    add("--masks-out", metavar="FILE", help=masks_out)
     add("--json", metavar="FILE", help="write all results")
     add("--report", metavar="FILE.html", help="write a page with plots")
     options = parser.parse_args(argv)

@@ -32,6 +32,9 @@ from esm1nv_jax.inference.partial_results import HASHES, PartialResults, PartRea
 PART_BYTES = 1 << 28  # of results held in memory at once
 PART_RESIDUES, PART_BATCHES = 1 << 18, 16  # a part has at least so many, where memory allows
 AS_GIVEN = "checkpoint fasta out precision engine deterministic overwrite on_error columns".split()
+OVERWRITE = (
+    "replace --out; unfinished work with the same settings goes on, with others is discarded"
+)
 CHOICES = {"long": ("window", "truncate", "error"), "on_error": ("stop", "skip")}
 
 Writer = Callable[[Path, PartReader, dict[str, Any]], None]
@@ -263,17 +266,21 @@ def add_arguments(parser: Parser, out: str) -> None:
     """The options that a `FastaRequest` is made of."""
     add = parser.add_argument
     add("--checkpoint", help="a run, one of its steps, a model folder or an exported folder")
-    add("--fasta", help="proteins: FASTA, plain or compressed by gzip, zstd or xz; CSV or Parquet")
-    add("--columns", default=",".join(COLUMNS), help="of CSV and Parquet (default: %(default)s)")
+    proteins = "proteins: FASTA, CSV or TSV, plain or compressed by gzip, zstd or xz; or Parquet"
+    add("--fasta", help=proteins)
+    of_tables = "of CSV, TSV and Parquet (default: %(default)s)"
+    add("--columns", default=",".join(COLUMNS), help=of_tables)
     add("--out", required=True, help=f"file to write: {out}")
     cpu_engines.add_arguments(parser)
     add("--long", help="proteins too long: window (default), truncate or error")
-    add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
+    at_once = "residues read in one pass (default: as in training); longer proteins: see --long"
+    add("--max-residues", type=int, metavar="N", help=at_once)
     add("--deterministic", action="store_true", help="the same bits whatever else is in the file")
     add("--shard", metavar="I/N", help="do the I-th of N shares, to be joined by --merge")
     add("--merge", action="store_true", help="join what all shards have made into --out")
-    add("--overwrite", action="store_true", help="replace --out and unfinished work")
-    add("--on-error", default="stop", help="stop at a bad record, or skip and count it")
+    add("--overwrite", action="store_true", help=OVERWRITE)
+    on_error = "stop (default) at a bad record, or skip and count it"
+    add("--on-error", default="stop", metavar="{stop,skip}", help=on_error)
 
 
 def check_required(parser: Parser, args: Any) -> None:

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="PATH", help="a run, a step, or a model folder")
     older = {new: old for old, new in labeled_data.PROBE_TASKS.items()}
-    add("--task", required=True, choices=(*older.values(), *older), help="the last as of finetune")
+    tasks = "the last three are tasks of finetune"
+    add("--task", required=True, choices=(*older.values(), *older), help=tasks)
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     choice = "all, or some as of embed (default -1): the best on validation is probed"
     add("--layers", nargs="+", default=["-1"], metavar="K", help=choice)

@@ -18,6 +18,7 @@ from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.compression import regular_file
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.inference import cpu_engines, proteingym, variant_table
+from esm1nv_jax.inference.fasta_job import OVERWRITE
 from esm1nv_jax.inference.likelihood import EXACT, MASKED, MODES, ONE_PASS, SEQUENCE_MODES
 from esm1nv_jax.inference.model import load_and_say
 from esm1nv_jax.inference.mutants import all_singles, parse_mutants
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, help="a run, one of its steps, a model or exported folder")
-    add("--fasta", help="the wild type, of --mutants and --all-singles")
+    add("--fasta", help="wild type of the mutants: FASTA, CSV, TSV or Parquet")
     add("--mutants", help="CSV with a column `mutant`: A4G, or A4G:L10P for several at once")
     add("--all-singles", action="store_true", help="every single substitution, and a heat map")
     add("--sequences", help="CSV with a column `mutated_sequence` or `sequence`")
@@ -58,11 +59,13 @@ def main(argv: list[str]) -> None:
     add("--additive", action="store_true", help="mask the sites of a mutant one at a time")
     add("--offset", type=int, default=0, help="the first residue has number 1 + offset")
     add("--target", help=f"column to compare by rank (default: {', '.join(MEASURED)} if there)")
-    add("--on-error", default="stop", choices=("stop", "skip"), help="skip and count bad rows")
-    add("--max-residues", type=int, metavar="N", help="read at once (default as trained)")
+    on_error = "stop (default) at a bad row, or skip and count it"
+    add("--on-error", default="stop", choices=("stop", "skip"), help=on_error)
+    at_once = "residues read in one pass (default: as in training); longer ones are read in windows"
+    add("--max-residues", type=int, metavar="N", help=at_once)
     cpu_engines.add_arguments(parser)
     add("--force", action="store_true", help="allow modes where they mean nothing")
-    add("--overwrite", action="store_true", help="replace --out and unfinished work")
+    add("--overwrite", action="store_true", help=OVERWRITE)
     args = parser.parse_args(argv)
     inputs = (args.mutants, args.all_singles, args.sequences, args.proteingym)
     if sum(map(bool, inputs)) != 1:

@@ -132,7 +132,7 @@ class ComputeConfig:
     dtype: str = "float32"  # of the operands of matrix products
     activation_dtype: str = "float32"  # of results between products, but the residual stream
     residual_dtype: str = "float32"  # of the residual stream and its gradient, between sums in fp32
-    remat: str = "none"  # what the backward computes again: nothing, all but products, each block
+    remat: str = "none"  # what the backward computes again: none, dots or block (kernels/remat.py)
     emulate_bfloat16: bool = False  # bf16 operands as rounded fp32, where a CPU lacks instructions
     attention: str = AUTO  # a backend that `select_backend` returned; auto is xla here
     token_kernels: str = "xla"  # where `residual_norm` and `gelu` run: pallas (GPU), pallas_tpu

@@ -329,9 +329,11 @@ def main(argv: list[str]) -> int:
     )
     names = (*chips.CHIPS, chips.THIS_CPU)
     parser.add_argument("--config", metavar="FILE[:ARGS]", help="a config file")
-    parser.add_argument("--chip", default=names[0], choices=names)
-    parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--devices-per-host", type=int, default=1)
+    add = parser.add_argument
+    add("--chip", default=names[0], choices=names, help="to compile for (default: %(default)s)")
+    add("--hosts", type=int, default=1, metavar="N", help="of the run (default: %(default)s)")
+    per_host = "chips of each host (default: %(default)s)"
+    add("--devices-per-host", type=int, default=1, metavar="N", help=per_host)
     parser.add_argument("--compare", metavar="FIELDS", help=f"some of {','.join(VARIANTS)}")
     parser.add_argument("--against", metavar="WORKDIR", help="a run: measured beside predicted")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
