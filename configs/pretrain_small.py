@@ -6,7 +6,7 @@
 DIR is a data set made by `esm1nv prepare`.
 
 Hardware and time: the original took 176, later 144, A100 GPUs; for 176 A100-80GB `esm1nv plan`
-estimates 0.25 s a step (0.22 to 0.29), 2.9 days for a million steps. Not trained here; one H200
+estimates 0.23 s a step (0.21 to 0.27), 2.7 days for a million steps. Not trained here; one H200
 takes 0.11 s for the rows of one device (docs/performance.md). Expected metric: no perplexity of
 ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split) has 11.8. To try
 the real shape on a CPU, in 7 GB of memory:
@@ -138,7 +138,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config.compute = {
         "dtype": "bfloat16",  # operands of matrix products: bfloat16 or float32
         "attention": "auto",  # auto, the first that fits, or cudnn, pallas, pallas_tpu, splash, xla
-        "remat": "none",  # recomputed in the backward pass: none, dots (all but products), block
+        # recomputed in the backward pass: none, dots (all but QKV, fc1 and fused attention), block
+        "remat": "none",
         "residual_dtype": "float32",  # of the residual stream: float32, or bfloat16, fewer bytes
         "reduce_dtype": "float32",  # of the sum of gradients over devices: float32 or bfloat16
         "deterministic": False,  # on GPUs: the same bits from the same start, slower

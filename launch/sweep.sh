@@ -7,8 +7,9 @@
 #
 # LIST: configs/ablations/sweep.txt, which says how one is written. Options are for every run, and
 # come last. Runs go one after another, or JOBS at a time; run NAME of seed S is OUT/NAME-S, its
-# output OUT/NAME-S.log. EVALUATE are options of `esm1nv evaluate`, which then asks every run at its
-# end the same. ITEM=N is run N alone, counted from 0; ITEM=count prints how many there are.
+# output OUT/NAME-S.log. EVALUATE are options of `esm1nv evaluate`, which then evaluates every run
+# at its end in the same way. ITEM=N is run N alone, counted from 0; ITEM=count prints how many
+# there are.
 # Exit status: 0 all done, 2 a mistake, 75 or 130 stopped (start it again), else a run failed.
 set -uf
 if [ $# -lt 2 ] || [ ! -r "$1" ]; then
