@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
         "esm1nv average --workdir runs/first --last 47 --out models/first",
     )
     add = parser.add_argument
-    add("--workdir", required=True, nargs="+", metavar="RUN", help="one run or several")
+    runs = "one run or several"
+    add("--workdir", required=True, nargs="+", action="extend", metavar="RUN", help=runs)
     add("--out", required=True, metavar="DIR", help="the model folder to write")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--last", type=int, metavar="N", help="the newest N of each run (or all)")

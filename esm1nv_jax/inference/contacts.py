@@ -54,12 +54,12 @@ def main(argv: list[str]) -> None:
         "known structures: files, FILE:CHAIN or folders; PDB, mmCIF or lists of contacts. "
         "Those named as a protein of --fasta belong to it; without --fasta all are predicted"
     )
-    add("--structures", nargs="+", default=[], metavar="PATH", help=known)
+    add("--structures", nargs="+", action="extend", default=[], metavar="PATH", help=known)
     add("--out", metavar="DIR", help="folder for the maps, and precision.tsv")
     default = "default: attention with --fit, else jacobian"
     add("--method", choices=contact_maps.METHODS, help=default)
     fit_to = f"fit the contact head to these {MIN_STRUCTURES} to {MAX_STRUCTURES} structures first"
-    add("--fit", nargs="+", default=[], metavar="PATH", help=fit_to)
+    add("--fit", nargs="+", action="extend", default=[], metavar="PATH", help=fit_to)
     saved = "with --fit: a model folder that holds the contact head"
     add("--save-model", metavar="DIR", help=saved)
     some = "which files to write, some of npz,tsv,png (default all)"

@@ -38,13 +38,13 @@ class EmbedRequest(FastaRequest):
         super().__post_init__()
         dtypes = ("float32", "float16")
         self.check_choices({"include": KINDS, "dtype": dtypes, "layout": LAYOUTS})
-        for name in ("include", "layers"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UserError(f"--{name} names one twice: {getattr(self, name)}")
-        if not self.layers:
-            raise UserError(
-                f"--{'repr-' * self.esm_layers}layers names none; give some, such as 0 -1"
-            )
+        layers = "repr-layers" if self.esm_layers else "layers"
+        options: dict[str, tuple] = {"include": self.include, layers: self.layers}
+        for name, given in options.items():
+            if not given:
+                raise UserError(f"--{name} names none; leave it out, or see --help")
+            if len(set(given)) < len(given):
+                raise UserError(f"--{name} names one twice: {', '.join(map(str, given))}")
         if self.layout == JOINED:
             return
         if Path(self.out).suffix != ".h5":
@@ -132,13 +132,15 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     fasta_job.add_arguments(parser, ".parquet, .h5 or .npz")
-    add("--include", nargs="+", default=["mean"], help=f"some of {' '.join(KINDS)} (default mean)")
-    layers = "0 the embeddings, k block k, -1 (default) the last after its LayerNorm"
-    add("--layers", nargs="+", help=layers)
+    add("--include", nargs="+", action="extend", help=f"some of {' '.join(KINDS)} (default mean)")
+    numbers = "0 the embeddings, k block k, -1 (default) the last after its LayerNorm"
+    add("--layers", nargs="+", action="extend", help=numbers)
     add("--layout", default=JOINED, help="of HDF5: joined (default), per-protein or biotrainer")
     add("--dtype", default="float32", help="of what is stored: float32 (default) or float16")
     esm = parser.add_argument_group("as in esm-extract; also --include mean per_tok bos")
-    esm.add_argument("--repr-layers", nargs="+", help="as --layers, but the last block is -1")
+    esm.add_argument(
+        "--repr-layers", nargs="+", action="extend", help="as --layers, but the last block is -1"
+    )
     esm.add_argument("--truncation-seq-length", type=int, metavar="N", help="cut to N residues")
     esm.add_argument("--toks-per-batch", metavar="N", help="ignored: batches fit the device")
     args = parser.parse_args(argv)
@@ -156,7 +158,9 @@ def main(argv: list[str]) -> None:
         layers = _words(args.layers or args.repr_layers or ["-1"])
         embed(
             EmbedRequest(
-                include=tuple(ESM_KINDS.get(kind, kind) for kind in _words(args.include)),
+                include=tuple(
+                    ESM_KINDS.get(kind, kind) for kind in _words(args.include or ["mean"])
+                ),
                 layers=command.parse_integers("layers", layers),
                 dtype=args.dtype,
                 layout=args.layout,

@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     add("--task", required=True, choices=(*older.values(), *older), help=tasks)
     add("--csv", required=True, metavar="FILE", help="plain or compressed")
     choice = "all, or some as of embed (default -1): the best on validation is probed"
-    add("--layers", nargs="+", default=["-1"], metavar="K", help=choice)
+    add("--layers", nargs="+", action="extend", metavar="K", help=choice)
     add("--plot", metavar="FILE", help="draw the validation scores of --layers: PNG, SVG, PDF")
     add("--seeds", type=int, default=3, metavar="N", help="repetitions of each head (default 3)")
     add("--limit", type=int, metavar="N", help="at most N proteins of each split, always the same")
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     folder = None if options.no_cache else command.cache_folder()
     cache = EmbeddingCache(folder / "embeddings") if folder else None
     model = load_and_say(options.checkpoint, options.precision, None, options.engine)
-    layers = parse_layers(options.layers, model)
+    layers = parse_layers(options.layers or ["-1"], model)
     if options.plot and len(layers) == 1:
         raise UserError("--plot shows several layers; name them, as in --layers all")
     results = probe(model, task, options.seeds, progress=True, cache=cache, layers=layers)

@@ -262,6 +262,8 @@ def test_the_options_of_esm_extract_are_understood(model, model_path, tmp_path, 
         (["--repr-layers", "0", "-4"], "--repr-layers -4 is unknown; there are 0"),
         (["--repr-layers", ","], "--repr-layers names none"),
         (["--layers", ","], "--layers names none"),
+        (["--include", ","], "--include= is unknown; there are mean"),
+        (["--layers", "0", "--layers", "-1", "0"], "--layers names one twice: 0, -1, 0"),
     ],
 )
 def test_layers_that_are_not_there_are_told(model_path, tmp_path, capsys, options, said):
