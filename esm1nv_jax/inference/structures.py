@@ -27,6 +27,7 @@ from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.model.label_metrics import standard_error
 
 CONTACT_DISTANCE = 8.0  # Å
+PEPTIDE_BOND = 2.5  # Å, from C to N; it is 1.3, and that across a missing residue at least 4
 PDB, MMCIF, CONTACTS = (".pdb", ".ent"), (".cif", ".mmcif"), (".contacts", ".tsv", ".csv")
 FORMATS = (*PDB, *MMCIF, *CONTACTS)
 RANGES = {"short": (6, 12), "medium": (12, 24), "long": (24, None)}  # |i - j|, first to before last
@@ -147,10 +148,16 @@ def read_structure(path: Path, chain: str = "", sequence: str | None = None) -> 
             raise UserError(f"{path} lists contacts; give the sequence of {name} by --fasta")
         is_contact = _read_pairs(text, len(sequence), str(path))
         return Structure(name, sequence, np.ones(len(sequence), bool), is_contact)
-    letters, positions, declared = _read_chain(path, text, chain)
-    sequence = sequence or declared or letters
-    index = _align(letters, sequence, name)
+    residues, steps, declared = _read_chain(path, text, chain)
+    sequence = sequence or declared or "".join(next(iter(one)) for one in residues)
+    index = _place([*map("".join, residues)], steps, sequence, name)
     L = len(sequence)
+    positions = np.array(
+        [
+            one.get(sequence[i], next(iter(one.values())))
+            for i, one in zip(index, residues, strict=True)
+        ]
+    )
     is_resolved = np.isin(np.arange(L), index)
     is_contact = np.zeros((L, L), bool)
     distance = np.linalg.norm(positions[:, None] - positions, axis=-1)
@@ -176,9 +183,12 @@ def _read_pairs(text: str, residues: int, source: str) -> np.ndarray:
     return is_contact
 
 
-def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str]:
-    """(letters of the residues with coordinates, their C-beta in Å [residues, 3], the letters of
-    the whole chain, '' where the file does not say)."""
+def _read_chain(
+    path: Path, text: str, chain: str
+) -> tuple[list[dict[str, np.ndarray]], list[int], str]:
+    """(C-beta in Å of each residue with coordinates, by its letter: several where it is modelled as
+    one amino acid or another; how many places each is after the one before it, see `_place`; the
+    letters of the whole chain, '' where the file does not say)."""
     if importlib.util.find_spec("Bio") is None:
         raise UserError(
             "PDB and mmCIF files are read by Biopython, which is not installed: "
@@ -192,11 +202,10 @@ def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str
 
     is_pdb = _suffix(path) in PDB
     try:
-        parser = PDBParser(QUIET=True) if is_pdb else MMCIFParser(QUIET=True)
-        model = next(iter(parser.get_structure("", io.StringIO(text))), ())
-        chains = {c.id: c for c in model if any(_is_residue(r, one_letter) for r in c)}
         declared: dict[str, str] = {}
+        is_counted = False  # residue numbers are places in the declared sequence
         if is_pdb:
+            models = PDBParser(QUIET=True).get_structure("", io.StringIO(text))
             for record in SeqIO.parse(io.StringIO(text), "pdb-seqres"):
                 declared[record.annotations["chain"]] = str(record.seq)
         else:
@@ -205,11 +214,20 @@ def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str
                 fields.get(f"_pdbx_poly_seq_scheme.{name}", [])
                 for name in ("pdb_strand_id", "seq_id", "mon_id")
             ]
-            residues: dict[tuple[str, str], str] = {}
+            scheme: dict[tuple[str, str], str] = {}
             for c, number, residue in zip(*columns, strict=False):  # any may be absent
-                residues.setdefault((c, number), residue)  # of alternatives the first
-            for (c, _), residue in residues.items():
+                scheme.setdefault((c, number), residue)  # of alternatives the first
+            for (c, _), residue in scheme.items():
                 declared[c] = declared.get(c, "") + one_letter.get(residue, "X")
+            labels = fields.get("_atom_site.label_seq_id", [])
+            is_counted = bool(declared) and "?" not in labels and any(map(str.isdecimal, labels))
+            cif_parser = MMCIFParser(QUIET=True, auth_residues=not is_counted)
+            models = cif_parser.get_structure("", io.StringIO(text))
+        chains = {
+            c.id: found
+            for c in next(iter(models), ())
+            if (found := [r for r in c.get_unpacked_list() if _is_residue(r, one_letter)])
+        }
     except Exception as error:  # Biopython raises many kinds for what it cannot parse
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"{path} cannot be read as a structure: {reason}") from None
@@ -217,11 +235,32 @@ def _read_chain(path: Path, text: str, chain: str) -> tuple[str, np.ndarray, str
         raise UserError(f"{path} holds no amino acid with coordinates; give the file of a protein")
     if chain and chain not in chains:
         raise UserError(f"{path} has no chain {chain!r} of protein; there are {', '.join(chains)}")
-    found = chains[chain or next(iter(chains))]
-    residues_of = _without_ligands([r for r in found if _is_residue(r, one_letter)])
-    letters = "".join(one_letter[r.get_resname()] for r in residues_of)
-    atoms = [r["CB" if "CB" in r and r.get_resname() != "GLY" else "CA"] for r in residues_of]
-    return letters, np.array([atom.coord for atom in atoms], np.float64), declared.get(found.id, "")
+    chain = chain or next(iter(chains))
+    found = chains[chain]
+    found = sorted(found, key=_number) if is_counted else _without_ligands(found)
+    residues: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    steps = []
+    for k, r in enumerate(found):
+        if r.id[1:] not in residues:
+            number = _number(r) - (_number(found[k - 1]) if k else 0)
+            steps.append(number if is_counted or not k else _step(found[k - 1], r, number))
+        atom = r["CB" if "CB" in r and r.get_resname() != "GLY" else "CA"]
+        letter = one_letter[r.get_resname()]
+        residues.setdefault(r.id[1:], {}).setdefault(letter, atom.coord.astype(np.float64))
+    return [*residues.values()], steps, declared.get(chain, "")
+
+
+def _number(residue) -> int:
+    return residue.id[1]
+
+
+def _step(before, residue, by_number: int) -> int:
+    """As in `_place`; author's numbers may skip, repeat and run backwards along peptide bonds."""
+    if "C" not in before or "N" not in residue:
+        return max(1, by_number)
+    if before["C"] - residue["N"] < PEPTIDE_BOND:
+        return 1
+    return by_number if by_number > 1 else 0
 
 
 def _without_ligands(residues: list) -> list:
@@ -238,11 +277,41 @@ def _is_residue(residue, one_letter: dict[str, str]) -> bool:
     return residue.get_resname() in one_letter and "CA" in residue
 
 
-def _align(letters: str, sequence: str, name: str) -> np.ndarray:
-    """Index in the sequence of each residue with coordinates.
+def _place(letters: list[str], steps: list[int], sequence: str, name: str) -> np.ndarray:
+    """Index in the sequence of each residue with coordinates, which is one of its letters.
 
-    Gaps are as few as possible. Raises UserError where a residue is not that of the sequence.
+    steps: how many places it is after the one before, 0 for a break of unknown length; of the first
+      its number.
+
+    Of the placements where every letter is that of the sequence, the one with the fewest gaps and
+    steps that are not as given. Raises UserError where there is none.
     """
+    place = np.arange(len(sequence), dtype=np.int32)
+    residue_at = np.array(list(sequence))
+    origins = []
+    cost = np.where(place == steps[0] - 1, 0.0, 1.0)
+    for k, (options, step) in enumerate(zip(letters, steps, strict=True)):
+        if k:  # comes as it should, or next to the one before, or after a gap of any length
+            best = np.where(cost == np.minimum.accumulate(cost), place, 0)
+            best = np.maximum.accumulate(best)
+            step = min(step, len(sequence))
+            origin = np.stack([place - step, place - 1, best[place - 1]])
+            price = [[(math.inf, 0, 2)[min(step, 2)]], [4], [6 if step else 2]]
+            total = np.where(place < [[step], [1], [1]], math.inf, cost[origin] + price)
+            origins.append(origin[total.argmin(0), place])
+            cost = total.min(0)
+        if "X" not in options:
+            cost[~np.isin(residue_at, [*options, "X"])] = math.inf
+    if not np.isfinite(cost).any():
+        raise _mismatch("".join(one[0] for one in letters), sequence, name)
+    index = [int(cost.argmin())]
+    for origin in reversed(origins):
+        index.append(int(origin[index[-1]]))
+    return np.array(index[::-1])
+
+
+def _mismatch(letters: str, sequence: str, name: str) -> UserError:
+    """Says which residues are not those of the sequence, by an alignment of letters alone."""
     from Bio.Align import PairwiseAligner
 
     aligner = PairwiseAligner(
@@ -256,13 +325,12 @@ def _align(letters: str, sequence: str, name: str) -> np.ndarray:
     ]
     known = [(i, j) for i, j in pairs if "X" not in (sequence[i], letters[j])]
     wrong = [(i, j) for i, j in known if sequence[i] != letters[j]]
-    if others := len(letters) - len(pairs) + len(wrong):
-        where = f" (residue {wrong[0][0] + 1} is {letters[wrong[0][1]]})" if wrong else ""
-        raise UserError(
-            f"structure {name} does not match the sequence: {others} of its {len(letters)} "
-            f"residues are others{where}; give its own sequence, or leave it out"
-        )
-    return np.array([i for i, _ in pairs])
+    others = len(letters) - len(pairs) + len(wrong)
+    where = f" (residue {wrong[0][0] + 1} is {letters[wrong[0][1]]})" if wrong else ""
+    return UserError(
+        f"structure {name} does not match the sequence: {others} of its {len(letters)} "
+        f"residues are others{where}; give its own sequence, or leave it out"
+    )
 
 
 def expected_precision(scores: np.ndarray, is_contact: np.ndarray, top: int) -> float:

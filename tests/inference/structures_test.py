@@ -94,6 +94,129 @@ def test_a_free_amino_acid_is_no_residue_of_the_chain(text, tmp_path):
     assert read_structure(path).is_resolved.all()
 
 
+LINKER = "MKLGSGSGSGSGSGSVEDPQTH" * 2
+ISLAND = (4, 5, 6, 7, 8, 11, 12, 13)  # 9 and 10 have coordinates, between two gaps
+
+
+def holes(seed):
+    rng = np.random.default_rng(seed)
+    starts, lengths = rng.integers(0, len(LINKER) - 8, 3), rng.integers(1, 8, 3)
+    return sorted({k for i, n in zip(starts, lengths, strict=True) for k in range(i, i + n)})
+
+
+def expect(found, missing, sequence=LINKER, before=0):
+    """That `missing`, and what is before and after the sequence, is unresolved in what was found"""
+    alpha, beta = make_coordinates(len(sequence))
+    L, end = len(found.sequence), before + len(sequence)
+    resolved = np.full(L, False)
+    resolved[before:end] = ~np.isin(np.arange(len(sequence)), missing)
+    assert [*np.flatnonzero(found.is_resolved)] == [*np.flatnonzero(resolved)]
+    contacts = np.zeros((L, L), bool)
+    contacts[before:end, before:end] = contacts_of(sequence, alpha, beta, missing)
+    np.testing.assert_array_equal(found.is_contact, contacts)
+
+
+@pytest.mark.parametrize("text", [pdb_text, cif_text], ids=["pdb", "cif"])
+def test_unresolved_residues_of_repeats_are_where_the_numbers_skip(text, tmp_path):
+    path = tmp_path / f"a.{text.__name__[:3]}"
+    for missing in (range(7, 13), ISLAND, *map(holes, range(30))):
+        written = text(LINKER, *make_coordinates(len(LINKER)), missing)
+        expect(read_structure(write(path, written)), missing)
+        tagged = f"MGSSHHHHHH{LINKER}GSGSGS"
+        expect(read_structure(path, sequence=tagged), missing, before=10)
+
+
+def with_backbone(sequence, numbers):
+    """PDB text with N and C, 0.5 Å apart in a bond, and residue numbers as `52` and `52A`"""
+    alpha, beta = make_coordinates(len(sequence))
+    lines = [x for x in pdb_text(sequence, alpha, beta).splitlines() if x.startswith("SEQRES")]
+    for i, number in numbers.items():
+        following = alpha[min(i + 1, len(alpha) - 1)] + [0.5, 0, 0]
+        atoms = {"N": alpha[i], "CA": alpha[i], "C": following, "CB": beta[i]}
+        number = f"{number:>4} " if number.isdigit() else f"{number:>5}"
+        for name, (x, y, z) in atoms.items():
+            lines.append(
+                f"ATOM  {len(lines):5d}  {name:<3s} {NAMES[sequence[i]]} A{number}   "
+                f"{x:8.3f}{y:8.3f}{z:8.3f}  1.00  0.00           C"
+            )
+    return "\n".join([*lines, ""])
+
+
+@pytest.mark.parametrize("missing", [range(7, 13), range(20, 30), [41, 42, 43]])
+@pytest.mark.parametrize("numbering", ["on", "skips", "inserts", "backwards"])
+def test_a_peptide_bond_overrules_the_numbers(numbering, missing, tmp_path):
+    there = [i for i in range(len(LINKER)) if i not in missing]
+    numbers = {i: str(i + 1) for i in there}
+    if numbering == "on":  # as if nothing were missing
+        numbers = {i: str(k + 1) for k, i in enumerate(there)}
+    elif numbering == "skips":
+        numbers = {i: str(i + 1 if i < 5 else i + 501) for i in there}
+    elif numbering == "inserts":
+        numbers |= {4: "4A", 5: "4B", 6: "4C"}
+    else:
+        numbers |= {i: str(i + 501) for i in range(5)}
+    path = write(tmp_path / "a.pdb", with_backbone(LINKER, numbers))
+    expect(read_structure(path), missing)
+    tail, missing = "MKLVGSGSGSGSGS", range(10, 14)
+    numbers = {i: str(i + 1 if i < 6 else i + 3) for i in range(10)}  # two more would fit here
+    expect(read_structure(write(path, with_backbone(tail, numbers))), missing, tail)
+
+
+def test_a_jump_of_the_numbers_beyond_the_sequence_is_no_gap(tmp_path):
+    numbers = {i: str(i + 1 if i < 5 else i + 501) for i in range(len(LINKER))}
+    lines = with_backbone(LINKER, numbers).splitlines()
+    path = write(tmp_path / "a.pdb", "\n".join(x for x in lines if x[12:16].strip() not in "NC"))
+    expect(read_structure(path), ())
+
+
+def either(text, position, name, shift):
+    """`text` with another amino acid of the name, `shift` Å away, after the one at the position"""
+    lines, added, end = [], [], 0
+    for line in text.splitlines():
+        fields = line.split()
+        is_pdb = len(fields) < 15
+        at = (fields[5] if is_pdb else fields[14]) if fields[:1] == ["ATOM"] else ""
+        if at == str(position + 7):
+            if is_pdb:
+                x = float(line[30:38]) + shift
+                added.append(f"{line[:16]}B{name}{line[20:30]}{x:8.3f}{line[38:]}")
+                line = f"{line[:16]}A{line[17:]}"
+            else:
+                alternative = [name if f == fields[5] else f for f in fields]
+                alternative[4], alternative[9] = "B", str(float(fields[9]) + shift)
+                added.append(" ".join(alternative))
+                line = line.replace(" . ", " A ", 1)
+            end = len(lines) + 1
+        lines.append(line)
+    return "\n".join([*lines[:end], *added, *lines[end:], ""])
+
+
+@pytest.mark.parametrize("text", [pdb_text, cif_text], ids=["pdb", "cif"])
+def test_of_two_amino_acids_in_one_place_that_of_the_sequence_is_read(text, tmp_path):
+    ser = SEQUENCE[:10] + "S" + SEQUENCE[11:]
+    thr = ser[:10] + "T" + ser[11:]
+    moved = BETA + 30.0 * (np.arange(len(ser)) == 10)[:, None] * [1, 0, 0]
+    path = tmp_path / f"a.{text.__name__[:3]}"
+    made = either(text(ser, ALPHA, BETA, MISSING), 10, "THR", 30.0)
+    path = write(path, made)
+    here, there = (contacts_of(ser, ALPHA, beta, MISSING) for beta in (BETA, moved))
+    assert (here != there).any()
+    for sequence, expected in ((None, here), (thr, there), (ser, here)):
+        found = read_structure(path, sequence=sequence)
+        assert found.sequence == (sequence or ser)
+        np.testing.assert_array_equal(found.is_contact, expected)
+    names = {pdb_text: {"seqres": False}, cif_text: {"scheme": False}}
+    bare = write(path, either(text(ser, ALPHA, BETA, **names[text]), 10, "THR", 30.0))
+    assert read_structure(bare).sequence == ser
+
+
+def test_an_amino_acid_and_its_modification_in_one_place_are_one_residue(tmp_path):
+    made = either(pdb_text(SEQUENCE, ALPHA, BETA), 0, "MSE", 9.0).splitlines()
+    text = "\n".join(line.replace("ATOM  ", "HETATM") if "MSE" in line else line for line in made)
+    found = read_structure(write(tmp_path / "a.pdb", text))
+    np.testing.assert_array_equal(found.is_contact, contacts_of(SEQUENCE, ALPHA, BETA))
+
+
 def test_a_list_of_contacts_needs_the_sequence(tmp_path):
     path = write(tmp_path / "a.tsv", "i\tj\tdistance\n2\t9\t5.1\n# none\n\n12,3\n")
     found = read_structure(path, sequence=SEQUENCE)
