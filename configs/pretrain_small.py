@@ -168,7 +168,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     }
     config.checkpoint = {
         "every": 1500,  # steps between checkpoints
-        "minutes": 0,  # also when so many minutes have passed since the last; 0: never
+        "minutes": 0.0,  # also when so many minutes have passed since the last; 0: never
         "keep": 47,  # newest checkpoints that are kept
         "keep_every": 0,  # also keep the steps that it divides; 0: none
         "on_error": "continue",  # continue or stop, where a checkpoint cannot be written

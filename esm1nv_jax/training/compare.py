@@ -195,6 +195,11 @@ def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
                     f"{first} and {same[i].name} are one recipe with one seed, {seed}; name one"
                 )
         step = max(shared_steps(same), default=0)
+        if not step and len(same) > 1 and not same[0].is_finetuned:
+            raise UserError(
+                f"there is no step after which {' and '.join(run.name for run in same)} validated, "
+                "which are one recipe; compare them one by one, or train them on"
+            )
         values = _values(same, step)
         row = RecipeRow(
             [run.name for run in same],
@@ -215,10 +220,10 @@ def _with_differences(rows: list[RecipeRow], runs: list[Run]) -> list[RecipeRow]
     rows = sorted(rows, key=lambda row: (math.isnan(row.mean), sign * row.mean))
     named = {run.name: run for run in runs}
     of_rows = [[named[name] for name in row.runs] for row in rows]
-    steps = shared_steps([run for same in of_rows for run in same])
-    if not steps and not runs[0].is_finetuned:
+    step = max(shared_steps([run for same in of_rows for run in same]), default=0)
+    if not step and not runs[0].is_finetuned:  # before it all are untrained
         return rows
-    values = [_values(same, max(steps, default=0)) for same in of_rows]
+    values = [_values(same, step) for same in of_rows]
     return rows[:1] + [
         dataclasses.replace(
             row,

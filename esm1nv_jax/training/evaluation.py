@@ -67,15 +67,17 @@ def test_once(
 ) -> None:
     """Evaluate the checkpoint that validates best on the test split, and write `test.json`.
 
-    A run whose file is there already is not tested again. `evaluate` is the function of that name
-    but for its source and parameters.
+    A checkpoint of which the file is there already is not tested again. `evaluate` is the function
+    of that name but for its source and parameters.
     """
-    done = group.broadcast("tested", lambda: str((run_dir / FILE).exists()))
-    if done == "True" or data.test is None or data.task is None:
+    if data.test is None or data.task is None:
         return
     assert data.objective is not None
     saved = step_folder.steps(run_dir, BEST)
     best = int(group.broadcast("best of all", lambda: str(saved[-1] if saved else 0)))
+    step = best or int(state.step)
+    if group.broadcast("tested", lambda: str(_tested_step(run_dir) == step)) == "True":
+        return
     params = state.all_params
     if best:
         trained = step_folder.read_params(run_dir, best, BEST)
@@ -86,7 +88,7 @@ def test_once(
     assert outputs is not None
     labels, predicted, examples = data.objective.used_labels(outputs)
     results = {
-        "step": best or int(state.step),
+        "step": step,
         "task": data.task.name,
         "classes": list(data.task.classes),
         "metrics": metrics,
@@ -97,6 +99,14 @@ def test_once(
         "sequences_in_several_splits": data.task.shared,
     }
     files.write_atomically(run_dir / FILE, files.to_json(results))
+
+
+def _tested_step(run_dir: epath.Path) -> int | None:
+    """The step whose test is recorded; None where there is none."""
+    try:
+        return json.loads((run_dir / FILE).read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def print_results(data: RunData, run_dir: epath.Path) -> None:

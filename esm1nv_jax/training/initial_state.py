@@ -105,7 +105,7 @@ def restore_or_initialize(
         step = (checkpoints.workdir, int(chosen), step_folder.FOLDER)
         params, rest, data = restore_from(*step, *split_state(shapes))
         if data["data"] != run_data.train.fingerprint:
-            raise UserError(OTHER_DATA)
+            raise UserError(OTHER_DATA.format("training"))
         saved = step_folder.read_metadata(checkpoints.workdir, int(chosen))
         frozen: dict = {}
         if step_config.tuning is not None and run_data.initial is not None:

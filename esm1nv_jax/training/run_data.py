@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from esm1nv_jax.checkpoints import model_folder
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
@@ -51,8 +51,9 @@ class RunData:
         return {name: x.fingerprint for name, x in sources.items() if x is not None}
 
 
-def open_data(config: RunConfig) -> RunData:
-    """Return what a run is about. Raises UserError where data or model do not fit the config."""
+def open_data(config: RunConfig, workdir: str = "") -> RunData:
+    """Return what a run is about: one of pretraining that has checkpoints in `workdir` needs no
+    other parameters. Raises UserError where data or model do not fit the config."""
     if config.finetune is not None:
         return _open_labeled(config)
     if not config.data.path:
@@ -65,7 +66,8 @@ def open_data(config: RunConfig) -> RunData:
     train = open_split(config.data.path, "train")
     TrainingWindows(train, stream_config(config, rows=1))  # raises UserError
     initial = None
-    if config.init_from:  # a head is no part of masked language modelling
+    resumes = config.init_from and workdir and step_folder.steps(os.path.expanduser(workdir))
+    if config.init_from and not resumes:  # a head is no part of masked language modelling
         initial = _load_base(config).encoder_params
     return RunData(train, subset(validation, config.evaluation.sequences), initial=initial)
 

@@ -48,7 +48,7 @@ def run(
     """Train in one process of `group`; see `train`."""
     mesh = sharding.make_mesh(sharding.devices_of(config.platform))
     _ = config.step_config(mesh.devices.flat[0])  # raises UserError before data are opened
-    data = open_data(config)
+    data = open_data(config, workdir)
     step_config = config.step_config(mesh.devices.flat[0], data.objective, data.tuning)
     objective = step_config.objective
     stream = stream_config(config, config.global_rows(data.train.lengths, mesh.size))

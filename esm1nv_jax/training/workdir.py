@@ -25,7 +25,7 @@ from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_wit
 
 CONFIG, DATA, LOCK, NONCE = "config.json", "data.json", "run.lock", ".nonce"
 OTHER_DATA = (
-    "the training split is not the one this run began with; set config.data.path to the same data "
+    "the {} split is not the one this run began with; set config.data.path to the same data "
     "set, or choose another --workdir=DIR"
 )
 NONCE_TIMEOUT = 30.0  # seconds; a network file system may show a new file so much later
@@ -140,14 +140,20 @@ def write_or_check_config(
             listed = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)
             names = [name for name, _, _ in changed]
             fork = f", with --config.fork_from={run_dir} to go on from its state"
+            no_fork = config.finetune or any(name.startswith("model.") for name in names)
             raise UserError(
                 f"workdir {run_dir} holds another run, which differs in {listed}; choose another "
-                f"with --workdir=DIR{'' if any(n.startswith('model.') for n in names) else fork}"
+                f"with --workdir=DIR{'' if no_fork else fork}"
             )
     if not step_folder.steps(run_dir) or not (run_dir / DATA).exists():
         files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
-    elif fingerprints["train"] not in (run_dir / DATA).read_text():
-        raise UserError(OTHER_DATA)
+    else:
+        recorded = {"train": ""}
+        with contextlib.suppress(ValueError):
+            recorded = json.loads((run_dir / DATA).read_text())
+        for split in recorded.keys() & fingerprints.keys():
+            if recorded[split] != fingerprints[split]:
+                raise UserError(OTHER_DATA.format("training" if split == "train" else split))
     files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
 
 

@@ -99,6 +99,16 @@ def test_recipes_are_ranked_only_if_validation_asks_them_the_same(runs, tmp_path
     assert len(over_seeds(read(runs[:2]))) == 2
 
 
+def test_what_is_untrained_is_not_compared(tmp_path):
+    first = write(tmp_path / "a", "seed=0", {0: 30, 3: 25.0})
+    second = write(tmp_path / "b", "seed=1", {0: 31, 4: 24.0})
+    with pytest.raises(UserError, match="no step after which a and b validated, which are one rec"):
+        over_seeds(read([first, second]))
+    higher = write(tmp_path / "c", "seed=0", {0: 30, 4: 20.0}, lr=1e-3)
+    ((best, second_best),) = over_seeds(read([first, higher]))
+    assert best.runs == ["c"] and math.isnan(second_best.difference)
+
+
 def test_runs_on_other_training_data_are_no_seeds_of_one_recipe(runs):
     for run, fingerprint in ((runs[0], "a"), (runs[1], "b")):
         (Path(run) / "data.json").write_text(json.dumps({"train": fingerprint, "validation": "v"}))

@@ -131,6 +131,10 @@ def test_a_run_is_tested_once_and_its_folder_is_the_tested_model(run, base, task
     # The same command again changes nothing.
     assert run("run", *options, task=task)[0] == 0
     assert (out / "test.json").read_text() == tested
+    # Of another checkpoint it is tested anew.
+    (out / "test.json").write_text(tested.replace('"step": ', '"step": 1'))
+    assert run("run", *options, task=task)[0] == 0
+    assert (out / "test.json").read_text() == tested
 
 
 @pytest.mark.integration

@@ -200,6 +200,8 @@ def test_other_training_data_leave_the_folder_as_it_was(tmp_path, monkeypatch):
     elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, path="other"))
     with pytest.raises(UserError, match="not the one this run began with"):
         write_or_check_config(folder, elsewhere, {"train": "aa", "validation": "v"})
+    with pytest.raises(UserError, match="the validation split is not the one this run began with"):
+        write_or_check_config(folder, elsewhere, {"train": "bb", "validation": "w"})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     write_or_check_config(folder, elsewhere, {"train": "bb", "validation": "v"})
 

@@ -1,6 +1,7 @@
 """Whole runs in processes of their own: learning, interruption, going on, refusing."""
 
 import json
+import shutil
 import signal
 import subprocess
 
@@ -160,6 +161,14 @@ def test_starting_from_another_model(tmp_path, straight):
     # Masks depend on the seed, weights do not: better than any untrained model.
     assert start["perplexity_mask"] < 0.95 * lines(straight[0], "validation")[0]["perplexity_mask"]
     assert lines(run, "train")[0]["learning_rate"] == pytest.approx(0.004 / 2)
+    # Its own checkpoints are enough to go on.
+    away = f"--config.init_from={tmp_path / 'origin'}"
+    shutil.copytree(straight[0], tmp_path / "origin")
+    begun = (f"--workdir={tmp_path / 'c'}", away)
+    assert processes.run(*begun, "--config.steps=2").returncode == 0
+    shutil.rmtree(tmp_path / "origin")
+    process = processes.run(*begun, "--config.steps=3")
+    assert process.returncode == 0, process.stderr
     wrong = processes.run(f"--workdir={tmp_path / 'b'}", origin, "--config.model.width=32")
     assert wrong.returncode == 2 and "needs (" in wrong.stderr
 
