@@ -17,8 +17,9 @@ def as_list(texts: Iterable) -> list:
     """Refuses one text, which is as many as it has letters, and what has no order of its own."""
     if isinstance(texts, str | bytes | bytearray) or hasattr(texts, "seq") or _is_biopython(texts):
         raise UserError(f"{str(texts)[:20]!r} is one text; give a list, as in [text]")
-    if isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable):
-        raise UserError(f"a {type(texts).__name__} is given; give a list of texts")
+    no_texts = isinstance(texts, Mapping | Set) or not isinstance(texts, Iterable)
+    if no_texts or hasattr(texts, "columns") or getattr(texts, "ndim", 1) != 1:
+        raise UserError(f"a {type(texts).__name__} is given; give a list of texts, or one column")
     return list(texts)
 
 

@@ -54,19 +54,24 @@ class DeviceModel:
     run_blocks: RunBlocks | None = None  # instead of `params["blocks"]`
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class LoadedModel:
     """Parameters, architecture and where they came from."""
 
     config: EncoderConfig
-    params: dict  # jax arrays of the encoder; for `apply`
-    provenance: dict[str, Any]
+    # jax arrays of the encoder; for `apply`
+    params: dict = dataclasses.field(repr=False)
+    provenance: dict[str, Any] = dataclasses.field(repr=False)
     precision: str = "fp32"
     max_residues: int | None = None  # read at once, instead of what `longest` would choose
     head: HeadConfig | None = None  # of a fine-tuned model
-    head_params: dict | None = None
-    contact_head_params: dict | None = None
+    head_params: dict | None = dataclasses.field(default=None, repr=False)
+    contact_head_params: dict | None = dataclasses.field(default=None, repr=False)
     engine: str = "xla"  # of the blocks, one of `cpu_engines.NAMES`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made on devices, which each process makes for itself."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @property
     def longest(self) -> int:

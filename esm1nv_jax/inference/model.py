@@ -42,7 +42,7 @@ from esm1nv_jax.model.encoder import EncoderConfig, EncoderOutput
 from esm1nv_jax.model.heads import to_predictions
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model(LoadedModel):
     """What a model computes of sequences. Made by `load`."""
 
@@ -148,6 +148,8 @@ class Model(LoadedModel):
         at = np.flatnonzero(residue_ids(sequence, "the sequence") == tokenizer.MASK)
         if not at.size:
             raise UserError("the sequence holds no <mask>; write one, as in MK<mask>V")
+        if top < 1:
+            raise UserError(f"top={top} must be at least 1")
         first = tokenizer.FIRST_RESIDUE
         letters = tokenizer.TOKENS[first : first + tokenizer.STANDARD]
         scores = self.logits([sequence])[0][at, first : first + tokenizer.STANDARD]
@@ -230,6 +232,7 @@ class Model(LoadedModel):
         """
         if self.precision == "int8":
             raise UserError("int8 has no gradient; load the model in fp32 or bf16")
+        check_layers(layers, self.config)
         tokens_BT = jnp.asarray(tokens_BT)
         soft_tokens.check(tokens_BT)
         tokens_BT = tokens_BT.astype(jnp.int32 if tokens_BT.ndim == 2 else jnp.float32)
@@ -258,6 +261,11 @@ class Model(LoadedModel):
         `esm1nv_jax.model.soft_tokens`.
         """
         self.require_lm_head()
+        probabilities_TV = jnp.asarray(probabilities_TV, jnp.float32)
+        if probabilities_TV.ndim != 2:
+            raise UserError(
+                f"probabilities are of shape {probabilities_TV.shape}; give [T, V] of one sequence"
+            )
         soft_tokens.check(probabilities_TV[None])
         return soft_tokens.pseudo_log_likelihood(
             lambda tokens_BTV: self.apply(params, tokens_BTV).logits,
@@ -284,9 +292,9 @@ def load(
     weights = load_weights(path)
     engine = select_engine(engine, precision, weights.model)
     room = weights.model.positions - SPECIALS
-    if max_residues is not None and not 1 <= max_residues <= room:
+    if max_residues is not None and not (_is_integer(max_residues) and 1 <= max_residues <= room):
         raise UserError(
-            f"max_residues={max_residues}: this model has {weights.model.positions} positions; "
+            f"max_residues={max_residues!r}: this model has {weights.model.positions} positions; "
             f"give 1 to {room}"
         )
     params = (weights.encoder_params, weights.params.get("head"), weights.contact_head)
@@ -314,11 +322,15 @@ def load_and_say(path: str, precision: str, max_residues: int | None, engine: st
 
 def check_layers(layers: Sequence[int], config: EncoderConfig) -> None:
     for layer in layers:
-        if not -1 <= layer <= config.layers:
+        if not _is_integer(layer) or not -1 <= layer <= config.layers:
             raise UserError(
-                f"layer {layer} is unknown; there are 0 (embeddings) to {config.layers} (the last "
-                "block) and -1 (after the final LayerNorm)"
+                f"layer {layer!r} is unknown; there are 0 (embeddings) to {config.layers} (the "
+                "last block) and -1 (after the final LayerNorm)"
             )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _split_by_sequence(flat: np.ndarray, ids: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -138,6 +138,8 @@ def _parse(name: str, wild_type: str, offset: int, missense: bool) -> Sites:
     """The substitutions of a mutant. Raises MutantError for anything but substitutions of residues
     that stand in the sequence by standard amino acids."""
     sites = []
+    if not isinstance(name, str):
+        raise MutantError("blank", f"{name!r} is no text, such as A4G")
     for text in map(str.strip, name.split(":")):
         match = _SUBSTITUTION.fullmatch(text)
         if match is None:

@@ -145,7 +145,10 @@ def read_structure(path: Path, chain: str = "", sequence: str | None = None) -> 
     name = name_of(path, chain)
     if _suffix(path) in CONTACTS:
         if sequence is None:
-            raise UserError(f"{path} lists contacts; give the sequence of {name} by --fasta")
+            raise UserError(
+                f"{path} lists contacts; give the sequence of {name} by --fasta, and to --fit "
+                "structures with coordinates"
+            )
         is_contact = _read_pairs(text, len(sequence), str(path))
         return Structure(name, sequence, np.ones(len(sequence), bool), is_contact)
     residues, steps, declared = _read_chain(path, text, chain)

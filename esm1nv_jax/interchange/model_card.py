@@ -14,6 +14,7 @@ from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.model.heads import HeadConfig
 
 SAMPLE = "the 10,000 proteins that ship with esm1nv_jax, out of Swiss-Prot"
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 HEAD_METRICS = ("loss", "accuracy", "macro_f1", "mcc", "spearman", "mse")
 SAMPLE_LICENCE = "UniProt Consortium, CC BY 4.0 (attribution needed)"
 
@@ -104,9 +105,10 @@ def _training(provenance: dict[str, Any]) -> str:
         return f"Not by esm1nv_jax: converted from {origin}." if origin else "Not recorded."
     steps = provenance.get("steps", [])
     masking, optimizer, rows = config["masking"], config["optimizer"], config["batch"].get("rows")
+    rate, final_rate = masking["rate"], masking.get("final_rate") or masking["rate"]
     learned = (
-        f"Masked language modelling, recipe `{masking['recipe']}`, {masking['rate']:.0%} of "
-        "residues predicted."
+        f"Masked language modelling, recipe `{masking['recipe']}`, {rate:.0%} of residues "
+        f"predicted{'' if final_rate == rate else f' at first, {final_rate:.0%} at the end'}."
     )
     if "head" in provenance:
         base = provenance.get("base")
@@ -114,7 +116,8 @@ def _training(provenance: dict[str, Any]) -> str:
         learned += f"`{base['path']}`." if base else "random weights."
     lines = [
         learned,
-        f"AdamW, peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up steps; "
+        f"{OPTIMIZERS[optimizer.get('kind', 'adamw')]}, "
+        f"peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up steps; "
         f"{f'{rows} rows a step' if rows else 'rows by sequences a device'} of "
         f"{config['data']['row_length']} tokens; matrix products in {config['compute']['dtype']}.",
     ]

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import pickle
 import shutil
 import subprocess
 import sys
@@ -137,8 +138,31 @@ def test_no_sequences_and_empty_ones(model):
     assert model.logits([]) == []
     with pytest.raises(UserError, match="sequence 1 is empty"):
         model.embed(["MK", " "])
-    with pytest.raises(UserError, match="layer 3 is unknown"):
-        model.embed(["MK"], layer=3)
+    for layer in (3, 1.0, True, "1", None):
+        with pytest.raises(UserError, match=f"layer {layer!r} is unknown"):
+            model.embed(["MK"], layer=layer)
+    with pytest.raises(UserError, match="layer 9 is unknown"):
+        model.apply(model.params, np.zeros((1, 4), np.int32), layers=(9,))
+
+
+def test_what_is_no_list_of_texts_is_refused(model):
+    class Frame(list):
+        columns = ("id", "sequence")
+
+    for given in (Frame(["id", "sequence"]), np.array("MK"), np.array([["MK"]])):
+        with pytest.raises(UserError, match="give a list of texts, or one column"):
+            model.embed(given)
+    with pytest.raises(UserError, match="row 2: None is no text, such as A4G"):
+        model.score_variants("MKV", ["K2R", None])
+    with pytest.raises(UserError, match="top=0 must be at least 1"):
+        model.fill_mask("M<mask>V", top=0)
+
+
+def test_a_model_is_pickled_after_use_as_before(model):
+    before = model.embed(["MKV"]).mean
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.embed(["MKV"]).mean, before)
+    assert len(repr(model)) < 2000 and model != again and hash(model)
 
 
 def test_one_text_is_no_list(model):

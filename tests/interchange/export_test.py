@@ -64,8 +64,8 @@ def test_the_tokenizer_of_a_model_from_elsewhere_keeps_its_ids(copy, tmp_path):
 def test_the_card_states_what_the_provenance_records(tmp_path):
     config = {
         "data": {"path": "sample", "max_residues": 62, "crop": "prefix", "row_length": 64},
-        "masking": {"recipe": "card", "rate": 0.15},
-        "optimizer": {"peak_lr": 0.004, "warmup": 40},
+        "masking": {"recipe": "card", "rate": 0.3, "final_rate": 0.15},
+        "optimizer": {"kind": "muon", "peak_lr": 0.004, "warmup": 40},
         "batch": {"rows": 16},
         "compute": {"dtype": "float32"},
     }
@@ -83,7 +83,8 @@ def test_the_card_states_what_the_provenance_records(tmp_path):
     for words in (
         "license: cc-by-4.0",
         "recipe `card`",
-        "15%",
+        "30% of residues predicted at first, 15% at the end",
+        "Muon, peak learning rate 0.004",
         "0.004",
         "Step 10",
         "Swiss-Prot",
