@@ -55,23 +55,26 @@ def writing(
         ) from None
 
 
-def beside(path: Path) -> Path:
-    """Where to write what is to take the place of `path`: a device or a pipe itself."""
+@contextlib.contextmanager
+def beside(path: Path, kept: Path | None = None) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` when all went well; a device or a pipe
+    is written itself. What the disk refuses before is the writer's to say, by `writing`."""
     is_special = path.exists() and not path.is_file()
-    return path if is_special else path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new = path if is_special else path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield new
+        with writing(path, kept):
+            os.replace(new, path)
+    finally:
+        if not is_special:
+            new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, kept: Path | None = None) -> Iterator[Path]:
-    """A new file to write, which takes the place of `path` when all went well; as `writing`."""
-    new = beside(path)
-    with writing(path, kept):
-        try:
-            yield new
-            os.replace(new, path)
-        finally:
-            if new != path:
-                new.unlink(missing_ok=True)
+    """As `beside`, and as `writing`: for files that are written at once."""
+    with writing(path, kept), beside(path, kept) as new:
+        yield new
 
 
 def parse_json(text: str) -> Any:

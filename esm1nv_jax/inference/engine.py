@@ -59,10 +59,11 @@ def run_batches(
         run = functools.partial(forward, run_blocks=model.run_blocks)
     try:
         for arrays, context in batches:
-            longest = max(longest, arrays["tokens_BT"].shape[1])
-            needed = attention_bytes(model.config, longest)
-            if model.platform == "cpu" and needed > command.machine_memory():
-                raise exhausted()  # a machine that swaps, or ends the process, says nothing
+            if (length := arrays["tokens_BT"].shape[1]) > longest:
+                longest = length
+                needed = attention_bytes(model.config, length)
+                if model.platform == "cpu" and needed > command.machine_memory():
+                    raise exhausted()  # a machine that swaps, or ends the process, says nothing
             batch = jax.device_put(arrays, model.row_sharding)
             results = run(model.params, batch, model.config, model.compute, outputs)
             waiting.append((results, context))

@@ -10,7 +10,6 @@ The first line also holds `residue_counts`, those of the unigram baseline, by le
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,8 +105,7 @@ def write_masks(
     they are complete."""
     counts = dict(zip(tokenizer.RESIDUES, map(int, residue_counts), strict=True))
     first: dict = {"residue_counts": counts}
-    new = files.beside(Path(path))
-    try:
+    with files.beside(Path(path)) as new:
         for batch, masked in corrupted:
             proteins, lines = list(_proteins(batch)), []
             ids = source.ids([example for _, example, _ in proteins])
@@ -128,11 +126,6 @@ def write_masks(
             with files.writing(path), new.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
             yield batch, masked
-        with files.writing(path):
-            os.replace(new, path)
-    finally:
-        if new != Path(path):
-            new.unlink(missing_ok=True)
 
 
 def read_masks(path: str) -> MaskFile:

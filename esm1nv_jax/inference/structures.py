@@ -299,7 +299,9 @@ def _place(letters: list[str], steps: list[int], sequence: str, name: str) -> np
             best = np.maximum.accumulate(best)
             step = min(step, len(sequence))
             origin = np.stack([place - step, place - 1, best[place - 1]])
-            price = [[(math.inf, 0, 2)[min(step, 2)]], [4], [6 if step else 2]]
+            # A gap costs 2, and another step than the one given 4.
+            as_counted = {0: math.inf, 1: 0}.get(step, 2)
+            price = [[as_counted], [4], [6 if step else 2]]
             total = np.where(place < [[step], [1], [1]], math.inf, cost[origin] + price)
             origins.append(origin[total.argmin(0), place])
             cost = total.min(0)

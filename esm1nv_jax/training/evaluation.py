@@ -76,7 +76,7 @@ def test_once(
     saved = step_folder.steps(run_dir, BEST)
     best = int(group.broadcast("best of all", lambda: str(saved[-1] if saved else 0)))
     step = best or int(state.step)
-    if group.broadcast("tested", lambda: str(_tested_step(run_dir) == step)) == "True":
+    if group.broadcast("tested", lambda: str(_tested(run_dir).get("step") == step)) == "True":
         return
     params = state.all_params
     if best:
@@ -101,12 +101,12 @@ def test_once(
     files.write_atomically(run_dir / FILE, files.to_json(results))
 
 
-def _tested_step(run_dir: epath.Path) -> int | None:
-    """The step whose test is recorded; None where there is none."""
+def _tested(run_dir: epath.Path) -> dict:
+    """The results that `test_once` has written; empty where there are none."""
     try:
-        return json.loads((run_dir / FILE).read_text())["step"]
-    except (OSError, ValueError, KeyError):
-        return None
+        return json.loads((run_dir / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def print_results(data: RunData, run_dir: epath.Path) -> None:
@@ -116,7 +116,7 @@ def print_results(data: RunData, run_dir: epath.Path) -> None:
     name = data.objective.best_metric
     sign = 1 if data.objective.maximize else -1
     known = [x for x in validated if x["step"] and x.get(name) is not None and x[name] == x[name]]
-    tested = json.loads((run_dir / FILE).read_text()) if (run_dir / FILE).exists() else None
+    tested = _tested(run_dir)
     rows: list[tuple[str, dict, dict]] = []
     if known:
         best = max(known, key=lambda line: sign * line[name])
