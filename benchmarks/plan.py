@@ -9,6 +9,7 @@ counted. Ends with status 1 where a prediction is wrong by more than a factor of
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ SHAPES = {  # arguments of configs/pretrain_small.py, and fields
         ["--config.model.dropout=0", "--config.model.attention_dropout=0"],
     ),
     "remat": ("width=256,layers=2,max_length=254,batch=4", ["--config.compute.remat=block"]),
+    "bf16": ("width=512,layers=2,max_length=254,batch=4", ["--config.compute.dtype=bfloat16"]),
 }
 
 
@@ -42,11 +44,12 @@ def main() -> int:
     command.set_up()
     from esm1nv_jax.planning import chips
 
-    this = chips.measured_cpu(clock=time.process_time)
-    chips.measured_cpu = lambda: this
+    measured = functools.partial(chips.measured_cpu, clock=time.process_time)
+    chips.measured_cpu = functools.cache(measured)
+    this, bf16 = map(chips.measured_cpu, ("float32", "bfloat16"))
     print(
-        f"{this.flops / 1e9:.0f} GFLOP/s in products, {this.vector / 1e9:.0f} outside of them, "
-        f"{this.bandwidth / 1e9:.1f} GB/s"
+        f"{this.flops / 1e9:.0f} GFLOP/s in products of fp32, {bf16.flops / 1e9:.0f} of bf16, "
+        f"{this.vector / 1e9:.0f} outside of them, {this.bandwidth / 1e9:.1f} GB/s"
     )
     print(f"{'':<12}{'predicted':>12}{'measured':>12}{'ratio':>8}")
     results = {}

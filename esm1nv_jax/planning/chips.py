@@ -118,9 +118,10 @@ _CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4"}
 _TPU_SLICES = {"v5e": _FLAT, "v6e": _FLAT, "tpu7x": _CUBES}  # by number of devices
 
 
-def chip(name: str) -> Chip:
-    """The chip of a name, one of CHIPS or THIS_CPU."""
-    return measured_cpu() if name == THIS_CPU else CHIPS[name]
+def chip(name: str, dtype: str) -> Chip:
+    """The chip of a name, one of CHIPS or THIS_CPU; the latter by products of operands of `dtype`,
+    float32 or bfloat16, as it computes them."""
+    return measured_cpu(dtype) if name == THIS_CPU else CHIPS[name]
 
 
 def by_device_kind(kind: str) -> Chip | None:
@@ -192,10 +193,12 @@ def devices(chip: Chip, hosts: int, per_host: int) -> list:
     return list(topology.devices)
 
 
-def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
+def measured_cpu(dtype: str = "float32", clock: Callable[[], float] = time.perf_counter) -> Chip:
     """This machine, by its fastest matrix product, copy and chain of sums, a second each."""
     import jax
     import jax.numpy as jnp
+
+    from esm1nv_jax.model.kernels.matmul import multiplies_bf16
 
     def fastest(function, x) -> float:
         """In place: pages of fresh memory cost more than writing to them."""
@@ -209,7 +212,12 @@ def measured_cpu(clock: Callable[[], float] = time.perf_counter) -> Chip:
         return min(times)
 
     n = 1536
-    flops = 2 * n**3 / fastest(lambda x: x @ x, jnp.zeros((n, n), jnp.float32))
+
+    def product(x):  # with sums in fp32, as the model's
+        return jnp.matmul(x, x, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    operands = jnp.bfloat16 if dtype == "bfloat16" and multiplies_bf16("cpu") else jnp.float32
+    flops = 2 * n**3 / fastest(product, jnp.zeros((n, n), operands))
     big = jnp.ones(2**26, jnp.float32)  # 256 MiB, past any cache
     bandwidth = 2 * big.nbytes / fastest(lambda x: x + 1, big)
     chain = 64  # of operations on elements that stay in the cache

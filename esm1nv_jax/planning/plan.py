@@ -69,7 +69,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.training.run_data import open_data
     from esm1nv_jax.training.step import check_memory
 
-    chip = chips.chip(chip_name)
+    chip = chips.chip(chip_name, config.compute.dtype)
     devices = chips.devices(chip, hosts, per_host)
     run = RunConfig.from_config_dict(config)
     settings = run.step_config(devices[0])
