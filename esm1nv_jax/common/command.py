@@ -25,7 +25,6 @@ THREADS = 64  # a small training run on two cores takes 36
 KEPT_SHARE = 0.2  # of the memory of the machine, that a program may work in
 # Device files of GPUs (/dev/dxg: under Windows) and TPUs.
 _ACCELERATORS = "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*"
-_MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 _CUDA = "jax_cuda12_plugin jax_cuda13_plugin jax_plugins.xla_cuda12 jax_plugins.xla_cuda13".split()
 
 
@@ -227,12 +226,20 @@ def keeps(working_bytes: float) -> bool:
     return not has_accelerator() and wish != "0" and (wish == "1" or fits)
 
 
-def machine_memory(limits: Sequence[str] = _MEMORY_LIMITS) -> int:
-    """Return the bytes of memory that this machine has, or its container, by a file of `limits`."""
+def machine_memory(groups: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgroup") -> int:
+    """Return the bytes of memory that this process may take: those of the machine, or what Linux
+    allows to one of the groups that it runs in, as a container or a job of Slurm."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in limits:
-        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
-            sizes.append(int(Path(path).read_text(encoding="utf-8")))
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path(groups).read_text(encoding="utf-8").splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers not in ("", "memory"):  # of cgroups in version 2, or in version 1
+                continue
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            innermost = Path(mount, controllers, group.lstrip("/"))
+            for folder in (innermost, *innermost.parents):
+                with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+                    sizes.append(int((folder / name).read_text(encoding="utf-8")))
     return min(sizes)
 
 

@@ -86,13 +86,23 @@ def test_a_program_that_works_in_much_of_the_memory_keeps_none_unless_told_to(mo
     assert not command.keeps(1)
 
 
-def test_a_container_has_the_memory_that_it_is_allowed(tmp_path):
-    limit = tmp_path / "memory.max"
-    paths = [str(tmp_path / "absent"), str(limit)]
-    machine = command.machine_memory(paths)
+@pytest.mark.parametrize(
+    "line, limit",
+    [
+        ("0::/", "memory.max"),  # a container
+        ("0::/slurm/job_7/step_0", "slurm/job_7/memory.max"),
+        ("4:memory:/slurm/job_7", "memory/slurm/memory.limit_in_bytes"),
+        ("4:memory:/docker/7", "memory/memory.limit_in_bytes"),  # seen from inside
+    ],
+)
+def test_a_container_or_a_job_has_the_memory_that_it_is_allowed(tmp_path, line, limit):
+    groups, path = tmp_path / "cgroup", tmp_path / limit
+    groups.write_text(f"9:name=systemd:/\n{line}\n", encoding="utf-8")
+    machine = command.machine_memory(str(groups), str(tmp_path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     for text, bytes_ in (("max\n", machine), (f"{1 << 62}\n", machine), ("1048576\n", 1 << 20)):
-        limit.write_text(text, encoding="utf-8")
-        assert command.machine_memory(paths) == bytes_
+        path.write_text(text, encoding="utf-8")
+        assert command.machine_memory(str(groups), str(tmp_path)) == bytes_
 
 
 def test_a_machine_without_proc_is_one_line(monkeypatch):
