@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from esm1nv_jax.inference.block_graph import usable_cores
+from esm1nv_jax.common.command import usable_cores
 
 THREADS = usable_cores()
 Hidden = Callable[[np.ndarray, np.ndarray], np.ndarray]  # int64 tokens, mask [B, T]: fp32 [B, T, D]

@@ -243,6 +243,13 @@ def machine_memory(groups: str = "/proc/self/cgroup", mount: str = "/sys/fs/cgro
     return min(sizes)
 
 
+def usable_cores() -> int:
+    """Cores of the CPU that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def return_freed_memory() -> None:
     """Undoes `keep_freed_memory`: freed blocks of 32 MiB and more go back to the kernel."""
     libc = ctypes.CDLL(None)

@@ -23,7 +23,7 @@ import numpy as np
 
 from esm1nv_jax import __version__
 from esm1nv_jax.common import files
-from esm1nv_jax.common.command import Parser
+from esm1nv_jax.common.command import Parser, usable_cores
 from esm1nv_jax.common.console import bar, console
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import fasta, first_pass, manifest, splits
@@ -303,7 +303,7 @@ def main(argv: list[str]) -> None:
             f"{size:,}, at most {splits.DEFAULT_SHARE:.0%} of all)".replace("%", "%%"),
         )
     add("--seed", type=int, default=0, help="of the choice of splits (default: %(default)s)")
-    cores = min(os.cpu_count() or 1, 16)
+    cores = min(usable_cores(), 16)
     add("--workers", type=int, default=cores, help="processes (default here: %(default)s)")
     shorter = "residues; shorter sequences are left out (default: %(default)s)"
     add("--min-length", type=int, default=1, metavar="N", help=shorter)

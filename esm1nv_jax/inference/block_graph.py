@@ -5,7 +5,6 @@ Embeddings and what follows the blocks stay with XLA. Graphs: `onnx_blocks`, `op
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -41,13 +40,6 @@ class Graph(Protocol):
         self, outputs: Sequence[Tensor]
     ) -> Callable[[dict[str, np.ndarray], tuple[int, ...]], list[np.ndarray]]:
         """A function of the inputs, and of which of `outputs` to compute; for several threads."""
-
-
-def usable_cores() -> int:
-    """Cores of the CPU that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # on Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def compile_blocks(config: EncoderConfig, blocks: dict, graph: Graph) -> RunBlocks:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from esm1nv_jax.inference.block_graph import TINY, usable_cores
+from esm1nv_jax.common.command import usable_cores
+from esm1nv_jax.inference.block_graph import TINY
 
 OPSET, IR_VERSION = 21, 10
 OWN_DOMAIN = "com.microsoft"  # of operators that ONNX Runtime adds to the standard's

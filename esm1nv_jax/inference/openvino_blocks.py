@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from esm1nv_jax.inference.block_graph import TINY, usable_cores
+from esm1nv_jax.common.command import usable_cores
+from esm1nv_jax.inference.block_graph import TINY
 
 # OpenVINO reports every import to its makers over the network, by a process that it forks, which
 # JAX's threads do not stand. It does not where this package of theirs is missing.

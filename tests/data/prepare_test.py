@@ -187,3 +187,10 @@ def test_records_are_what_protobuf_writes():
         assert records.sequence_of(record, len(sequence)) == sequence
         assert records.sequence_of(record, len(sequence) - 1) is None
         assert records.sequence_of(record, len(sequence) + 1) is None
+
+
+def test_as_many_workers_as_cores_that_the_process_may_use(monkeypatch, capsys):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 4, 5}, raising=False)
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    assert "default here: 3)" in capsys.readouterr().out
