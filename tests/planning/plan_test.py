@@ -116,8 +116,9 @@ def test_splash_attention_on_a_tpu():
 @pytest.mark.parametrize("chip", ["a100-80gb", "h100-80gb"])
 @pytest.mark.parametrize("attention", ["pallas", "cudnn", "xla"])
 def test_every_backend_compiles_for_gpus(chip, attention):
-    if attention == "cudnn" and importlib.util.find_spec("nvidia.cudnn") is None:
-        pytest.skip("compiling with cuDNN needs: pip install --no-deps nvidia-cudnn-cu13")
+    if attention == "cudnn":
+        needed = "compiling with cuDNN needs: pip install --no-deps nvidia-cudnn-cu13"
+        pytest.importorskip("nvidia.cudnn", reason=needed)
     result = plan(
         "--config=configs/pretrain_small.py:padded",
         *SHORT,
