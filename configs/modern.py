@@ -6,7 +6,8 @@ Each line below is one change of the parent, configs/pretrain_small.py; most hav
 their own in configs/ablations. `transformers` has no such architecture: `esm1nv convert --to hf`
 refuses it.
 Hardware and time: not measured; `esm1nv plan` estimates 0.13 s a step on 8 H100. Expected metric:
-not known. Arguments: the parent's.
+not known; at a million parameters no difference from the parent under Muon with rotary positions
+was seen (docs/ablations.md). Arguments: the parent's.
 """
 
 from esm1nv_jax.common.config_file import parent
