@@ -85,7 +85,7 @@ def target_counts(rate: float, longest: int) -> np.ndarray:
 def max_targets(rate: float, row_length: int) -> int:
     """The most targets that a row can hold: M."""
     n = np.arange(1, max(2, row_length - 1))
-    return int(row_length * np.max(target_counts(rate, n[-1])[1:] / (n + 2)))
+    return int(np.max(np.int64(row_length) * target_counts(rate, n[-1])[1:] // (n + 2)))
 
 
 def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT, progress=None) -> Masked:

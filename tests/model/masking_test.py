@@ -118,6 +118,15 @@ def test_the_bound_holds_for_rows_full_of_sequences_of_one_length(rate, residues
     assert masked.is_target_BM.sum() == per_row * max(1, round(rate * residues))
 
 
+@pytest.mark.parametrize(("rate", "row_length"), [(0.4, 71), (0.4, 551), (0.36, 159), (0.6, 23)])
+def test_the_bound_is_exact_where_a_division_rounds_down(rate, row_length):
+    batch = pack([[random_tokens(0, row_length - 2)]], row_length)
+    masked = mask(
+        masking.recipe("card", rate), *(batch[n] for n in ("tokens", "segment_ids", "mask_bits"))
+    )
+    assert masked.is_target_BM.sum() == round(rate * (row_length - 2))
+
+
 def test_equal_hashes_still_give_the_exact_count():
     batch = pack([[random_tokens(0, 50)]], 64)
     batch["mask_bits"][:] = 7
