@@ -95,7 +95,7 @@ def prepare(options: Preparation) -> dict:
         parsed = first_pass.run(task, lock, sum(sizes))
         skipped, assigned = _assign(options, task, parsed)
         if assigned is None:
-            console.print("fewer holdout candidates than sequences to hold out: reading again")
+            console.print("the holdout candidates do not make the splits exact: reading again")
             for chunk in parsed.chunks:
                 for path, _ in chunk.files(folder):
                     path.unlink(missing_ok=True)
@@ -161,7 +161,14 @@ def _assign(
     candidate = keys < np.uint64(task.holdout_below)
     available = np.flatnonzero(candidate & (split != splits.DROPPED))
     skipped = Counter({fasta.DUPLICATE: same.size, fasta.CONFLICT: other.size})
-    if available.size < validation + test and task.holdout_below != first_pass.EVERY_KEY:
+    # Splits that whole clusters of candidates make exact are those of all sequences; others would
+    # depend on how many candidates there are, and so on how the input is compressed.
+    every = task.holdout_below == first_pass.EVERY_KEY
+    if available.size:
+        whole = options.groups is not None or not every
+        split[available] = splits.assign(keys[available], validation, test, whole)
+    found = np.bincount(split[available], minlength=splits.DROPPED)
+    if not every and tuple(found[1:]) != (validation, test):
         return skipped, None
     sizes = zip(splits.NAMES[1:], (validation, test), splits.DEFAULT_SIZES, strict=True)
     for name, size, card in sizes:
@@ -170,9 +177,6 @@ def _assign(
                 f"--{name} {size:,}: {splits.DEFAULT_SHARE:.0%} of {kept:,} sequences, as the "
                 f"default of {card:,} is more"
             )
-    if available.size:
-        whole = options.groups is not None
-        split[available] = splits.assign(keys[available], validation, test, whole)
     if kept and not (split == splits.TRAIN).any():
         raise UserError(
             f"the clusters of {options.groups} are too large: whole ones for validation and test "

@@ -124,6 +124,23 @@ def test_clusters_are_not_divided(proteins, fasta_file, tmp_path, workers):
     manifest.verify(tmp_path / "set")
 
 
+def test_clusters_held_out_do_not_depend_on_compression_or_headers(tmp_path):
+    proteins = made_up(3000, mean=60)
+    table = tmp_path / "clusters.tsv"
+    names = [b"C%d" % (n // 10 if n < 2800 else n // 3) for n in range(3000)]
+    pairs = zip(proteins, names, strict=True)
+    table.write_bytes(b"".join(b"%b\t%b\n" % (i, name) for (i, _, _), name in pairs))
+    plain, bare = tmp_path / "plain", tmp_path / "bare"
+    plain.write_bytes(fasta([(i, d * 2, s) for i, d, s in proteins]))
+    bare.write_bytes(gzip.compress(fasta([(i, b"", s) for i, _, s in proteins])))
+    found = {}
+    for path in (plain, bare):
+        out = tmp_path / f"{path.name}-set"
+        prepare.prepare(Preparation((str(path),), str(out), 26, 13, groups=str(table)))
+        found[path] = held_out(out, {"validation": 26, "test": 13})
+    assert found[plain] == found[bare]
+
+
 @pytest.mark.parametrize(
     ("table", "words"),
     [
