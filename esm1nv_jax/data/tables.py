@@ -31,8 +31,11 @@ def open_csv(path: str) -> tuple[list[str], Iterator[Row]]:
     Returns the names of the columns, and (line number, fields) of each row that is not blank;
     white space around names and fields is removed. Raises UserError, also while rows are read.
     """
-    lines = text_lines(path, "a CSV file")
-    reader = csv.reader(lines, skipinitialspace=True, delimiter=delimiter_of(path))
+    lines, delimiter = text_lines(path, "a CSV file"), delimiter_of(path)
+    # A quote that nothing closes would swallow rows in silence. Of TSV, whose writers may not know
+    # of quotes, they are seen by their tabs.
+    is_tsv = delimiter == "\t"
+    reader = csv.reader(lines, skipinitialspace=True, delimiter=delimiter, strict=not is_tsv)
 
     def rows() -> Iterator[Row]:
         width = 0
@@ -43,9 +46,12 @@ def open_csv(path: str) -> tuple[list[str], Iterator[Row]]:
                     raise UserError(
                         f"{path}, line {reader.line_num}: {len(row)} fields, the header has {width}"
                     )
+                if is_tsv and any("\n" in field and "\t" in field for field in row):
+                    raise csv.Error("a field of several lines with tabs")
                 yield reader.line_num, [field.strip() for field in row]
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}; is it CSV?") from None
+            advice = "is it CSV, and each quote closed?"
+            raise UserError(f"{path}, line {reader.line_num}: {error}; {advice}") from None
 
     table = rows()
     _, columns = next(table, (1, []))

@@ -123,6 +123,29 @@ def test_fields_of_a_tsv_may_hold_commas_and_be_long(tmp_path):
     assert list(rows) == [(2, ["A", "one, two"]), (3, ["B", "M" * 200_000])]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("end.csv", 'id,sequence,note\nA,MK,"x\nB,ML,y\n'),
+        ("pair.csv", 'id,sequence,note\nA,MK,"x\nB,ML,"y\nC,MV,z\n'),
+        ("end.tsv", 'id\tsequence\tnote\nA\tMK\t"x\nB\tML\ty\n'),
+        ("pair.tsv", 'note\tid\tsequence\n"x\tA\tMK\ny\tB\tML\nz"\tC\tMV\n'),
+    ],
+)
+def test_a_quote_that_is_not_closed_swallows_no_row(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="each quote closed"):
+        scan(str(tmp_path / name))
+
+
+def test_quotes_within_a_tsv_and_fields_of_several_lines_are_read(tmp_path):
+    (tmp_path / "x.tsv").write_text('id\tnote\nA\t"Candidatus X" sp.\nB\t"one\n""two"""\n')
+    assert list(open_csv(str(tmp_path / "x.tsv"))[1]) == [
+        (2, ["A", "Candidatus X sp."]),
+        (4, ["B", 'one\n"two"']),
+    ]
+
+
 def test_a_table_comes_through_a_pipe(tmp_path):
     content = table(tmp_path, "tsv").read_bytes()
     os.mkfifo(tmp_path / "pipe.tsv")
