@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import math
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -161,8 +162,8 @@ def read(
         if not any("1" in row.mask for row in content):
             raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
     _check_ids(path, [row for content in rows.values() for row in content])
-    unique = [{row.sequence for row in content} for content in rows.values()]
-    shared = sum(map(len, unique)) - len(set().union(*unique))
+    splits_of = Counter(s for content in rows.values() for s in {row.sequence for row in content})
+    shared = sum(n > 1 for n in splits_of.values())
     digest = hashlib.sha256()
     for row in rows["test"]:
         digest.update(b"%b %b\n" % (row.sequence, row.text.encode()))
