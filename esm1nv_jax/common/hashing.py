@@ -71,8 +71,9 @@ def permute(index: np.ndarray, n: int, key: np.uint32) -> np.ndarray:
     `index` holds any part of 0..n-1 in any order; n is at most 2**31. Each value costs a tenth of a
     microsecond and no memory: a Feistel network over the bits of the index is applied until the
     result lies inside the range (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    Of so few bits it is not quite uniform for n of 5 to 7: with 40,000 keys, positions are within
-    9 % of equally likely, ordered pairs within 43 %. From n = 8 on no bias was found.
+    Of so few bits it is not quite uniform: with 400,000 keys, positions are within 11 % of equally
+    likely for n of 5 to 8 and ordered pairs within 42 %, for n of 9 to 16 within 3 and 13 %. From
+    n = 64 on no bias was found.
     """
     if not 0 < n <= 2**31:
         raise ValueError(f"a permutation needs 1 to 2**31 elements, found {n}")
