@@ -63,8 +63,8 @@ def load_table(path: Path) -> tuple[np.ndarray, bool]:
     not and holds every representative.
 
     Returns uint64 [2, lines], digests of the accessions, sorted, and of their clusters; and whether
-    the order is that of MMseqs2. Raises UserError for a line of one column or an accession in two
-    clusters.
+    the order is that of MMseqs2. Raises UserError for a line without a cluster or an accession in
+    two clusters.
     """
     pieces: list[np.ndarray] = []
     blank: list[int] = []  # how many entries precede each empty line
@@ -76,12 +76,13 @@ def load_table(path: Path) -> tuple[np.ndarray, bool]:
             if line == 1:
                 row = row.removeprefix(codecs.BOM_UTF8)
             fields = row.rstrip(b"\r").split(b"\t")
-            if len(fields) > 1:
+            if len(fields) > 1 and fields[-1].strip():
                 columns.append((fields[0].strip(), fields[-1].strip()))
                 two_columns &= len(fields) == 2
             elif fields[0]:
+                what = "one column," if len(fields) == 1 else "no cluster for"
                 shown = fields[0][:40].decode("latin-1")
-                raise UserError(f"{path}, line {line}: one column, {shown!a}; {_FORMAT}")
+                raise UserError(f"{path}, line {line}: {what} {shown!a}; {_FORMAT}")
             else:
                 blank.append(line - 1 - len(blank))
         if columns:

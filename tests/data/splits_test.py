@@ -82,6 +82,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_accession(tmp_path):
     [
         (b"C1\tA1\nC1\tA2\n", "are the columns swapped"),  # no cluster is named by a member
         (b"A1\tC1\nA1\tC2\nA2\tC1\n", "give each one cluster"),
+        (b"A1\tC1\nA2\t\nA3\t\n", "line 2: no cluster for 'A2'; give lines"),
         (b"A1\tx\tC1\nA1\tx\tC2\n", "give each one cluster"),
         (b"A" * (3 << 20), "a line of more than 1,048,576 bytes"),
         ("A1\tC1\n".encode("utf-16"), "is UTF-16 text; give a table"),
