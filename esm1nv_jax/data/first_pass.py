@@ -174,6 +174,8 @@ def run(task: WorkerTask, lock: int, size: int) -> FirstPass:
                             del running[connection]
                 if errors and all(at[worker][0] > min(errors)[0] for worker in running.values()):
                     break  # no running worker can find an earlier fault
+            if not errors:
+                shown.update(size / 1e6)
     finally:
         for process in processes:
             process.kill()

@@ -1,6 +1,7 @@
 """A prepared data set: what other programs and ours read from it, and how damage is found."""
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -68,10 +69,11 @@ def test_our_own_reader_agrees(folder):
     assert grain.MapDataset.source(source)[3]["id"].decode() == source.ids([3])[0]
 
 
-def test_the_folder_does_not_depend_on_the_workers(folder, fasta_file, tmp_path):
+def test_the_folder_does_not_depend_on_the_workers(folder, fasta_file, tmp_path, capsys):
     for workers in (2, 5):
         out = tmp_path / str(workers)
         prepare.prepare(Preparation((str(fasta_file),), str(out), workers=workers, **SIZES))
+        assert re.search(r"read \d+/\d+ \(100 %\) MB", capsys.readouterr().err)
         assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in folder.iterdir())
         for path in folder.iterdir():
             if path.name != manifest.FILE:
