@@ -69,17 +69,22 @@ def test_our_own_reader_agrees(folder):
     assert grain.MapDataset.source(source)[3]["id"].decode() == source.ids([3])[0]
 
 
-def test_the_folder_does_not_depend_on_the_workers(folder, fasta_file, tmp_path, capsys):
+def test_the_folder_does_not_depend_on_the_workers(folder, fasta_file, tmp_path):
     for workers in (2, 5):
         out = tmp_path / str(workers)
         prepare.prepare(Preparation((str(fasta_file),), str(out), workers=workers, **SIZES))
-        assert re.search(r"read \d+/\d+ \(100 %\) MB", capsys.readouterr().err)
         assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in folder.iterdir())
         for path in folder.iterdir():
             if path.name != manifest.FILE:
                 assert path.read_bytes() == (out / path.name).read_bytes(), path
         assert manifest.read(out)["splits"] == manifest.read(folder)["splits"]
     assert len(manifest.read(folder)["splits"]["train"]["shards"]) > 4
+
+
+def test_progress_ends_at_the_end(fasta_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "_SMALLEST_CHUNK", 1 << 24)  # one chunk: a worker reports seldom
+    prepare.prepare(Preparation((str(fasta_file),), str(tmp_path / "set"), **SIZES))
+    assert re.search(r"read (\d+)/\1 \(100 %\) MB", capsys.readouterr().err)
 
 
 def test_the_manifest_describes_the_data(folder, fasta_file, proteins):
