@@ -134,11 +134,13 @@ class DecompressedFile:
 
 
 def text_lines(path: str, expected: str) -> Iterator[str]:
-    """The lines of a UTF-8 file, plain or compressed, with their ends; errors ask for `expected`.
+    r"""The lines of a UTF-8 file, plain or compressed, with `\n` for their ends of any kind; errors
+    ask for `expected`.
 
     Neither the file nor a line that never ends is held in memory.
     """
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)  # old Macs', too
     left = ""
     try:
         for block in DecompressedFile(Path(path), expected=expected):

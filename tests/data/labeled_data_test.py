@@ -51,8 +51,9 @@ def test_a_column_that_stands_twice_is_refused(tmp_path, name):
         labeled_data.read(written(tmp_path, text), "regression")
 
 
-def test_sequences_are_normalized_as_in_fasta_files(tmp_path):
-    read = labeled_data.read(table(tmp_path, "mk--Tv**", end="\r\n"), "localisation")
+@pytest.mark.parametrize("end", ["\r\n", "\r"])
+def test_sequences_are_normalized_as_in_fasta_files(tmp_path, end):
+    read = labeled_data.read(table(tmp_path, "mk--Tv**", end=end), "localisation")
     assert read.train.sequences == [b"MKV", b"MKL", b"MKTV"]
 
 

@@ -267,7 +267,7 @@ PLAIN, MASKED = ("sequence", "label", "split"), ("sequence", "label", "mask", "s
         ("localisation", PLAIN, ("", "x", "train"), "sequence is empty"),
         ("localisation", PLAIN, ("MK", "x", "dev"), "'dev'"),
         ("localisation", PLAIN, ("MK", "x", "train"), "1 rows of split train"),
-        ("localisation", PLAIN, ("M\rK", "x", "train"), "is it CSV?"),
+        ("localisation", PLAIN, ('"MK', "x", "train"), "is it CSV, and each quote closed?"),
     ],
 )
 def test_a_wrong_table_is_one_line(tmp_path, task, columns, row, said):
