@@ -1,5 +1,7 @@
 """Metrics of labels are their definitions; their errors are those of a mean over proteins."""
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -51,4 +53,10 @@ def test_values_are_scored_by_rank_and_by_square():
     assert found["mse"] == pytest.approx(np.mean((labels - values) ** 2))
     errors = bootstrap_errors("regression", labels, values[:, None], np.arange(300))
     assert errors["mse"] == pytest.approx(stats.sem((labels - values) ** 2), rel=0.15)
-    assert np.isnan(score("regression", labels, np.zeros((300, 1)))["spearman"])
+    constant = np.zeros((300, 1))
+    assert np.isnan(score("regression", labels, constant)["spearman"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a user would see them
+        assert np.isnan(
+            bootstrap_errors("regression", labels, constant, np.arange(300))["spearman"]
+        )
