@@ -66,6 +66,8 @@ class Preparation:
             raise UserError(
                 f"--max-length {self.max_length} is less than --min-length {self.min_length}"
             )
+        if files.is_remote(self.out):
+            raise UserError(f"--out {self.out} is no folder on a disk; prepare one, and copy it")
         if self.on_error not in ("stop", "skip"):
             raise UserError(f"--on-error must be stop or skip, found {self.on_error!r}")
         if list(self.fasta).count("-") > 1:

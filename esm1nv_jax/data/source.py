@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from esm1nv_jax.common import files
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.hashing import fold_all, permute, purpose
 from esm1nv_jax.data import fasta, manifest
@@ -208,6 +209,8 @@ def open_split(data: str, split: str) -> Source:
         raise UserError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     if data == SAMPLE:
         return _sample(split)
+    if files.is_remote(data):
+        raise UserError(f"{data} is no folder on a disk; copy the data set to one, on every host")
     return ShardSource(Path(data), split)
 
 

@@ -164,6 +164,16 @@ def test_a_source_knows_when_lengths_do_not_fit(folder, tmp_path):
         open_split(str(copy), "train").sequences(range(50))
 
 
+def test_a_bucket_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_bytes(b">A\nMK\n>B\nMV\n>C\nML\n")
+    with pytest.raises(UserError, match="--out gs://bucket/set is no folder on a disk"):
+        prepare.prepare(Preparation(("a",), "gs://bucket/set"))
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(UserError, match="gs://bucket/set is no folder on a disk"):
+        open_split("gs://bucket/set", "train")
+
+
 @pytest.mark.parametrize("name", ["nothing", "empty"])
 def test_no_data_set(tmp_path, name):
     (tmp_path / "empty").mkdir()
