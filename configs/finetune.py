@@ -8,8 +8,9 @@ Hardware, time and metric depend on model and table; not measured here.
 Arguments: model= (a run, a step, a model folder or a folder of transformers), csv=, task=
 (residue_classification, residue_regression, protein_classification, protein_multilabel or
 protein_regression), method= (full, last=BLOCKS, lora=RANK or head), epochs=, batch= (proteins a
-step and device), lr=, weight_decay=, seed=, and `scratch`: the architecture of the model with
-random weights, for comparison.
+step and device), lr=, weight_decay=, seed=, those of the split of a table without a column `split`,
+on which the steps of an epoch depend: valid_fraction=, test_fraction= and split_seed=; and
+`scratch`: the architecture of the model with random weights, for comparison.
 
 The learning rate rises over a tenth of the steps and falls to zero by a cosine. Its peak depends on
 the method: 1e-4 where all or the last blocks are trained, 5e-4 for LoRA, 1e-3 for the head alone,
@@ -44,6 +45,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         lr=0.0,
         weight_decay=0.01,
         seed=0,
+        valid_fraction=0.1,
+        test_fraction=0.1,
+        split_seed=0,
     )
     for name in ("model", "csv", "task"):
         if not args[name]:
@@ -54,7 +58,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     for name in ("epochs", "batch"):
         if args[name] < 1:
             raise UserError(f"config argument {name}={args[name]} must be at least 1")
-    fractions = labeled_data.SplitFractions()
+    fractions = labeled_data.SplitFractions(
+        args["valid_fraction"], args["test_fraction"], args["split_seed"]
+    )
     table = labeled_data.read(args["csv"], args["task"], fractions=fractions)
     model = load_weights(args["model"]).model
     longest = max(map(len, table.train.sequences + table.valid.sequences + table.test.sequences))
@@ -91,9 +97,9 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         "metric": "auto",
         "patience": 5,  # validations without a better one before training stops; 0: never
         "test": True,  # evaluate the best checkpoint on the test split, once, at the end
-        "valid_fraction": 0.1,  # of a table without a column `split`
-        "test_fraction": 0.1,  # of a table without a column `split`
-        "split_seed": 0,  # of those fractions
+        "valid_fraction": fractions.valid,  # of a table without a column `split`
+        "test_fraction": fractions.test,  # of a table without a column `split`
+        "split_seed": fractions.seed,  # of those fractions
         "lora_alpha": 16.0,  # the product of LoRA's factors counts alpha / rank times
         "lora_dropout": 0.0,  # rate, of the input of LoRA's factors
         "lora_projections": "query,key,value,out_proj",  # also fc1, fc2

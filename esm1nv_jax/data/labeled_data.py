@@ -158,9 +158,13 @@ def read(
         rows[split].append(row)
     for split, content in rows.items():
         if len(content) < 2:
-            raise UserError(f"{path} has {len(content)} rows of split {split}; a probe needs more")
+            fix = "give a column split, or other fractions or another seed of the split"
+            fix = "give more" if "split" in columns else fix
+            raise UserError(
+                f"{path} has {len(content)} rows of split {split}, which needs 2 or more; {fix}"
+            )
         if not any("1" in row.mask for row in content):
-            raise UserError(f"{path}: no residue of split {split} has mask 1; a probe needs some")
+            raise UserError(f"{path}: no residue of split {split} has mask 1; give some")
     _check_ids(path, [row for content in rows.values() for row in content])
     splits_of = Counter(s for content in rows.values() for s in {row.sequence for row in content})
     shared = sum(n > 1 for n in splits_of.values())

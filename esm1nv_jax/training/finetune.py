@@ -31,6 +31,8 @@ from esm1nv_jax.training.workdir import LOCK
 
 FOLDER, FILE = "grid", "grid.json"  # in the folder of the run
 FIELDS = {"lr": "optimizer.peak_lr", "weight_decay": "optimizer.weight_decay"}
+# Fields that are arguments of the config, too: the steps of an epoch depend on them.
+SPLIT = ("valid_fraction", "test_fraction", "split_seed")
 
 
 def main(argv: list[str]) -> int:
@@ -57,6 +59,10 @@ def main(argv: list[str]) -> int:
     options, overrides = parser.parse_known_args(argv)
     names = {"model": options.checkpoint, "csv": options.csv, "task": options.task}
     names |= {name: getattr(options, name) for name in ("method", "epochs", "batch", "lr", "seed")}
+    for option in overrides:
+        field, has_value, value = option.partition("=")
+        name = field.removeprefix("--config.finetune.")
+        names |= {name: value} if has_value and name in SPLIT else {}
     for name, value in names.items():
         if "," in str(value):
             raise UserError(f"{name} {value!r} has a comma, which config arguments cannot have")

@@ -5,6 +5,7 @@ import pytest
 
 from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
@@ -176,3 +177,21 @@ def test_without_a_column_split_equal_sequences_stay_together(tmp_path):
     assert sum(sizes) == 400 and task.shared == 0
     assert 160 < sizes[0] < 240 and 50 < sizes[1] < 110 and 80 < sizes[2] < 160
     assert split(0).test.sequences == task.test.sequences != split(1).test.sequences
+
+
+def test_an_epoch_is_of_the_split_that_is_asked_for(monkeypatch, models, tmp_path):
+    """By the default fractions these ten proteins have one to validate on, which is refused."""
+    monkeypatch.setattr(finetune, "train", lambda config, out: config)
+    lines = [f"MKV{'ACDEFGHIKL'[i]}L,{i}" for i in range(10)]
+    (tmp_path / "t.csv").write_text("\n".join(["sequence,label", *lines]), encoding="utf-8")
+    argv = ["--checkpoint", str(models / "base"), "--csv", str(tmp_path / "t.csv"), "--out", "run"]
+    argv += ["--task", "protein_regression", "--batch", "1", "--epochs", "3"]
+    with pytest.raises(UserError, match="needs 2 or more; give a column split, or other fractions"):
+        finetune.main(argv)
+    options = ("valid_fraction=0.3", "test_fraction=0.4", "split_seed=1")
+    config = finetune.main([*argv, *(f"--config.finetune.{option}" for option in options)])
+    fractions = labeled_data.SplitFractions(0.3, 0.4, 1)
+    assert config.finetune.fractions == fractions
+    task = labeled_data.read(str(tmp_path / "t.csv"), "protein_regression", fractions=fractions)
+    epoch = len(task.train.sequences)
+    assert (config.evaluation.every, config.steps) == (epoch, 3 * epoch)
