@@ -103,9 +103,13 @@ def log_scale(axis) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def plus_minus(value: float, error: float, digits: int = 2) -> str:
-    """`17.06 ± 0.05`, or `-` where there is no value."""
+def plus_minus(value: float, error: float, digits: int = 2, sign: str = "") -> str:
+    """`17.06 ± 0.05`, or `-` where there is no value; `1.6e-16 ± 8.8e-17` of what so many decimals
+    do not show, such as squares of errors in another unit. `sign` is that of a format, such as
+    `+`."""
     if value != value:
         return "-"
-    shown = f"{value:.{digits}f}"
-    return shown if error != error else f"{shown} ± {error:.{digits}f}"
+    largest = max(abs(value), 0.0 if error != error else error)
+    kind = f".{digits}f" if not largest or 10**-digits <= largest < 1e7 else f".{digits}g"
+    shown = f"{value:{sign}{kind}}"
+    return shown if error != error else f"{shown} ± {error:{kind}}"

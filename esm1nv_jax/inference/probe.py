@@ -280,7 +280,7 @@ def print_results(results: dict[str, Any]) -> None:
         errors = difference["standard_errors"]
         stdout.print(
             f"{difference['head']}: this encoder less the untrained, {difference['metric']} "
-            f"{difference['difference']:+.4f} ± {difference['se']:.4f} (by protein"
+            f"{plus_minus(difference['difference'], difference['se'], 4, '+')} (by protein"
             f"{' and seed' if seeds > 1 else ''})"
             + (f", {errors:+.1f} standard errors" if math.isfinite(errors) else "")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -10,6 +11,7 @@ from etils import epath
 from esm1nv_jax import __version__
 from esm1nv_jax.checkpoints.model_folder import Weights
 from esm1nv_jax.common import metrics_log
+from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.model.heads import HeadConfig
 
@@ -153,7 +155,8 @@ def _metrics(provenance: dict[str, Any]) -> str:
     else:  # `esm1nv average` evaluates on data that it names
         source = f"On {metrics.get('data', 'data that is not recorded')}"
     if "perplexity_mask" not in metrics:  # of a head
-        values = [f"{k} {metrics[k]:.3f}" for k in HEAD_METRICS if metrics.get(k) is not None]
+        known = {k: metrics[k] for k in HEAD_METRICS if metrics.get(k) is not None}
+        values = (f"{k} {plus_minus(value, math.nan, 3)}" for k, value in known.items())
         return f"{source}: {', '.join(values)}."
     return (
         f"{source}: perplexity {metrics['perplexity']:.3f} over all selected positions, "

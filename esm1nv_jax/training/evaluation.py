@@ -4,6 +4,7 @@ split, once, with errors by protein."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 
 import jax
@@ -131,12 +132,7 @@ def print_results(data: RunData, run_dir: epath.Path) -> None:
     ]
     table = numbers_table(f"{data.objective.head.level} labels, chosen by {name}", "", *names)
     for label, metrics, errors in rows:
-        cells = [
-            plus_minus(metrics[n], errors[n], 3)
-            if errors.get(n) is not None
-            else ("-" if metrics.get(n) is None else f"{metrics[n]:.3f}")
-            for n in names
-        ]
+        cells = (plus_minus(_number(metrics, n), _number(errors, n), 3) for n in names)
         table.add_row(label, *cells)
     console.print(table)
     console.print(
@@ -144,3 +140,8 @@ def print_results(data: RunData, run_dir: epath.Path) -> None:
         f"metrics      {run_dir / metrics_log.FILE}, {run_dir / FILE if tested else 'not tested'}\n"
         f"predict      esm1nv predict --checkpoint {run_dir} --fasta FILE --out FILE.csv"
     )
+
+
+def _number(values: dict, name: str) -> float:
+    """A value of JSON, where NaN is null."""
+    return math.nan if values.get(name) is None else values[name]

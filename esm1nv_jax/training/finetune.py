@@ -22,6 +22,7 @@ from esm1nv_jax.common import config_file, files
 from esm1nv_jax.common.command import Parser
 from esm1nv_jax.common.console import console, numbers_table
 from esm1nv_jax.common.errors import EXIT_INTERRUPTED, EXIT_SAVED, UserError
+from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data.labeled_data import TASKS
 from esm1nv_jax.training.label_prediction import best_metric
 from esm1nv_jax.training.process_group import initialize_arguments
@@ -149,7 +150,9 @@ def _print(record: dict[str, Any]) -> None:
     table = numbers_table("Validation", "setting", record["metric"])
     for name, value in record["validation"].items():
         style = "bold" if name == record["chosen"] else ""
-        table.add_row(name, "-" if value is None else f"{value:.4f}", style=style)
+        table.add_row(
+            name, plus_minus(math.nan if value is None else value, math.nan, 4), style=style
+        )
     console.print(table)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.model import encoder, heads, label_metrics, lora
 from esm1nv_jax.model.dropout import DropoutKey
 from esm1nv_jax.model.encoder_config import ComputeConfig, EncoderConfig
@@ -167,7 +168,8 @@ class LabelPrediction:
 
     def progress_note(self, metrics: dict[str, float]) -> str:
         name = "mse" if self.head.kind == "regression" else "accuracy"
-        return f"loss {metrics['loss']:.3f}  {name} {metrics[name]:.3f}"
+        shown = plus_minus(metrics[name], math.nan, 3)
+        return f"loss {metrics['loss']:.3f}  {name} {shown}"
 
 
 def best_metric(kind: str, metric: str) -> tuple[str, bool]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import numpy as np
@@ -158,6 +159,14 @@ def test_an_approximation_is_measured_at_the_head(tmp_path):
     difference = convert.to_hf(source, str(tmp_path / "there"), approximate=True)
     apart = float(difference.rpartition("outputs of the head differ by up to ")[2])
     assert 1e-7 < apart < 1e-2
+
+
+def test_the_card_has_metrics_in_any_unit(tmp_path):
+    metrics = {"step": 3, "loss": 0.25, "spearman": math.nan, "mse": 2.5e-13}
+    source = make(tmp_path / "model", HEADS[4], provenance={"metrics": metrics})
+    convert.to_hf(source, str(tmp_path / "there"))
+    card = (tmp_path / "there" / "README.md").read_text()
+    assert "Validation after step 3: loss 0.250, spearman -, mse 2.5e-13." in card
 
 
 def test_the_card_names_the_class_and_the_labels(tmp_path):
