@@ -19,6 +19,7 @@ from esm1nv_jax.data.source import Labels, MemorySource
 from esm1nv_jax.data.tables import check_unique, read_csv
 
 SPLITS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
+LARGEST = 1e30  # of a number to learn: float32 must hold it, and what is predicted for it
 # The level and kind of the labels of each task.
 TASKS = {
     "residue_classification": ("residue", "classification"),
@@ -218,6 +219,29 @@ def check_classes(path: str, task: Task) -> None:
         )
 
 
+def check_values(path: str, task: Task, ranked: bool) -> None:
+    """Raises UserError where the numbers of a regression cannot be learned: they do not differ, or
+    too little for float32. `ranked`: nor may those of validation all be equal."""
+    for name in ("train", *(("valid",) if ranked else ())):
+        split: Split = getattr(task, name)
+        values = split.labels[split.used]
+        mean, std = values.mean(), values.std()
+        rounding = np.abs(values.astype(np.float32) - values).max()
+        if not np.ptp(values):
+            what = f"every label of split {name} is {mean:g}"
+            fix = (
+                "split otherwise"
+                if name == "train"
+                else "split otherwise, or set finetune.metric=mse"
+            )
+        elif name == "train" and (rounding > std / 100 or std < 1 / LARGEST):
+            what = f"the labels {mean:g} ± {std:g} cannot be told apart in float32"
+            fix = "subtract their mean, or give them in another unit"
+        else:
+            continue
+        raise UserError(f"{path}: {what}; {fix}")
+
+
 def _row(where: str, line: int, text: dict[str, str], level: str, kind: str) -> _Row:
     """A line of the table, checked."""
     try:
@@ -259,8 +283,10 @@ def _number(where: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"{where}: the label {text!r} is not a number such as 0.5")
+    if not abs(value) <= LARGEST:
+        what = f"beyond {LARGEST:g}; give it in another unit"
+        what = what if math.isfinite(value) else "not a number such as 0.5"
+        raise UserError(f"{where}: the label {text!r} is {what}")
     return value
 
 

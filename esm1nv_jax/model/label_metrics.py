@@ -61,7 +61,7 @@ def bootstrap_errors(
             return _of_table(kind, (times @ flat).reshape(tables.shape[1:]))
 
     drawn = [draw() for _ in range(SAMPLES)]
-    known = {name: [x[name] for x in drawn if not math.isnan(x[name])] for name in drawn[0]}
+    known = {name: [x[name] for x in drawn if x[name] == x[name]] for name in drawn[0]}
     return {
         name: float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         for name, values in known.items()

@@ -86,6 +86,8 @@ def _open_labeled(config: RunConfig) -> RunData:
     task = labeled_data.read(path, finetune.task, fractions=finetune.fractions)
     labeled_data.check_classes(path, task)
     objective = objective_of(config, task)
+    if task.kind == "regression":
+        labeled_data.check_values(path, task, objective.best_metric == "spearman")
     validation = subset(task.source("valid"), config.evaluation.sequences)
     metadata: dict[str, Any] = {
         "head": dataclasses.asdict(objective.head),

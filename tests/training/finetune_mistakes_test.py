@@ -76,6 +76,11 @@ def refusal(monkeypatch, models, tmp_path, capfd):
         (rows(replaced(SERIES, 2, "1 2 nan 4 5")), "residue_regression", "line 4: the label 'nan'"),
         (rows(replaced(NUMBERS, 7, "nan")), "protein_regression", "line 9: the label 'nan' is not"),
         (rows(["1.5"] * 8), "protein_regression", "every label is '1.5'"),
+        (rows(replaced(NUMBERS, 7, "1e39")), "protein_regression", "label '1e39' is beyond 1e+30"),
+        (rows([f"{i}e-33" for i in range(8)]), "protein_regression", "told apart in float32"),
+        (rows([100000000 + i / 99 for i in range(8)]), "protein_regression", "told apart in float"),
+        (rows(["1.5"] * 4 + NUMBERS[4:]), "protein_regression", "label of split train is 1.5"),
+        (rows([*"12345567"]), "protein_regression", "label of split valid is 5; split otherwise"),
         (rows(RESIDUES, mask=["00000"] * 8), "residue_classification", "has mask 1"),
         (rows(RESIDUES, mask=["11x11"] * 8), "residue_classification", "more than 0 and 1"),
         (
