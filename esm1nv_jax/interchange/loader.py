@@ -21,10 +21,13 @@ def load_weights(path: str) -> Weights:
     Raises UserError where there is none, with what was looked for.
     """
     folder = epath.Path(path)
-    if (source := FILES.get(folder.suffix)) and folder.is_file():
+    if folder.is_file():
+        source = FILES.get(folder.suffix)
         raise UserError(
             f"{path} is a file of another tool; make a model folder of it first: "
             f"esm1nv convert --from {source} {path} --out MODEL"
+            if source
+            else f"{path} is a file; give the folder of the model"
         )
     if (folder / model_folder.DESCRIPTION).exists():
         return model_folder.read(path)

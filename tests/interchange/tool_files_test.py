@@ -4,6 +4,7 @@ import pytest
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import esmc
+from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.interchange.tool_files import ConfigFields
 
 
@@ -33,3 +34,17 @@ def test_an_esmc_without_layers_or_heads_is_refused(name):
     fields = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 48, name: 0}
     with pytest.raises(UserError, match=f"{name}=0"):
         esmc.encoder_config(ConfigFields(fields, "config.json"), "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "model.safetensors is a file; give the folder of the model"),
+        ("esm1nv.nemo", "esm1nv convert --from nemo .*esm1nv.nemo --out MODEL"),
+        ("esm1.pt", "esm1nv convert --from fair-esm .*esm1.pt --out MODEL"),
+    ],
+)
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=message):
+        load_weights(str(tmp_path / name))
