@@ -8,8 +8,8 @@ Hardware, time and metric depend on model and table; not measured here.
 Arguments: model= (a run, a step, a model folder or a folder of transformers), csv=, task=
 (residue_classification, residue_regression, protein_classification, protein_multilabel or
 protein_regression), method= (full, last=BLOCKS, lora=RANK or head), epochs=, batch= (proteins a
-step and device), lr=, weight_decay=, seed=, those of the split of a table without a column `split`,
-on which the steps of an epoch depend: valid_fraction=, test_fraction= and split_seed=; and
+step and device, rounded to whole rows), lr=, weight_decay=, seed=; of a table without a column
+`split` valid_fraction=, test_fraction= and split_seed=, on which the steps of an epoch depend; and
 `scratch`: the architecture of the model with random weights, for comparison.
 
 The learning rate rises over a tenth of the steps and falls to zero by a cosine. Its peak depends on
@@ -29,7 +29,7 @@ from esm1nv_jax.interchange.loader import load_weights
 
 PEAK_LR = {"lora": 5e-4, "head": 1e-3}  # else 1e-4, at this width:
 WIDTH = 768
-SHORTEST_ROW = 256  # tokens; several short proteins share one
+SHORTEST_ROW = 256  # tokens; several short proteins share one, up to those of a batch
 
 
 def get_config(arg: str = "") -> config_dict.ConfigDict:
@@ -72,7 +72,7 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config.init_from = "" if args["scratch"] else args["model"]
     config.model.update(dataclasses.asdict(model))
     tokens = residues + 2
-    row_length = tokens * max(1, SHORTEST_ROW // tokens)
+    row_length = tokens * max(1, min(SHORTEST_ROW // tokens, args["batch"]))
     config.data.update(path=args["csv"], max_residues=residues, row_length=-(-row_length // 8) * 8)
     config.batch.sequences_per_device = args["batch"]
     default_lr = PEAK_LR.get(args["method"].partition("=")[0], 1e-4) * WIDTH / model.width

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     add("--out", required=True, metavar="RUN", help="where the run lives")
     add("--method", default="full", help="full (default), last=BLOCKS, lora=RANK or head")
     add("--epochs", type=int, metavar="N", help="passes over the training split, at most")
-    add("--batch", type=int, metavar="N", help="proteins a step and device")
+    add("--batch", type=int, metavar="N", help="proteins a step and device, about")
     add("--lr", type=float, metavar="RATE", help="peak learning rate; by default of the method")
     add("--seed", type=int, metavar="N", help="of the head, the order and dropout")
     grid = "lr=1e-4,3e-4 weight_decay=0,0.01"

@@ -200,3 +200,4 @@ def test_an_epoch_is_of_the_split_that_is_asked_for(monkeypatch, models, tmp_pat
     task = labeled_data.read(str(tmp_path / "t.csv"), "protein_regression", fractions=fractions)
     epoch = len(task.train.sequences)
     assert (config.evaluation.every, config.steps) == (epoch, 3 * epoch)
+    assert config.data.row_length == 8  # of one protein, so that a step reads no more
