@@ -1,8 +1,8 @@
 """Metrics of predicted labels, and their errors by protein.
 
-Classification is scored from counts: `table[true, predicted]` of one label, `table[class, true,
-predicted]` of several labels a protein. A bootstrap draws whole proteins, for residues of one
-protein are not independent.
+Classification is scored from a table of counts: `table[true, predicted]` of one label,
+`table[class, true, predicted]` of several labels a protein. A bootstrap draws whole proteins, for
+residues of one protein are not independent.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def score(kind: str, labels: np.ndarray, predicted: np.ndarray) -> dict[str, flo
     if kind == "regression":
         values = predicted[:, 0].astype(np.float64)
         return {"spearman": spearman(labels, values), "mse": float(np.mean((labels - values) ** 2))}
-    protein = np.zeros(len(labels), np.int64)
-    return _of_table(kind, counts(kind, labels, predicted, protein, 1)[0].astype(np.float64))
+    cells, shape = _cells(kind, labels, predicted)
+    table = np.bincount(cells.ravel(), minlength=math.prod(shape)).reshape(shape)
+    return _of_table(kind, table.astype(np.float64))  # products of integers would overflow
 
 
 def bootstrap_errors(
@@ -53,12 +54,15 @@ def bootstrap_errors(
             chosen = np.concatenate([groups[i] for i in rng.integers(0, n, n).tolist()])
             return score(kind, labels[chosen], predicted[chosen])
     else:
-        tables = counts(kind, labels, predicted, protein, n)
-        flat = tables.reshape(n, -1).astype(np.float64)
+        cells, shape = _cells(kind, labels, predicted)
+        size = math.prod(shape)
+        # Of the cells of each protein those that are not empty: a table for each has no bounds.
+        keys, counts = np.unique(protein[:, None] * size + cells, return_counts=True)
+        owner, cell = np.divmod(keys, size)
 
         def draw() -> dict[str, float]:
             times = np.bincount(rng.integers(0, n, n), minlength=n)
-            return _of_table(kind, (times @ flat).reshape(tables.shape[1:]))
+            return _of_table(kind, np.bincount(cell, counts * times[owner], size).reshape(shape))
 
     drawn = [draw() for _ in range(SAMPLES)]
     known = {name: [x[name] for x in drawn if x[name] == x[name]] for name in drawn[0]}
@@ -68,17 +72,15 @@ def bootstrap_errors(
     }
 
 
-def counts(
-    kind: str, labels: np.ndarray, predicted: np.ndarray, protein: np.ndarray, proteins: int
-) -> np.ndarray:
-    """Return a table of counts for each protein: [proteins, K, K], or [proteins, K, 2, 2]."""
+def _cells(
+    kind: str, labels: np.ndarray, predicted: np.ndarray
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Return (indices into the flat table that each label counts in, [n, 1] or [n, K]; the shape of
+    the table)."""
     k = predicted.shape[1]
     if kind == "classification":
-        index = (protein * k + labels) * k + predicted.argmax(axis=1)
-        return np.bincount(index, minlength=proteins * k * k).reshape(proteins, k, k)
-    cell = 2 * labels + (predicted > 0)
-    index = (protein[:, None] * k + np.arange(k)) * 4 + cell
-    return np.bincount(index.ravel(), minlength=proteins * k * 4).reshape(proteins, k, 2, 2)
+        return (labels * k + predicted.argmax(axis=1))[:, None], (k, k)
+    return 4 * np.arange(k) + 2 * labels + (predicted > 0), (k, 2, 2)
 
 
 def _of_table(kind: str, table: np.ndarray) -> dict[str, float]:
