@@ -62,7 +62,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
         args["valid_fraction"], args["test_fraction"], args["split_seed"]
     )
     table = labeled_data.read(args["csv"], args["task"], fractions=fractions)
-    model = load_weights(args["model"]).model
+    base = load_weights(args["model"])
+    model = base.model
     longest = max(map(len, table.train.sequences + table.valid.sequences + table.test.sequences))
     residues = min(longest, model.positions - 2)
     epoch = -(-len(table.train.sequences) // args["batch"])  # steps
@@ -71,6 +72,8 @@ def get_config(arg: str = "") -> config_dict.ConfigDict:
     config = parent(__file__, "pretrain_small.py", f"steps={steps},seed={args['seed']}").unlock()
     config.init_from = "" if args["scratch"] else args["model"]
     config.model.update(dataclasses.asdict(model))
+    # As the masked-LM head was trained, which stays: `score` asks whether visible residues count.
+    config.masking.update((base.provenance.get("config") or {}).get("masking") or {})
     tokens = residues + 2
     row_length = tokens * max(1, min(SHORTEST_ROW // tokens, args["batch"]))
     config.data.update(path=args["csv"], max_residues=residues, row_length=-(-row_length // 8) * 8)

@@ -1,5 +1,7 @@
 """Labels and models that do not fit are answered with one line and status 2, before training."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -201,3 +203,16 @@ def test_an_epoch_is_of_the_split_that_is_asked_for(monkeypatch, models, tmp_pat
     epoch = len(task.train.sequences)
     assert (config.evaluation.every, config.steps) == (epoch, 3 * epoch)
     assert config.data.row_length == 8  # of one protein, so that a step reads no more
+
+
+def test_the_masking_of_the_base_stays_known(monkeypatch, models, tmp_path):
+    """Trained by `shipped` a model is refused wt-marginals, and so it is after fine-tuning."""
+    monkeypatch.setattr(finetune, "train", lambda config, out: config)
+    made = {"config": {"masking": {"recipe": "shipped", "rate": 0.1}}}
+    weights = dataclasses.replace(model_folder.read(str(models / "base")), provenance=made)
+    model_folder.write(str(tmp_path / "shipped"), weights)
+    (tmp_path / "t.csv").write_text(rows(CLASSES), encoding="utf-8")
+    argv = ["--csv", str(tmp_path / "t.csv"), "--out", "run", "--task", "protein_classification"]
+    masking = finetune.main([*argv, "--checkpoint", str(tmp_path / "shipped")]).masking
+    assert (masking.recipe, masking.rate) == ("shipped", 0.1)
+    assert finetune.main([*argv, "--checkpoint", str(models / "base")]).masking.recipe == "card"
