@@ -6,13 +6,13 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from esm1nv_jax import __version__
-from esm1nv_jax.checkpoints.model_folder import Weights
+from esm1nv_jax.checkpoints.model_folder import Weights, flatten
 from esm1nv_jax.common import metrics_log
 from esm1nv_jax.common.html import plus_minus
-from esm1nv_jax.model.encoder import parameter_count
 from esm1nv_jax.model.heads import HeadConfig
 
 SAMPLE = "the 10,000 proteins that ship with esm1nv_jax, out of Swiss-Prot"
@@ -34,12 +34,17 @@ def model_card(weights: Weights, architecture: str, difference: str) -> str:
     tag = pipeline.get(task, "text-classification")
     front = ["---", "library_name: transformers", f"pipeline_tag: {tag}", "tags: [protein]"]
     front += [f"license: {licence}"] if licence else []
+    parameters = sum(
+        np.size(leaf)
+        for name, leaf in flatten(weights.params).items()
+        if not (head and name.startswith("lm_head/"))  # that class has one head
+    )
     positions = "rotary" if model.position_kind == "rotary" else f"{model.positions:,} learned"
     path = _data_path(provenance)
     parts = [
         "\n".join([*front, "---"]),
         "# A protein language model",
-        f"{architecture} with {parameter_count(model):,} parameters before its vocabulary was cut "
+        f"{architecture} with {parameters:,} parameters before its vocabulary was cut "
         f"to {len(tokens)} tokens: {model.layers} layers, {model.width} wide, {model.heads} heads, "
         f"FFN {model.ffn}, {model.norm}-LN, {positions} positions. Written by esm1nv_jax "
         f"{__version__}.",

@@ -174,6 +174,12 @@ def test_the_card_names_the_class_and_the_labels(tmp_path):
     card = (tmp_path / "there" / "README.md").read_text()
     for words in ("AutoModelForTokenClassification", "3 classes: helix, strand", "token-classif"):
         assert words in card
+    there = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "there")
+    names = {k: v.numel() for k, v in there.named_parameters() if "contact_head" not in k}
+    cut = (
+        128 - len(tokenizer.TOKENS)
+    ) * ESM.width - 4 * ESM.width  # and positions before the first
+    assert f"EsmForTokenClassification with {sum(names.values()) + cut:,} parameters" in card
 
 
 @pytest.mark.parametrize(
