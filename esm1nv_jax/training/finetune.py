@@ -17,6 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.checkpoints.model_folder import DESCRIPTION
 from esm1nv_jax.checkpoints.step_folder import BEST
 from esm1nv_jax.common import config_file, files
 from esm1nv_jax.common.command import Parser
@@ -28,7 +29,7 @@ from esm1nv_jax.training.label_prediction import best_metric
 from esm1nv_jax.training.process_group import initialize_arguments
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.train import train
-from esm1nv_jax.training.workdir import LOCK
+from esm1nv_jax.training.workdir import CONFIG, LOCK
 
 FOLDER, FILE = "grid", "grid.json"  # in the folder of the run
 FIELDS = {"lr": "optimizer.peak_lr", "weight_decay": "optimizer.weight_decay"}
@@ -97,8 +98,8 @@ def search(config: ConfigDict, grid: list[dict[str, float]], out: Path) -> int:
         raise UserError("--grid runs in one process; start its settings one by one on a cluster")
     names = {_name(setting): setting for setting in grid}
     if not (out / FILE).exists():
-        if (out / "config.json").exists():
-            raise UserError(f"{out} holds a run and no grid; choose another --out")
+        if (out / CONFIG).exists() or (out / DESCRIPTION).exists():
+            raise UserError(f"{out} holds a run or a model and no grid; choose another --out")
         for name, setting in names.items():
             console.print(f"grid       {name}")
             trial = _config(config, setting, test=False)

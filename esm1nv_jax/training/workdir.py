@@ -15,10 +15,11 @@ from typing import Any, TextIO
 
 from etils import epath
 
-from esm1nv_jax.checkpoints import step_folder
+from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import files
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.interchange import huggingface
 from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.process_group import ProcessGroup
 from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_with_defaults
@@ -46,6 +47,11 @@ def lock_workdir(workdir: str, group: ProcessGroup) -> Iterator[epath.Path]:
         # Orbax looks for the parts of a checkpoint by a pattern, finds none and saves it empty.
         raise UserError(
             f"workdir {run_dir} has one of [ * ? in its path, where no checkpoint can be written; "
+            "choose another with --workdir=DIR"
+        )
+    if (run_dir / model_folder.DESCRIPTION).exists() or huggingface.is_hf_folder(run_dir):
+        raise UserError(
+            f"workdir {run_dir} holds a model, which every command would open instead of the run; "
             "choose another with --workdir=DIR"
         )
     with contextlib.ExitStack() as stack:

@@ -154,6 +154,15 @@ def test_of_a_workdir_that_cannot_be_written(tmp_path, train_here):
     assert_refused(train_here(f"--workdir={tmp_path / 'other'}"), "not readable as JSON")
 
 
+@pytest.mark.parametrize("file", [{"model.json": "{}"}, {"config.json": '{"model_type": "esm"}'}])
+def test_of_a_workdir_that_is_a_model(tmp_path, train_here, file):
+    """Whatever was trained there, `--checkpoint` would open the model and not the run."""
+    ((name, text),) = file.items()
+    (tmp_path / name).write_text(text)
+    assert_refused(train_here(f"--workdir={tmp_path}"), "holds a model, which every command would")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_full_size_config_without_data_says_how_to_make_one(train_here):
     assert_refused(train_here(config="configs/pretrain_small.py"), "esm1nv prepare --fasta")
 
