@@ -107,9 +107,9 @@ def _open_labeled(config: RunConfig) -> RunData:
     metadata["base"] = {"path": _exact_path(weights, config), "digest": model_folder.digest(params)}
     initial = params | objective.init_added(config.model, config.seed)
     if weights.head is not None:
-        _check_head(config.init_from, weights.head, objective.head)
         mean, std = objective.label_mean, objective.label_std
-        initial["head"] = model_folder.scale_head(weights.params["head"], -mean / std, 1 / std)
+        head = _head_params(config.init_from, weights, weights.head, objective.head)
+        initial["head"] = model_folder.scale_head(head, -mean / std, 1 / std)
     return dataclasses.replace(
         data, tuning=finetune.tuning, initial=jax.tree.map(np.asarray, initial), metadata=metadata
     )
@@ -138,14 +138,22 @@ def objective_of(config: RunConfig, task: Task) -> LabelPrediction:
     )
 
 
-def _check_head(path: str, there: HeadConfig, here: HeadConfig) -> None:
-    if there == here:
-        return
+def _head_params(path: str, weights: Weights, there: HeadConfig, here: HeadConfig) -> dict:
+    """Return the parameters of the model's head, with outputs in the order of `here`, the head of a
+    table, whose classes are sorted. Raises UserError where it is a head for other labels."""
+    alike = dataclasses.replace(there, classes=tuple(sorted(there.classes)), pooling=here.pooling)
+    same_pooling = here.level == "residue" or there.pooling == here.pooling
+    if alike == here and same_pooling:
+        order = [there.classes.index(name) for name in here.classes] or [0]
+        params = weights.params["head"]
+        last = {name: np.asarray(leaf)[..., order] for name, leaf in params["out_proj"].items()}
+        return params | {"out_proj": last}
     describe = "{0.level} {0.kind}, pooling {0.pooling}, classes {1}".format
     listed = [describe(head, ", ".join(head.classes) or "none") for head in (there, here)]
+    pooling = f"set finetune.pooling={there.pooling}, or " if alike == here else ""
     raise UserError(
-        f"init_from={path} has a head for {listed[0]}; the table needs one for {listed[1]}; begin "
-        "from the model that it was fine-tuned from"
+        f"init_from={path} has a head for {listed[0]}; the table needs one for {listed[1]}; "
+        f"{pooling}begin from the model that it was fine-tuned from"
     )
 
 

@@ -11,7 +11,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.model import encoder, heads
 from esm1nv_jax.model.heads import HeadConfig
-from esm1nv_jax.training import finetune, sharding
+from esm1nv_jax.training import finetune, run_data, sharding
 from tests.model.parameters import random_parameters
 
 MODEL = encoder.EncoderConfig(layers=1, width=16, heads=2, ffn=32, positions=64)
@@ -142,6 +142,30 @@ def test_of_options(refusal, options, words):
 def test_of_a_head_for_other_labels(refusal):
     line = refusal(rows(CLASSES), model="tuned")
     assert "classes x, y; the table needs one for" in line and "classes a, b" in line
+
+
+@pytest.mark.parametrize("level", ["residue", "protein"])
+def test_a_head_for_the_same_labels_goes_on_whatever_their_order(
+    monkeypatch, models, tmp_path, refusal, level
+):
+    """A folder of transformers names classes in any order, and pooling `cls` of residues, too."""
+    head = HeadConfig(level, "classification", ("b", "a"), "cls")
+    base = model_folder.read(str(models / "base"))
+    params = base.params | {"head": heads.init(head, MODEL.width, 0)}
+    tuned = model_folder.Weights(params, MODEL, {}, head)
+    model_folder.write(str(models / level), tuned)
+    labels = [x * 5 for x in CLASSES] if level == "residue" else CLASSES
+    task = f"{level}_classification"
+    if level == "protein":
+        line = refusal(rows(labels), task, model=level)
+        assert "set finetune.pooling=cls, or begin from" in line
+    monkeypatch.setattr(finetune, "train", lambda config, out: config)
+    argv = ["--checkpoint", str(models / level), "--csv", str(tmp_path / "t.csv"), "--task", task]
+    argv += ["--out", "run", f"--config.finetune.pooling={'cls' if level == 'protein' else 'mean'}"]
+    (tmp_path / "t.csv").write_text(rows(labels), encoding="utf-8")
+    initial = run_data.open_data(finetune.main(argv)).initial["head"]["out_proj"]
+    for name, leaf in params["head"]["out_proj"].items():
+        np.testing.assert_array_equal(initial[name], np.asarray(leaf)[..., ::-1])
 
 
 def test_of_paths(refusal, models):
