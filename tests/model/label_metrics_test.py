@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from esm1nv_jax.model import label_metrics
 from esm1nv_jax.model.label_metrics import bootstrap_errors, score
 
 RNG = np.random.default_rng(0)
@@ -81,3 +82,20 @@ def test_counts_of_a_large_test_set_do_not_overflow():
     predicted = np.eye(2)[labels]
     predicted[:20] = predicted[:20, ::-1]
     assert 0.999 < score("classification", labels, predicted)["mcc"] < 1
+
+
+def test_the_ranks_of_a_bootstrap_are_those_of_its_samples(monkeypatch):
+    """By definition each sample is ranked anew; with a million residues that takes minutes."""
+    labels, values = RNG.integers(0, 9, 200) / 4, RNG.integers(0, 30, 200) / 7.0
+    protein = RNG.integers(0, 12, 200)
+    _, protein = np.unique(protein, return_inverse=True)
+    n, draws, drawn = protein.max() + 1, np.random.default_rng(0), []
+    for _ in range(label_metrics.SAMPLES):
+        chosen = [np.flatnonzero(protein == i) for i in draws.integers(0, n, n)]
+        drawn.append(
+            score("regression", *(x[np.concatenate(chosen)] for x in (labels, values[:, None])))
+        )
+    monkeypatch.setattr(label_metrics, "spearman", None)
+    found = bootstrap_errors("regression", labels, values[:, None], protein)
+    for name, error in found.items():
+        assert error == pytest.approx(np.std([x[name] for x in drawn], ddof=1), rel=1e-9)
