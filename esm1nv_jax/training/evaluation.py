@@ -41,7 +41,7 @@ def evaluate(
     params: dict,
 ) -> tuple[dict[str, float], dict[str, np.ndarray] | None]:
     """Return metrics of `source`, every sequence of it once and masked alike every time, and the
-    objective's outputs by row, if it has any; the same on every process.
+    objective's outputs that are used, if it has any; the same on every process.
 
     params: all of them, trained and frozen. eval_step: compiled for batches of `stream`.
     """
@@ -53,7 +53,7 @@ def evaluate(
         arrays = sharding.place_on_devices(batch, objective.batch_dtypes, mesh)
         scalars, by_row = eval_step(params, arrays)
         sums = add_sums(sums, scalars.fetch())
-        parts.append(jax.device_get(by_row))
+        parts.append(objective.used_outputs(jax.device_get(by_row)))
     outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} or None
     return objective.metrics(sums, outputs), outputs
 

@@ -157,8 +157,14 @@ class LabelPrediction:
             return {"loss": loss, "mse": loss * self.label_std**2}
         return {"loss": loss, "accuracy": sums["num_correct"] / max(sums["num_labels"], 1)}
 
+    def used_outputs(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        return dict(
+            zip(("labels", "predicted", "examples"), self.used_labels(outputs), strict=True)
+        )
+
     def used_labels(self, outputs: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (labels, predictions, examples) of the n labels of an evaluation that are used."""
+        """Return (labels, predictions, examples) of the n labels of an evaluation, or of one of its
+        batches, that are used."""
         labels, predicted, examples = (outputs[n] for n in ("labels", "predicted", "examples"))
         if self.head.kind == "regression":
             used = ~np.isnan(labels)

@@ -65,8 +65,12 @@ class Objective(Protocol):
     def head_flops(self, model: EncoderConfig) -> float:
         """Return the FLOPs of the products of one prediction, forward."""
 
+    def used_outputs(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        """Return what metrics need of the outputs of a batch: rows have many empty places."""
+
     def metrics(self, sums: dict[str, float], outputs: dict[str, Any] | None = None) -> dict:
-        """Return metrics from sums, and of validation from outputs, over any number of batches."""
+        """Return metrics from sums, and of validation from used outputs, over any number of
+        batches."""
 
     def progress_note(self, metrics: dict[str, float]) -> str:
         """Return what the progress bar shows of the metrics of training."""
@@ -137,6 +141,9 @@ class MaskedLM:
     def head_flops(self, model: EncoderConfig) -> float:
         hidden = 0 if model.bare_head else model.width
         return 2.0 * model.width * (hidden + vocabulary(model.vocabulary).size)
+
+    def used_outputs(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        return outputs
 
     def metrics(
         self, sums: dict[str, float], outputs: dict[str, Any] | None = None

@@ -1,6 +1,7 @@
 """A step of fine-tuning: the same on any number of devices and in any row; what is frozen stays."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 from esm1nv_jax.checkpoints.model_folder import flatten
 from esm1nv_jax.common.errors import UserError
+from esm1nv_jax.data.packing import StreamConfig
+from esm1nv_jax.data.source import Labels, MemorySource
 from esm1nv_jax.model import encoder, lora
 from esm1nv_jax.model.heads import HeadConfig
-from esm1nv_jax.training import sharding, step
+from esm1nv_jax.training import evaluation, sharding, step
 from esm1nv_jax.training.label_prediction import LabelPrediction, balanced_weights
 from esm1nv_jax.training.metrics import ThroughputWindow, training_flops
 from esm1nv_jax.training.optimizer import OptimizerConfig
@@ -143,6 +146,31 @@ def test_packed_equals_alone(head):
     np.testing.assert_allclose(
         objective.used_labels(together)[1], objective.used_labels(apart)[1], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("head", ["protein", "several", "fitness"])
+def test_an_evaluation_holds_the_labels_alone(head):
+    """A row has places for many more proteins than it holds, each with an output for each class."""
+    objective, is_float = config(head).objective, head == "fitness"
+    values = np.arange(7, dtype=np.float32) if is_float else np.arange(7, dtype=np.int32) % 2
+    values = np.stack([values] * 3, axis=1) if head == "several" else values
+    records = [(f"p{i}", b"MKV" * (i + 3)) for i in range(7)]
+    source = MemorySource(records, Labels(values, None))
+    stream = StreamConfig(seed=0, rows=2, row_length=64, max_residues=62)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+
+    def eval_step(params, arrays):
+        predicted = np.zeros((2, SEGMENTS, objective.head.outputs), np.float32)
+        outputs = {"labels": arrays["labels"], "examples": arrays["label_examples"]}
+        sums = {"loss": 1.0, "num_targets": 1.0}
+        return SimpleNamespace(fetch=lambda: sums), outputs | {"predicted": predicted}
+
+    _, outputs = evaluation.evaluate(
+        objective, stream, mesh, eval_step, lambda activity: None, source, {}
+    )
+    assert outputs["predicted"].shape == (7, objective.head.outputs)
+    order = np.argsort(outputs["examples"])
+    np.testing.assert_array_equal(outputs["labels"][order], values)
 
 
 @pytest.mark.parametrize(
