@@ -112,6 +112,8 @@ def _training(provenance: dict[str, Any]) -> str:
         return f"Not by esm1nv_jax: converted from {origin}." if origin else "Not recorded."
     steps = provenance.get("steps", [])
     masking, optimizer, rows = config["masking"], config["optimizer"], config["batch"].get("rows")
+    sequences = config["batch"].get("sequences_per_device")
+    read = f"{rows} rows" if rows else f"about {sequences} sequences a device"
     rate, final_rate = masking["rate"], masking.get("final_rate") or masking["rate"]
     learned = (
         f"Masked language modelling, recipe `{masking['recipe']}`, {rate:.0%} of residues "
@@ -124,8 +126,8 @@ def _training(provenance: dict[str, Any]) -> str:
     lines = [
         learned,
         f"{OPTIMIZERS[optimizer.get('kind', 'adamw')]}, "
-        f"peak learning rate {optimizer['peak_lr']}, {optimizer['warmup']} warm-up steps; "
-        f"{f'{rows} rows a step' if rows else 'rows by sequences a device'} of "
+        f"peak learning rate {optimizer['peak_lr']:.4g}, {optimizer['warmup']} warm-up steps; "
+        f"{read} a step, in rows of "
         f"{config['data']['row_length']} tokens; matrix products in {config['compute']['dtype']}.",
     ]
     if len(steps) > 1:

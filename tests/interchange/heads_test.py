@@ -163,10 +163,21 @@ def test_an_approximation_is_measured_at_the_head(tmp_path):
 
 def test_the_card_has_metrics_in_any_unit(tmp_path):
     metrics = {"step": 3, "loss": 0.25, "spearman": math.nan, "mse": 2.5e-13}
-    source = make(tmp_path / "model", HEADS[4], provenance={"metrics": metrics})
+    config = {
+        "data": {"path": "t.csv", "max_residues": 62, "crop": "prefix", "row_length": 64},
+        "masking": {"recipe": "card", "rate": 0.15},
+        "optimizer": {"peak_lr": 1e-4 * 768 / 32, "warmup": 40},
+        "batch": {"rows": 0, "sequences_per_device": 32},
+        "compute": {"dtype": "float32"},
+    }
+    made = {"metrics": metrics, "config": config, "head": {}, "base": {"path": "models/first"}}
+    source = make(tmp_path / "model", HEADS[4], provenance=made)
     convert.to_hf(source, str(tmp_path / "there"))
     card = (tmp_path / "there" / "README.md").read_text()
     assert "Validation after step 3: loss 0.250, spearman -, mse 2.5e-13." in card
+    assert (
+        "rate 0.0024, 40 warm-up steps; about 32 sequences a device a step, in rows of 64" in card
+    )
 
 
 def test_the_card_names_the_class_and_the_labels(tmp_path):
