@@ -28,6 +28,7 @@ STEPS = 50  # so many steps
 TOKENS, PROTEINS = 8_192, 128  # in a batch: labels where they are of residues, else proteins
 CHUNK = 16_384  # labels of a linear head on the device at once
 ITERATIONS = 1_000  # of L-BFGS, at most
+HIGHEST = jax.lax.Precision.HIGHEST  # else an A100 would use TF32 and a TPU bf16
 
 Score = Callable[[Split, np.ndarray], float]  # of predictions [k, outputs]; higher is better
 
@@ -160,7 +161,8 @@ def fit_linear(
 @functools.partial(jax.jit, static_argnames="classes")
 def _linear_loss(params, mean, std, x_KD, label_K, used_K, classes: int):
     def total(params):
-        logits = (x_KD.astype(jnp.float32) - mean) / std @ params["kernel"] + params["bias"]
+        x = (x_KD.astype(jnp.float32) - mean) / std
+        logits = jnp.matmul(x, params["kernel"], precision=HIGHEST) + params["bias"]
         return jnp.sum(jnp.where(used_K, _loss(logits, label_K, classes), 0))
 
     return jax.value_and_grad(total)(params)
@@ -204,10 +206,15 @@ def apply(params: dict, mean, std, x_BTD, real_BT):
         x_BTD = jnp.where(real_BT[..., None], x_BTD, 0)
         if layer["kernel"].ndim == 3:
             x_BTD = jax.lax.conv_general_dilated(
-                x_BTD, layer["kernel"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+                x_BTD,
+                layer["kernel"],
+                (1,),
+                "SAME",
+                dimension_numbers=("NWC", "WIO", "NWC"),
+                precision=HIGHEST,
             )
         else:
-            x_BTD = x_BTD @ layer["kernel"]
+            x_BTD = jnp.matmul(x_BTD, layer["kernel"], precision=HIGHEST)
         x_BTD = x_BTD + layer["bias"]
         if i < len(params) - 1:
             x_BTD = jax.nn.relu(x_BTD)

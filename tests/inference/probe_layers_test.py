@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import optax
 import pytest
 from matplotlib.image import imread
 
@@ -11,10 +12,11 @@ from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import labeled_data
 from esm1nv_jax.data.labeled_data import Split
-from esm1nv_jax.inference import layer_record, probe, probe_features
+from esm1nv_jax.inference import layer_record, probe, probe_features, probe_heads
 from esm1nv_jax.inference.probe_heads import LabeledFeatures
 from tests.inference.models import make_model, make_proteins, write_fasta
 from tests.inference.probe_test import one_setting, proteins, three, write  # noqa: F401
+from tests.model.compiling import inexact_products
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +135,19 @@ def test_all_layers_from_file_to_record(tmp_path, one_setting, capsys):  # noqa:
     assert "layer 7 is unknown; there are 0 (embeddings) to 2" in capsys.readouterr().err
     assert command.run(cli.dispatch, [*argv, "--plot", str(plot)]) == 2
     assert "--plot shows several layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp", "cnn"])
+def test_heads_ask_for_products_in_fp32(head):
+    x, real = np.ones((2, 9, 4), np.float32), np.ones((2, 9), bool)
+    if head == "linear":
+        params = {"kernel": np.ones((4, 3), np.float32), "bias": np.zeros(3, np.float32)}
+        rows = (x[0], np.zeros(9, np.int64), real[0])
+        assert not inexact_products(probe_heads._linear_loss.lower(params, 0, 1, *rows, classes=3))
+        return
+    params = probe_heads.init(head, 4, 3, 0)
+    batch = {"x": x, "real": real, "used": real, "label": np.zeros((2, 9), np.int64)}
+    state = optax.scale_by_adam().init(params)
+    assert not inexact_products(
+        probe_heads.train_step.lower(params, state, 0.0, 1.0, batch, 1e-3, 0.0, classes=3)
+    )

@@ -13,7 +13,7 @@ from esm1nv_jax.model import encoder, masking
 from esm1nv_jax.training import sharding, step
 from esm1nv_jax.training.objective import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
-from tests.model.compiling import UNOPTIMIZED
+from tests.model.compiling import UNOPTIMIZED, inexact_products
 from tests.model.rows import pack, random_tokens
 
 CONFIG = step.StepConfig(
@@ -54,6 +54,10 @@ def lower(config, devices: int):
     state = jax.eval_shape(lambda: step.create_state(config))
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch(0).items()}
     return jitted(config, devices)[0].lower(state, shapes)
+
+
+def test_every_product_in_fp32_asks_for_fp32():
+    assert not inexact_products(lower(CONFIG, 1))
 
 
 @functools.cache
