@@ -13,7 +13,7 @@ from esm1nv_jax.model import attention
 from esm1nv_jax.model.kernels import flash_gpu
 from esm1nv_jax.model.kernels.flash_gpu import Blocks, flash_attention, visited_blocks
 from tests.model import attention_reference as reference
-from tests.model.compiling import UNOPTIMIZED
+from tests.model.compiling import UNOPTIMIZED, inexact_products
 
 B, T, N, H = 4, 140, 2, 16
 ROW_KEYS = np.array([7, 123456789, 2**32 - 1, 0], np.uint32)
@@ -83,6 +83,12 @@ def test_values_and_gradients_equal_the_reference(name, rate):
     expected = reference.attention(qkv, LAYOUT, g, rate, ROW_KEYS)
     for found, right in zip(run(name, qkv, LAYOUT, g, rate), expected, strict=True):
         np.testing.assert_allclose(found, right, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", BACKENDS[:2])
+def test_products_in_fp32_ask_for_fp32(name):
+    qkv, g = inputs()
+    assert not inexact_products(compiled(name, 0.3).lower(qkv, LAYOUT, g, ROW_KEYS))
 
 
 def test_heads_of_other_sizes():

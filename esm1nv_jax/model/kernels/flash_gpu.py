@@ -136,7 +136,8 @@ def _backward(static, residuals, g_BTNH):
     # sum_j p_ij dp_ij of the softmax's backward, which is the output times its gradient. The kernel
     # multiplies its sums by the factor of dropout, so here it is divided out.
     out_BTNH = out_BTNH.astype(jnp.float32) * (1 - static.rate)
-    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, g_BTNH.astype(jnp.float32))
+    exact = jax.lax.Precision.HIGHEST
+    delta_BNT = jnp.einsum("BTNH,BTNH->BNT", out_BTNH, g_BTNH.astype(jnp.float32), precision=exact)
     blocks = static.blocks
     low, high = visited_blocks(segment_ids_BT, blocks.backward, blocks.backward)
     qkv_specs = [
