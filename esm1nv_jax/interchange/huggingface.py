@@ -90,6 +90,14 @@ def read(path: str, vocabulary_file: str | None = None) -> Weights:
             f"{folder / CONFIG}: of ESMC {ESMC.architecture} can be converted, not {name}; "
             "fine-tune that one here"
         )
+    prefix = family.layers.partition(".")[0] + "."
+    bare = name == family.architecture.replace("ForMaskedLM", "Model")
+    if bare and not any(tensor.startswith(prefix) for tensor in hf_tensors):
+        raise UserError(
+            f"{folder}: {name} has no masked-LM head; read it by {family.architecture}."
+            "from_pretrained and give what its save_pretrained writes, with a head of random "
+            "weights: embeddings do not depend on it, scores mean nothing"
+        )
     head = head_tensors.read_config(fields, hf_tensors, source)
     head_params = {}
     if head:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from etils import epath
 
 from esm1nv_jax.checkpoints import model_folder
@@ -20,6 +22,8 @@ def load_weights(path: str) -> Weights:
 
     Raises UserError where there is none, with what was looked for.
     """
+    if not path or not isinstance(path, str | os.PathLike):
+        raise UserError(f"checkpoint {path!r} is no path; give the folder of a run or a model")
     folder = epath.Path(path)
     if folder.is_file():
         source = FILES.get(folder.suffix)

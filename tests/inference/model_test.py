@@ -229,6 +229,9 @@ def test_what_is_no_model_is_refused(tmp_path):
             esm1nv_jax.load(str(path))
     with pytest.raises(UserError, match="fp32, bf16"):
         esm1nv_jax.load(str(tmp_path), precision="fp8")
+    for path in ("", None, 3):
+        with pytest.raises(UserError, match=f"checkpoint {path!r} is no path; give the folder of"):
+            esm1nv_jax.load(path)
 
 
 class Named(str):

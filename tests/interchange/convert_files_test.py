@@ -202,6 +202,19 @@ def test_wrong_fields_are_named(kind, fields, message, copy):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("kind", "prefix"), [("esm", "esm."), ("bert", "bert.")])
+def test_an_encoder_without_a_masked_lm_head_is_called_one(kind, prefix, copy):
+    path = copy(kind)
+    name = f"{kind.capitalize()}Model"
+    witness.rewrite(path, architectures=[name])
+    load_weights(str(path))  # as its tensors are named, it has one
+    tensors = load_file(path / "model.safetensors")
+    bare = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    save_file(bare, path / "model.safetensors")
+    with pytest.raises(UserError, match=f"{name} has no masked-LM head; read it by"):
+        load_weights(str(path))
+
+
 def test_wrong_folders_are_named(copy, tmp_path):
     path = copy("bert")
     vocabulary = path / "vocab.txt"
