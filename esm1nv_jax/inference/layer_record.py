@@ -1,8 +1,8 @@
 """The layer of a model that probes chose on validation: printed, plotted, kept beside the model and
 named by `embed`.
 
-The record is `layers.json` in a run or in the folder of a model: for each set of parameters, by
-their digest, and each task the layer that was chosen and the score of every layer.
+The record is `layers.json` in a run or in the folder of a model: for each set of parameters and
+architecture, by their digest, and each task the layer that was chosen and the score of every layer.
 """
 
 from __future__ import annotations

@@ -112,8 +112,13 @@ class LoadedModel:
 
     @functools.cached_property
     def digest(self) -> str:
-        """A hash of the names and values of the encoder's parameters."""
-        return _digest(self.params)
+        """A hash of what the encoder computes: its parameters by name, and its architecture, for a
+        converted model may have another activation around the same ones."""
+        own, default = (
+            vars(dataclasses.replace(config, dropout=0.0, attention_dropout=0.0))
+            for config in (self.config, EncoderConfig())
+        )
+        return _digest(self.params, sorted(own.items() - default.items()))
 
     @functools.cached_property
     def head_digest(self) -> str:
@@ -229,8 +234,8 @@ def _kernels_in_bf16(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _digest(params: dict) -> str:
-    total = hashlib.blake2b(digest_size=16)
+def _digest(params: dict, facts: Sequence[tuple[str, Any]] = ()) -> str:
+    total = hashlib.blake2b(repr(facts).encode() if facts else b"", digest_size=16)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total.update(jax.tree_util.keystr(path).encode())
         total.update(np.ascontiguousarray(leaf).data)

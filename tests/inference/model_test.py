@@ -14,6 +14,7 @@ from Bio.Seq import MutableSeq, Seq
 from Bio.SeqRecord import SeqRecord
 
 import esm1nv_jax
+from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import engine
@@ -232,6 +233,26 @@ def test_what_is_no_model_is_refused(tmp_path):
     for path in ("", None, 3):
         with pytest.raises(UserError, match=f"checkpoint {path!r} is no path; give the folder of"):
             esm1nv_jax.load(path)
+
+
+def test_the_same_parameters_in_another_architecture_are_another_model(model_path, tmp_path):
+    """What one has computed is not taken for the work of the other."""
+    weights, sequences = model_folder.read(model_path), ["MKTVRQ"]
+    found = {}
+    for name, change in (
+        ("same", {}),
+        ("training", {"dropout": 0.3, "attention_dropout": 0.2}),
+        ("activation", {"ffn_activation": "gelu_erf"}),
+        ("epsilon", {"norm_epsilon": 1e-2}),
+        ("token_dropout", {"token_dropout": True}),
+    ):
+        config = dataclasses.replace(weights.model, **change)
+        model_folder.write(str(tmp_path / name), dataclasses.replace(weights, model=config))
+        other = esm1nv_jax.load(str(tmp_path / name))
+        found[name] = other.digest, other.embed(sequences).mean
+    for name, (digest, mean) in found.items():
+        is_same = name in ("same", "training")
+        assert (digest == found["same"][0]) == is_same == np.array_equal(mean, found["same"][1])
 
 
 class Named(str):
