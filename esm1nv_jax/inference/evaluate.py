@@ -16,6 +16,7 @@ from esm1nv_jax.common.html import plus_minus
 from esm1nv_jax.data import manifest
 from esm1nv_jax.data.fasta import scan
 from esm1nv_jax.data.source import SAMPLE, SPLITS, MemorySource, Source, open_split
+from esm1nv_jax.data.tokenizer import vocabulary
 from esm1nv_jax.inference import cpu_engines, fixed_masks, perplexity
 from esm1nv_jax.inference.evaluation_report import build_report, compare_with_blosum62
 from esm1nv_jax.inference.likelihood import pseudo_log_likelihood
@@ -77,11 +78,17 @@ def main(argv: list[str]) -> None:
     if options.against:
         other = load(options.against, options.precision, options.max_residues, options.engine)
         other.require_lm_head()
-        if other.longest != model.longest or other.config.vocabulary != model.config.vocabulary:
+        if other.longest != model.longest:
             raise UserError(
-                f"{options.checkpoint} and {options.against} differ in the residues that they read "
-                "at once or in their vocabulary, so that they are not asked the same; try "
-                f"--max-residues {min(other.longest, model.longest)}"
+                f"{options.checkpoint} reads {model.longest:,} residues at once, {options.against} "
+                f"{other.longest:,}, so that they are not asked the same; try --max-residues "
+                f"{min(other.longest, model.longest)}"
+            )
+        ours, theirs = (vocabulary(x.config.vocabulary).letters for x in (model, other))
+        if ours != theirs:
+            raise UserError(
+                f"{options.checkpoint} has tokens of {ours}, {options.against} of {theirs}, so "
+                "that they are not asked the same; evaluate each by itself"
             )
     evaluate_one = functools.partial(
         evaluate_model,

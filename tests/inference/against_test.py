@@ -1,5 +1,6 @@
 """`evaluate --against`: two models asked the same, their difference paired by protein."""
 
+import dataclasses
 import json
 import math
 
@@ -63,3 +64,14 @@ def test_a_difference_is_that_of_the_losses_with_a_small_error(models, tmp_path,
     call = ["evaluate", f"--checkpoint={a}", f"--fasta={fasta}", f"--against={short}"]
     assert command.run(cli.dispatch, call) == 2
     assert "try --max-residues 64" in capsys.readouterr().err
+    # In another order, or of fewer letters.
+    tokens = CONFIG.vocabulary.split()
+    for name, vocabulary in (("esm2", tokens[::-1]), ("few", tokens[:-1])):
+        config = dataclasses.replace(CONFIG, vocabulary=" ".join(vocabulary))
+        write(tmp_path / name, model_folder.read(b).params, config)
+    assert evaluate(a, tmp_path / "esm2")["against"] == results["against"] | {
+        "checkpoint": str(tmp_path / "esm2")
+    }
+    call = ["evaluate", f"--checkpoint={a}", f"--fasta={fasta}", f"--against={tmp_path / 'few'}"]
+    assert command.run(cli.dispatch, call) == 2
+    assert "WXBZUO, " in capsys.readouterr().err
