@@ -27,6 +27,7 @@ from esm1nv_jax.model import label_metrics
 
 ORDER = "GAVLIMCPFWYSTNQHKRDE"  # of a heat map: small, aliphatic, aromatic, polar, charged
 RESIDUES, LINES = 100, 40  # in a line of it; lines, of more residues if need be
+NO_TEXT = (".gz", ".bgz", ".zst", ".zstd", ".xz", ".parquet")  # what a table is not written as
 MEASURED = ("DMS_score", "fitness", "label")  # columns that are compared if --target names none
 
 
@@ -129,6 +130,8 @@ def check_out(args: argparse.Namespace, *paths: Path) -> None:
     for path in paths:
         if path.exists() and not args.overwrite:
             raise UserError(f"{path} exists; add --overwrite, or choose another --out")
+    if paths[0].suffix.lower() in NO_TEXT:
+        raise UserError(f"--out {args.out}: the table is plain text; let it end in .csv or .tsv")
     files.check(args.out)
 
 

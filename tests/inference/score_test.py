@@ -195,6 +195,7 @@ def test_mistakes_of_the_command_are_one_line(model_path, tmp_path, capsys):
         (["--all-singles", "--target", "x"], "--target=x is no column; there are mutant"),
         (["--mutants", str(tmp_path / "good.csv"), "--target", "x"], "no three numbers"),
         (["--all-singles", "--out", str(tmp_path), "--overwrite"], "it is a folder"),
+        (["--all-singles", "--out", str(tmp_path / "s.csv.gz")], "let it end in .csv or .tsv"),
     ]:
         assert score(model_path, tmp_path, *options) == 2
         told = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
