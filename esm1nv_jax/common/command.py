@@ -65,10 +65,10 @@ def parse_shard(text: str | None) -> tuple[int, int] | None:
     """(i, n) of "i/n". Raises UserError for another text."""
     if text is None:
         return None
-    numbers = parse_integers("shard", text.split("/"))
-    if len(numbers) != 2:
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if numbers is None:
         raise UserError(f"--shard={text} is not i/n, such as 1/4")
-    return numbers[0], numbers[1]
+    return int(numbers[1]), int(numbers[2])
 
 
 def parse_integers(name: str, words: list[str]) -> tuple[int, ...]:

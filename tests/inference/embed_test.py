@@ -175,6 +175,7 @@ def test_mistakes_are_one_line_and_status_2(model_path, tmp_path, capsys):
         ({"precision": "fp8"}, "fp32, bf16"),
         ({"dtype": "int8"}, "float32, float16"),
         ({"shard": "4/3"}, "--shard=4/3"),
+        ({"shard": "second"}, "--shard=second is not i/n, such as 1/4"),
         ({"shard": "3"}, "1/4"),
     ]:
         argv = [x for k, v in (good | change).items() for x in (f"--{k}", v)]
