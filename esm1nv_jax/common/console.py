@@ -132,10 +132,11 @@ def bar(
 
 
 def numbers_table(title: str, *columns: str, names: int = 1) -> Table:
-    """A table whose first `names` columns are text, the others numbers."""
+    """A table whose first `names` columns are text, the others numbers. Where the terminal is too
+    narrow, or there is none, what is long goes on in the next line; no digit is cut off."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < names else "right")
+        table.add_column(column, justify="left" if i < names else "right", overflow="fold")
     return table
 
 

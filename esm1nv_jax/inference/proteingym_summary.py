@@ -150,7 +150,8 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
     _write_csv(out / f"{kind}_assays.csv", rows)
     proteins = len({assay.protein for assay in assays})
     title = f"{count(len(assays), 'assay')} of {kind}, {count(proteins, 'protein')}"
-    table, groups = numbers_table(f"{title}, mean ± standard error", "", *METRICS), None
+    table = numbers_table(f"{title}, mean ± standard error", "", *METRICS)
+    groups: dict[str, dict[str, str]] = {}  # Spearman by group, then by score
     summary: list[dict[str, object]] = []
     not_viral = [assay.taxon != "Virus" for assay in assays]
     for score in scores:
@@ -168,12 +169,8 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
             if any(not_viral) and not all(not_viral):
                 kept = np.where(not_viral, of_metric, math.nan).tolist()
                 grouped["Without_viruses"] = average(assays, kept)[2]
-            line |= {name: f"{x:.3f}" for name, x in grouped.items()}
-            if grouped and groups is None:
-                shown = (re.sub("^(Function|Taxa)_", "", x).replace("_", " ") for x in grouped)
-                groups = numbers_table("Spearman", "", *shown)
-            if groups is not None:
-                groups.add_row(score, *(f"{x:.3f}" for x in grouped.values()))
+            for name, x in grouped.items():
+                line[name] = groups.setdefault(name, {})[score] = f"{x:.3f}"
         table.add_row(score, *cells, style="bold")
         summary.append(line)
     if kind == "substitutions":
@@ -181,8 +178,12 @@ def summarize(assays: Sequence[Assay], out: Path, kind: str) -> None:
             table.add_row(f"{name} (published)", f"{value:.3f}")
     _write_csv(out / f"{kind}_summary.csv", summary)
     stdout.print(table)
-    if groups is not None:
-        stdout.print(groups)
+    if groups:  # a row each: they are too many for columns
+        by_group = numbers_table("Spearman", "", *scores)
+        for name, row_of in groups.items():
+            shown = re.sub("^(Function|Taxa)_", "", name).replace("_", " ")
+            by_group.add_row(shown, *(row_of.get(score, "") for score in scores))
+        stdout.print(by_group)
     if kind == "substitutions" and len(assays) != PUBLISHED_ASSAYS:
         stdout.print(f"The published values are over {PUBLISHED_ASSAYS} assays, not these.")
     for row in rows:

@@ -186,8 +186,10 @@ def test_a_folder_of_substitutions_by_shards(model, model_path, folder, capsys, 
     assert by_assay["TOY_HUMAN_Doe_2020"]["number_mutants"] == "3"
     printed = capsys.readouterr()
     assert "ESM-2 8M (published)" in printed.out and "0.226" in printed.out
-    header = [line for line in printed.out.splitlines() if "Prokaryote" in line or "Human" in line]
-    assert "Without viruses" in header[0] and header[0].count("irus") == 2
+    rows = [line.split("│")[1:3] for line in printed.out.splitlines() if line.count("│") == 3]
+    shown = {name.strip(): value.strip() for name, value in rows}
+    assert shown["Virus"] == summary["Taxa_Virus"] != summary["Without_viruses"]
+    assert shown["Without viruses"] == summary["Without_viruses"]
 
 
 def test_rows_that_are_not_missense_are_counted(model_path, folder, capsys):
