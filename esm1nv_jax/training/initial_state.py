@@ -17,7 +17,7 @@ from esm1nv_jax.data import pipeline
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.training import sharding
 from esm1nv_jax.training.process_group import ProcessGroup
-from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_with_defaults
+from esm1nv_jax.training.run_config import OF_STATE, RunConfig, changes_learning, flat_with_defaults
 from esm1nv_jax.training.run_data import RunData
 from esm1nv_jax.training.step import (
     StepConfig,
@@ -45,13 +45,18 @@ def find_fork(config: RunConfig, workdir: str) -> StepPath | None:
     model_folder.check_step(*found)
     run, step, folder = found
     recorded = step_folder.read_metadata(run, step, folder)["config"]
-    there, here = (
-        {n.removeprefix("model."): x for n, x in fields.items() if n.startswith("model.")}
-        for fields in (flat_with_defaults(recorded), config.flat())
-    )
-    if there != here:
-        differing = ", ".join(name for name in here if here[name] != there.get(name))
-        raise UserError(f"fork_from={config.fork_from} has another model: {differing} differ")
+    if recorded.get("finetune"):
+        raise UserError(
+            f"fork_from={config.fork_from} was fine-tuned, and a fork goes on with pretraining; "
+            "take the weights alone, by init_from"
+        )
+    there, here = flat_with_defaults(recorded), config.flat()
+    if differing := [n for n in here if n.startswith(OF_STATE) and here[n] != there.get(n)]:
+        listed = "; ".join(f"{n}: {there.get(n)!r} there, {here[n]!r} here" for n in differing)
+        raise UserError(
+            f"fork_from={config.fork_from} holds another state than this config has: {listed}; "
+            "keep these fields, or take weights alone, by init_from"
+        )
     return found
 
 

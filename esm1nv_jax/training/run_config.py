@@ -51,6 +51,8 @@ MINIMUM = {  # that a field may be
 
 MAXIMUM = {"steps": 2**31 - 1, "optimizer.horizon": 2**31 - 1, "data.workers": 1000}  # int32 steps
 
+# Fields that the arrays of a run's state follow from, so that no other run takes it over.
+OF_STATE = ("model.", "finetune.", "optimizer.kind")
 # Fields that change neither what a run learns nor the questions that validation asks: they may
 # differ between the starts of one run, and between runs that `compare` takes for one recipe. The
 # data set is identified by its content, not by its path.

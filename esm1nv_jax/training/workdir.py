@@ -22,7 +22,7 @@ from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.interchange import huggingface
 from esm1nv_jax.training.distributed import Watchdog
 from esm1nv_jax.training.process_group import ProcessGroup
-from esm1nv_jax.training.run_config import RunConfig, changes_learning, flat_with_defaults
+from esm1nv_jax.training.run_config import OF_STATE, RunConfig, changes_learning, flat_with_defaults
 
 CONFIG, DATA, LOCK, NONCE = "config.json", "data.json", "run.lock", ".nonce"
 OTHER_DATA = (
@@ -146,7 +146,7 @@ def write_or_check_config(
             listed = "; ".join(f"{name}: {a!r} there, {b!r} here" for name, a, b in changed)
             names = [name for name, _, _ in changed]
             fork = f", with --config.fork_from={run_dir} to go on from its state"
-            no_fork = config.finetune or any(name.startswith("model.") for name in names)
+            no_fork = config.finetune or any(name.startswith(OF_STATE) for name in names)
             raise UserError(
                 f"workdir {run_dir} holds another run, which differs in {listed}; choose another "
                 f"with --workdir=DIR{'' if no_fork else fork}"

@@ -73,7 +73,11 @@ def test_a_fork_keeps_the_whole_state_under_a_new_schedule(tmp_path, train_here,
     output = train(train_here, tmp_path / "seed", fork, *others)
     assert "the data stream begins anew" in output
     assert "shipped, 15% of residues (the original's rate: 10%)" in output
-    wider = train_here(f"--workdir={tmp_path / 'wider'}", fork, "--config.model.width=32")
-    assert wider.returncode == 2 and "has another model: width differ" in wider.stderr
-    assert not (tmp_path / "wider").exists()
+    for field, there, here in (("model.width", 16, 32), ("optimizer.kind", "adamw", "muon")):
+        option = f"--config.{field}={here}"
+        other = train_here(f"--workdir={tmp_path / 'other'}", fork, option)
+        assert other.returncode == 2 and f"{field}: {there!r} there, {here!r} here" in other.stderr
+        assert not (tmp_path / "other").exists()
+        again = train_here(f"--workdir={cooled}", option)
+        assert again.returncode == 2 and "to go on from its state" not in again.stderr
     assert sorted((str(p), p.stat().st_mtime_ns) for p in origin.rglob("*")) == before
