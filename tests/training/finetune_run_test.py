@@ -12,6 +12,7 @@ import pytest
 from esm1nv_jax import main
 from esm1nv_jax.checkpoints import model_folder, step_folder
 from esm1nv_jax.common import command
+from esm1nv_jax.common.errors import EXIT_USER
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import average
 from esm1nv_jax.interchange.loader import load_weights
@@ -221,14 +222,18 @@ def test_a_base_without_a_masked_lm_head_gives_none(run, base, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_fine_tuned_model_may_be_tuned_on(run, base):
+def test_a_fine_tuned_model_may_be_tuned_on(run, base, tmp_path, capfd):
     """A head for the same labels goes on; its start is as good as its end was."""
+    out = tmp_path / "fork"
     options = ("--method", "full", "--lr", "0.02")
     _, first = run("first", *options, "--epochs", "6")
     best = max(line["accuracy"] for line in lines(first, "validation"))
     status, second = run("second", "--method", "head", "--epochs", "1", model=str(first))
     assert status == 0
     assert lines(second, "validation")[0]["accuracy"] == pytest.approx(best, abs=1e-6)
+    argv = ["--config=tests/configs/tiny.py", f"--config.fork_from={first}", f"--workdir={out}"]
+    assert command.run(main.main, [*argv, "--config.data.path=sample"]) == EXIT_USER
+    assert "was fine-tuned" in capfd.readouterr().err
 
 
 @pytest.mark.integration
