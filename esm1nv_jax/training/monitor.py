@@ -41,8 +41,9 @@ class NonfiniteStep(Exception):
 class RunMonitor:
     """Everything beside the computation, for one process of a run; a context manager.
 
-    `step` steps are done so far, and took `seconds`, validations and saves included. `log` is that
-    of this host.
+    `step` steps are done so far; `saved` are the metadata of the checkpoint that the run resumes
+    from. They are {} where it begins: metrics that an earlier start left do not count then. `log`
+    is that of this host.
     """
 
     def __init__(
@@ -55,13 +56,14 @@ class RunMonitor:
         log: TextIO,
         mesh: jax.sharding.Mesh,
         step: int,
-        seconds: float = 0.0,
+        saved: dict[str, Any],
     ):
         self._config, self._group, self._log, self._watchdog = config, group, log, watchdog
-        self._seconds_before, self._started = seconds, time.monotonic()
+        # Of all steps so far, validations and saves included.
+        self._seconds_before, self._started = saved.get("seconds", 0.0), time.monotonic()
         self._unlogged: tuple[int, dict[str, float]] | None = None  # the last step, its metrics
         self._objective, primary = objective, group.is_primary
-        self._writer = MetricsWriter(run_dir, step, primary)
+        self._writer = MetricsWriter(run_dir, step if saved else -1, primary)
         tuning = config.finetune.tuning if config.finetune else None
         self._window = ThroughputWindow(config.model, list(mesh.devices.flat), objective, tuning)
         self._clock = HostClock(group, mesh.local_devices[0])

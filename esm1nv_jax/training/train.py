@@ -84,8 +84,9 @@ def run(
         # Until `monitor.start` the watchdog has the longer of the start and the stall timeout.
         group.barrier("compiled", watchdog.stall_timeout)
 
-        seconds = saved_metadata.get("seconds", 0.0)
-        monitor = RunMonitor(config, objective, run_dir, group, watchdog, log, mesh, step, seconds)
+        monitor = RunMonitor(
+            config, objective, run_dir, group, watchdog, log, mesh, step, saved_metadata
+        )
         batches = training_batches(
             data.train, stream, objective, mesh, config.data.workers, stream_state
         )
@@ -95,7 +96,7 @@ def run(
         validate = functools.partial(evaluate, data.validation)
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
-                if step == 0 or fork:
+                if not saved_metadata:  # the run begins
                     monitor.write_validation(step, validate(state.all_params)[0])
                 state, step, finished = training_loop(
                     config,

@@ -118,6 +118,20 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
 
 
 @pytest.mark.integration
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+    run = tmp_path / "run"
+    path, _ = processes.held_data(tmp_path / "held", after=2)
+    process = processes.start(f"--workdir={run}", PYTHONPATH=path)
+    metrics = run / "metrics.jsonl"
+    processes.wait_until(lambda: metrics.exists() and metrics.stat().st_size, process)
+    process.kill()
+    process.communicate(timeout=120)
+    assert not step_folder.steps(run) and lines(run, "validation")
+    assert processes.run(f"--workdir={run}").returncode == 0
+    assert [line["step"] for line in lines(run, "validation")] == [0, 6, 12]
+
+
+@pytest.mark.integration
 def test_a_console_whose_reader_left_does_not_end_a_run(tmp_path, straight):
     run = tmp_path / "run"
     process = subprocess.Popen(
