@@ -65,6 +65,21 @@ def test_the_best_is_kept_apart_and_known_after_a_restart(tmp_path):
     assert found == {"config": {}, "loss_mask": 2.4}
 
 
+def test_the_highest_is_the_best_after_a_restart_too(tmp_path):
+    def highest():
+        return RunCheckpoints(tmp_path, checkpoint_config(), metric="mcc", maximize=True)
+
+    first = highest()
+    for step, mcc in ((1, 0.6), (2, 0.8)):
+        first.save_if_best(mcc, step, *STATE)
+    first.wait()
+    second = highest()
+    for step, mcc in ((3, 0.7), (4, 0.1)):
+        second.save_if_best(mcc, step, *STATE)
+    second.wait()
+    assert step_folder.steps(tmp_path, step_folder.BEST) == [2] == [second.best_step]
+
+
 def test_a_damaged_best_is_told_and_set_aside(tmp_path, capsys):
     first = checkpoints_of(tmp_path)
     first.save_if_best(2.5, 3, *STATE)
