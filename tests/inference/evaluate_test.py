@@ -45,7 +45,9 @@ def model(params):
 def proteins():
     source = open_split("sample", "test")
     found = list(zip(source.ids(range(30)), source.sequences(range(30)), strict=True))
-    return [*found, ("with_unknowns", b"MKX*BZJAUO" * 7), ("short", b"M")]
+    text = b"MKTAYIAKQR" * 20
+    edges = [(f"of_{n}", text[:n]) for n in (100, 128)]
+    return [*found, ("with_unknowns", b"MKX*BZJAUO" * 7), ("short", b"M"), *edges]
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,8 @@ def test_classes_of_proteins_add_up_to_the_whole(found, proteins):
         rows = result[table].values()
         assert sum(r["positions_mask"] for r in rows) == result["overall"]["positions_mask"]
     assert result["by_group"]["odd"]["sequences"] == sum(g == "odd" for g in groups.values())
+    up_to_200 = sum(100 < len(s) <= 200 for _, s in proteins)
+    assert result["by_length"]["101-200"]["sequences"] == up_to_200
     assert result["cropped"] == sum(len(s) > 128 for _, s in proteins)
 
 
@@ -230,12 +234,19 @@ def test_the_standard_error_is_the_spread_of_repeated_samples():
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.08)
 
 
-def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say():
+def test_a_model_of_another_vocabulary_is_asked_only_what_it_can_say(tmp_path):
     config = dataclasses.replace(CONFIG, vocabulary=ESM1NV.removesuffix(" O"))
     model = Model(config, random_parameters(config), {})
     source = MemorySource([("a", b"MKO" * 20), ("b", b"OOOO"), ("c", b"ACDEFGHIKL")])
     found = evaluate_model(model, source, pseudo=True)
-    whole = evaluate_model(Model(CONFIG, random_parameters(CONFIG), {}), source)["overall"]
+    path = str(tmp_path / "masks.jsonl")
+    full = Model(CONFIG, random_parameters(CONFIG), {})
+    whole = evaluate_model(full, source, masks_out=path)["overall"]
+    masks = fixed_masks.read_masks(path)  # that ask for O too
+    lines = map(json.loads, (tmp_path / "masks.jsonl").read_text().splitlines())
+    asked = [line["sequence"][i] for line in lines for i in line["positions"]]
+    again = evaluate_model(model, masks.source, mask_file=masks)["overall"]
+    assert again["positions"] == len(asked) - asked.count("O") < whole["positions"] == len(asked)
     assert found["overall"]["perplexity"] < 40 and "O" not in found["by_residue"]
     assert 0 < found["overall"]["positions"] < whole["positions"]
     assert [s["residues"] for s in found["pseudo_perplexity"]["sequences"]] == [40, 0, 10]
