@@ -281,14 +281,21 @@ def test_more_blocks_than_there_are():
 
 
 @pytest.mark.parametrize("method", ["full", "last=1", "lora=4", "head"])
-def test_mfu_counts_what_the_method_computes(method):
+def test_mfu_counts_what_the_method_computes(method, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
     settings = config("protein", method)
     window = ThroughputWindow(MODEL, jax.devices()[:2], settings.objective, settings.tuning)
     window.peak = 1e12
     sums = {"loss": 9.0, "num_labels": 5.0, "num_correct": 2.0, "num_targets": 5.0}
     sums |= {"tokens": 90.0, "sequences": 5.0, "num_slots": 128.0, "sum_squared_lengths": 1800.0}
     window.add(sums)
+    with window.pause():
+        now += 30
+    now += 4
     metrics = window.take()
+    assert metrics["seconds_per_step"] == 4
+    assert metrics["tokens_per_second"] == (90 - 2 * 5) / 4  # residues
     flops = metrics["mfu"] * metrics["seconds_per_step"] * 2e12
     head = 2 * (3 * MODEL.width + MODEL.width) * 5  # three classes, and the scores of the pooling
     assert flops == pytest.approx(training_flops(MODEL, 90, 1800, head, settings.tuning))
