@@ -72,7 +72,7 @@ def pseudo(model, wild, mutant):
     return pll(model, "".join(letters)) - pll(model, wild)
 
 
-MUTANTS = ["M1A", "K2R", "K2W:R5A", "G17D", "R5A", "V4A:Q6L:G17C", "A15A"]
+MUTANTS = ["M1A", "K2R", "K2W:R5A", "G17D", "R5A", "V4G", "V4A:Q6L:G17C", "A15A"]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,9 @@ def test_a_long_protein_is_read_in_a_window_centred_on_the_sites(model):
         window = slice(start, start + model.longest)
         assert abs(found[0] - masked_marginal(model, wild, name(i), window)) < 1e-4
     far = f"{name(10)}:{name(10 + model.longest)}"
-    with pytest.raises(UserError, match="65 residues apart, the model reads 64"):
-        model.score_variants(wild, [far])
+    for sites in (far, ":".join(far.split(":")[::-1])):
+        with pytest.raises(UserError, match="65 residues apart, the model reads 64"):
+            model.score_variants(wild, [sites])
     one_by_one = model.score_variants(wild, [far], additive=True)
     alone = model.score_variants(wild, far.split(":"))
     assert abs(one_by_one[0] - alone.sum()) < 1e-4

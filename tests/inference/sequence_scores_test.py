@@ -124,6 +124,8 @@ def test_a_killed_job_goes_on(model, model_path, tmp_path, monkeypatch, capsys, 
     assert score(model_path, tmp_path, "--mode", mode) == 2
     assert "unfinished work with other settings" in capsys.readouterr().err
     write(tmp_path, sequences)
+    assert score(model_path, tmp_path, "--mode", mode, "--max-residues", "20") == 2
+    assert "unfinished work with other settings" in capsys.readouterr().err
     monkeypatch.setattr(likelihood, name, lambda *args: scored.extend(args[1]) or compute(*args))
     assert score(model_path, tmp_path, "--mode", mode) == 0
     assert len(scored) == len(sequences) - first
