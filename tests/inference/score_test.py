@@ -150,7 +150,7 @@ def score(model_path, folder, *options):
 
 
 def test_the_command_keeps_the_table_and_compares_by_rank(model, model_path, tmp_path, capsys):
-    measured = [0.3, -1.0, 2.0, 0.0, 0.5, 1.5, 0.1]
+    measured = [0.3, -1.0, 2.0, 0.0, 0.5, 0.7, 1.5, 0.1]
     shifted = [":".join(f"{a}{i + 24}{b}" for a, i, b in split(m)) for m in MUTANTS]
     rows = [f"{m},{x},note" for m, x in zip(shifted, measured, strict=True)]
     (tmp_path / "m.csv").write_text("\n".join(["mutant,DMS_score,other", *rows]) + "\n")
@@ -162,7 +162,7 @@ def test_the_command_keeps_the_table_and_compares_by_rank(model, model_path, tmp
     expected = model.score_variants(WILD, MUTANTS)
     np.testing.assert_allclose([float(row["score"]) for row in table], expected, rtol=1e-4)
     rank = spearmanr(expected, measured).statistic
-    assert f"spearman {rank:.4f} with DMS_score over 7 mutants" in capsys.readouterr().out
+    assert f"spearman {rank:.4f} with DMS_score over 8 mutants" in capsys.readouterr().out
     assert score(model_path, tmp_path, *options) == 2
     assert "exists; add --overwrite" in capsys.readouterr().err
     assert score(model_path, tmp_path, "--mutants", str(tmp_path / "m.csv"), "--overwrite") == 2
@@ -289,7 +289,11 @@ def test_a_killed_pseudo_perplexity_goes_on(model_path, tmp_path, monkeypatch, c
     partial = tmp_path / "s.csv.partial"
     partial.write_text(partial.read_text() + '{"mutant": "G1')  # the line that was being written
     assert score(model_path, tmp_path, *options, "--offset", "0", "--precision", "bf16") == 2
-    assert "unfinished work with other settings" in capsys.readouterr().err
+    with monkeypatch.context() as other:
+        other.setattr("tests.inference.score_test.WILD", WILD + "M")
+        assert score(model_path, tmp_path, *options) == 2
+    assert score(model_path, tmp_path, *options, "--max-residues", "60") == 2
+    assert capsys.readouterr().err.count("unfinished work with other settings") == 3
     monkeypatch.setattr(likelihood, "score_mutants", compute)
     calls = []
     monkeypatch.setattr(
