@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from esm1nv_jax.common import config_file
-from esm1nv_jax.planning.hlo import Program, size
+from esm1nv_jax.model.encoder_config import EncoderConfig
+from esm1nv_jax.planning.chips import Chip, Efficiency
+from esm1nv_jax.planning.hlo import Kernel, Program, size
 from esm1nv_jax.planning.plan import compile_step
-from esm1nv_jax.planning.roofline import miscounted
+from esm1nv_jax.planning.roofline import Load, Step, attention_seconds, estimate, miscounted
 from esm1nv_jax.training import sharding
 from esm1nv_jax.training.run_config import RunConfig
 
@@ -49,6 +51,56 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
 def test_a_product_of_cublas_is_one():
     (product,) = Program(CUBLAS).of_kind("gemm")
     assert product.flops == 2 * 64 * 256 * 32
+
+
+OVERLAPPED = """
+ENTRY %main (x: f32[1000]) -> f32[10] {
+  %x = f32[1000]{0} parameter(0)
+  %a = f32[1000]{0} multiply(%x, %x)
+  %b = f32[1000]{0} all-reduce-start(%a), replica_groups={{0,1,2,3}}
+  %c = f32[1000]{0} negate(%a)
+  %d = f32[1000]{0} all-reduce-done(%b)
+  %e = f32[1000]{0} add(%d, %d)
+  ROOT %f = f32[10]{0} slice(%e), slice={[0:10]}
+}
+"""
+EXACT = Efficiency(1.0, 1.0, 1.0)
+# A kernel of 8,000 bytes takes 1 s.
+CHIP = Chip("c", "gpu", 1e3, 8e3, 1e9, EXACT, EXACT, "", link=1e3, network=250.0)
+MODEL = EncoderConfig(layers=1, width=128, heads=2, ffn=64, positions=66)
+LOAD = Load(4, 64, 200, 190, 5, 9_000, 30, tiles_forward=11_000, tiles_backward=13_000)
+
+
+def test_an_operand_is_read_once_and_of_a_slice_its_part():
+    kernels = {kernel.name: kernel.bytes for kernel in Program(OVERLAPPED).kernels}
+    assert kernels == {"a": 8_000, "b": 4_000, "c": 8_000, "e": 8_000, "f": 80}
+
+
+@pytest.mark.parametrize(("hosts", "per_host", "seconds"), [(1, 4, 6), (2, 2, 12), (1, 1, 0)])
+def test_an_all_reduce_takes_what_no_kernel_hides(hosts, per_host, seconds):
+    """A ring moves the array twice, all but the share of one device; `c` runs meanwhile."""
+    step = Step(MODEL, "xla", 1, hosts, per_host)
+    found = estimate(Program(OVERLAPPED), CHIP, EXACT, LOAD, step)
+    assert found.exposed == pytest.approx(max(seconds - 1, 0))
+    assert found.seconds == pytest.approx(3.01 + max(seconds - 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "phase", "products", "scores"),
+    [  # forward q k and p v; backward also dp, dv, dq, dk, and by some kernels some of it twice
+        ("cudnn", "fmha", "forward", 2, 9_000),
+        ("cudnn", "fmha", "backward", 5, 9_000),
+        ("pallas", "flash_forward", "backward", 2, 11_000),
+        ("pallas", "flash_backward", "backward", 7, 13_000),
+        ("pallas_tpu", "flash_backward", "backward", 5, 13_000),
+        ("splash", "splash_mha_dq_no_residuals", "backward", 3, 4 * 64**2),
+        ("splash", "splash_mha_dkv_no_residuals", "backward", 4, 4 * 64**2),
+    ],
+)
+def test_products_of_attention(backend, name, phase, products, scores):
+    kernel = Kernel("k", "custom-call", "attention", phase, f"jit(f)/{name}/call", "", 0, 0, 0)
+    found = attention_seconds(kernel, CHIP, LOAD, Step(MODEL, backend, 1, 1, 1))
+    assert found == pytest.approx(scores * 2 * products * 2 * 64 / 1e3)
 
 
 def looped_program():
@@ -94,14 +146,14 @@ TPU = """\
 %condition (p.2: (s32[], bf16[8,4])) -> pred[] {
   %p.2 = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
   %i.2 = s32[]{:T(128)} get-tuple-element(%p.2), index=0
-  %limit = s32[]{:T(128)} constant(23)
+  %limit = s32[]{:T(128)} constant(26)
   ROOT %less = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
 }
 
 ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {
   %x = bf16[8,4]{1,0:T(8,128)(2,1)} parameter(0)
-  %zero = s32[]{:T(128)} constant(0)
-  %start = s32[]{:T(128)} copy(%zero)
+  %three = s32[]{:T(128)} constant(3)
+  %start = s32[]{:T(128)} copy(%three)
   %t = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) tuple(%start, %x)
   %loop = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) while(%t), condition=%condition, body=%body
   %splash = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} custom-call(%x), frontend_attributes={metadata={
