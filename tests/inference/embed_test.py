@@ -100,6 +100,8 @@ def test_long_proteins_by_each_policy(model, model_path, tmp_path, capsys):
     assert len(read_npz(tmp_path / "w.npz")["per_residue_-1"]) == sum(len(s) for _, s in PROTEINS)
     embed(request(model_path, tmp_path, out="t.npz", long="truncate", **options))
     cut = by_protein(tmp_path / "t.npz", "per_residue_-1")
+    whole = [hashlib.md5(sequence.encode()).hexdigest() for _, sequence in PROTEINS]
+    assert read_npz(tmp_path / "t.npz")["checksum"].tolist() == whole
     for name, sequence in PROTEINS:
         expected = model.embed([sequence[:64]]).per_residue[0] if len(sequence) > 140 else None
         assert len(cut[name]) == min(64, len(sequence))

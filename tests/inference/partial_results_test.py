@@ -129,6 +129,15 @@ def test_other_settings_do_not_mix_with_unfinished_work(model_path, tmp_path, sm
     embed(request(model_path, tmp_path, shard=(1, 2)))
     with pytest.raises(UserError, match=r"dtype: 'float32' there, 'float16' here"):
         embed(request(model_path, tmp_path, shard=(2, 2), dtype="float16"))
+    for name, option, value in (
+        ("longest", "max_residues", 20),
+        ("long", "long", "truncate"),
+        ("deterministic", "deterministic", True),
+        ("layers", "layers", (1,)),
+        ("include", "include", ("cls",)),
+    ):
+        with pytest.raises(UserError, match=f"other settings .{name}: .* there, .* here.;"):
+            embed(request(model_path, tmp_path, shard=(2, 2), **{option: value}))
     with pytest.raises(UserError, match="proteins"):
         embed(request(model_path, tmp_path, PROTEINS[:-1], shard=(2, 2)))
     (tmp_path / "one").mkdir()
