@@ -120,3 +120,12 @@ def test_a_fitted_head_is_a_regression_on_corrected_attention(model):
         contacts = fitted.contacts(sequence, "attention")
         np.testing.assert_allclose(contacts, 1 / (1 + np.exp(-logits)), atol=1e-4)
         assert contact_precision(contacts, structure)["short", "P@L/5"] > 0.9
+    heads = []  # what stands at unresolved residues is not read
+    for flipped in (False, True):
+        one = structures[0]
+        resolved, truth = np.arange(len(one.sequence)) % 7 > 1, one.is_contact.copy()
+        truth[~resolved] ^= flipped
+        truth[:, ~resolved] ^= flipped
+        some = [Structure("a", one.sequence, resolved, truth), structures[1]]
+        heads.append(fit_contact_head(model.on_devices, some, ids)["kernel"])
+    np.testing.assert_array_equal(*heads)
