@@ -9,6 +9,7 @@ from esm1nv_jax.checkpoints import step_folder
 from esm1nv_jax.training import monitor
 from esm1nv_jax.training.optimizer import OptimizerConfig, schedule
 from tests.cluster.runs import Run
+from tests.data.preparing import esm1nv
 from tests.training.processes import assert_same, lines, params
 
 
@@ -73,6 +74,19 @@ def test_a_fork_keeps_the_whole_state_under_a_new_schedule(tmp_path, train_here,
     output = train(train_here, tmp_path / "seed", fork, *others)
     assert "the data stream begins anew" in output
     assert "shipped, 15% of residues (the original's rate: 10%)" in output
+    proteins = "".join(
+        f">p{i}\nMKTAYIAKQR{'ACDEFGHIKL'[: i % 10]}{i % 7 * 'V'}\n" for i in range(90)
+    )
+    (tmp_path / "p.fasta").write_text(proteins)
+    prepare = ("--fasta", tmp_path / "p.fasta", "--out", tmp_path / "data", "--validation=10")
+    status, text = esm1nv("prepare", *prepare, "--test=10")
+    assert status == 0, text
+    elsewhere = (fork, f"--config.data.path={tmp_path / 'data'}")
+    output = train(train_here, tmp_path / "elsewhere", *elsewhere, "--config.steps=9")
+    assert "the data stream begins anew" in output
+    (tmp_path / "same" / "data.json").unlink()
+    resumed = train_here(f"--workdir={tmp_path / 'same'}", *elsewhere, "--config.steps=13")
+    assert resumed.returncode == 2 and "the training split is not the one" in resumed.stderr
     for field, there, here in (("model.width", 16, 32), ("optimizer.kind", "adamw", "muon")):
         option = f"--config.{field}={here}"
         other = train_here(f"--workdir={tmp_path / 'other'}", fork, option)
