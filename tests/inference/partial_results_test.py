@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 
+from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.inference import fasta_job
 from esm1nv_jax.inference.embed import embed, merge
@@ -136,13 +137,25 @@ def test_other_settings_do_not_mix_with_unfinished_work(model_path, tmp_path, sm
         ("layers", "layers", (1,)),
         ("include", "include", ("cls",)),
     ):
-        with pytest.raises(UserError, match=f"other settings .{name}: .* there, .* here.;"):
+        with pytest.raises(UserError, match=rf"other settings \({name}: .* there, .* here\);"):
             embed(request(model_path, tmp_path, shard=(2, 2), **{option: value}))
     with pytest.raises(UserError, match="proteins"):
         embed(request(model_path, tmp_path, PROTEINS[:-1], shard=(2, 2)))
+    weights = model_folder.read(model_path)
+    layer = weights.params["blocks"]["0"]["qkv"]
+    layer["bias"] = layer["bias"] + 1
+    model_folder.write(str(tmp_path / "other"), weights)
+    with pytest.raises(UserError, match=r"other settings \(model: "):
+        embed(request(str(tmp_path / "other"), tmp_path, shard=(2, 2)))
     (tmp_path / "one").mkdir()
     alone = embed(request(model_path, tmp_path / "one"))
     assert embed(request(model_path, tmp_path)) == alone  # one job finishes what shards began
+
+
+def test_ids_are_whole_whichever_part_has_the_longest(model_path, tmp_path, small_parts):
+    proteins = [("a_name_that_is_long", "MKTAYIAKQR" * 41), ("b", "MKV" * 20)]
+    embed(request(model_path, tmp_path, proteins, include=("mean",)))
+    assert read_npz(tmp_path / "out.npz")["id"].tolist() == [name for name, _ in proteins]
 
 
 def test_jobs_that_begin_together_share_one_folder(model_path, tmp_path, small_parts, monkeypatch):

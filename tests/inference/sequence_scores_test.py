@@ -193,6 +193,17 @@ def test_mutants_are_compared_by_the_letters_that_are_predicted(tmp_path):
     assert len(rows) == 3 * 19 and not any(row.startswith("O") for row in rows)
 
 
+def test_each_window_of_a_long_protein_has_its_own_wild_type(model):
+    wild = "".join(s for _, s in make_proteins(9, seed=4))
+    names = [f"{wild[i]}{i + 1}W" for i in (0, 100)]
+    found = model.score_variants(wild, names, mode="pseudo-perplexity")
+    for i, start, value in zip((0, 100), (0, 100 - model.longest // 2), found, strict=True):
+        mutated = f"{wild[:i]}W{wild[i + 1 :]}"
+        cut = [text[start : start + model.longest] for text in (mutated, wild)]
+        after, before = model.score_sequences(cut)
+        assert value == pytest.approx(after - before, abs=1e-4)
+
+
 def test_a_table_named_tsv_has_tabs(model_path, tmp_path):
     (tmp_path / "t.csv").write_text('sequence,note\nMKV,"a,b"\n')
     out = tmp_path / "s.tsv"
