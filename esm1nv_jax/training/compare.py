@@ -12,10 +12,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from esm1nv_jax.common import command, files
-from esm1nv_jax.common.console import console, stdout
+from esm1nv_jax.common.console import console, numbers_table, stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
 from esm1nv_jax.model.label_metrics import standard_error
@@ -107,7 +105,9 @@ def main(argv: list[str]) -> None:
     differences, groups = differing_fields(runs), over_seeds(runs)
 
     if differences:
-        table = Table("field", *(run.name for run in runs), title="What differs")
+        names = [run.name for run in runs]
+        table = numbers_table("What differs", "field", *names, names=1 + len(runs))
+        table.columns[0].no_wrap = True  # of many runs the values are broken first
         for name, values in differences.items():
             table.add_row(name, *map(str, values))
         stdout.print(table)
@@ -115,7 +115,8 @@ def main(argv: list[str]) -> None:
         stdout.print("The configs do not differ.")
     for rows in groups:
         header, cells = table_of(rows)
-        table = Table(*header, title=f"Validation {metric_name(runs)}, by recipe")
+        title = f"Validation {metric_name(runs)}, by recipe"
+        table = numbers_table(title, *header, names=len(header))
         for row in cells:
             table.add_row(*row)
         stdout.print(table)

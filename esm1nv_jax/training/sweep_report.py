@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from esm1nv_jax.common.console import numbers_table
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.common.html import HtmlReport, new_figure, plus_minus
 from esm1nv_jax.model.label_metrics import standard_error
@@ -254,7 +255,7 @@ def terminal_table(sweep: Sweep) -> Table:
     """Return the columns that fit a terminal; the page has all."""
     columns = [*HEADER, *COST]
     shown = [columns.index(name) for name in ("recipe", "loss", "less baseline", "exceeds noise")]
-    table = Table(*(columns[i] for i in shown), title=sweep.question)
+    table = numbers_table(sweep.question, *(columns[i] for i in shown), names=len(shown))
     for row in sweep.rows:
         cells = row.cells()
         table.add_row(*(cells[i] for i in shown))

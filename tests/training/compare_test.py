@@ -11,6 +11,7 @@ import pytest
 
 from esm1nv_jax import cli
 from esm1nv_jax.common import command, config_file
+from esm1nv_jax.common.console import stdout
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.compare import (
     differing_fields,
@@ -69,7 +70,7 @@ def test_a_rate_of_masking_that_changes_validates_at_its_last(tmp_path):
     assert "masking.rate, masking.recipe differ" in text and "final_rate" not in text
 
 
-def test_recipes_differ_by_so_much_with_an_error_over_seeds(runs, tmp_path, capsys):
+def test_recipes_differ_by_so_much_with_an_error_over_seeds(runs, tmp_path, capsys, monkeypatch):
     figures = {0: 30, 100: 16.0, 150: 15.5}, {0: 30, 100: 16.6}, {0: 30, 100: 16.2}
     better = [
         write(tmp_path / f"lr/{seed}", f"seed={seed}", x, lr=1e-3) for seed, x in enumerate(figures)
@@ -83,9 +84,13 @@ def test_recipes_differ_by_so_much_with_an_error_over_seeds(runs, tmp_path, caps
     )
     ((_, alone),) = over_seeds(read([runs[0], better[0]]))
     assert alone.difference == pytest.approx(1.0) and math.isnan(alone.difference_se)
+    monkeypatch.setattr(stdout, "_width", 60)  # a narrow terminal cuts nothing off
     assert command.run(cli.dispatch, ["compare", *runs[:3], *better]) == 0
     text = capsys.readouterr().out
-    assert "0.900 ± 0.213" in text and "--against RUN" in text
+    assert "--against RUN" in text and "optimizer.peak_lr" in text and "…" not in text
+    monkeypatch.undo()
+    assert command.run(cli.dispatch, ["compare", *runs[:3], *better]) == 0
+    assert "0.900 ± 0.213" in capsys.readouterr().out
 
 
 def test_recipes_are_ranked_only_if_validation_asks_them_the_same(runs, tmp_path, capsys):
