@@ -90,9 +90,10 @@ def torch_train(record, rehearse: bool) -> None:
                 tokens, squares = tokens + lengths.sum(), squares + (lengths**2.0).sum()
                 targets += 0.15 * (lengths - 2).sum()
             second = statistics.median(times)
-            # The head at predicted positions alone, as for ours.
+            # What they cannot do without, as for ours: see `training_flops`.
             head = objective.head_flops(run.model) * targets
-            work = training_flops(run.model, tokens / STEPS, squares / STEPS, head / STEPS)
+            counted = tokens / STEPS, squares / STEPS, head / STEPS
+            work = training_flops(run.model, *counted, outputs=targets / STEPS)
             record(
                 label,
                 ms=1e3 * second,

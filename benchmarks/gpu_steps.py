@@ -58,11 +58,12 @@ class Training:
         from esm1nv_jax.data.pipeline import train_dataset
         from esm1nv_jax.data.source import open_split
         from esm1nv_jax.training import sharding, step
+        from esm1nv_jax.training.run_data import masked_lm
 
         self.run, self.device = run, device
         self.source = open_split("sample", "train")
         self.rows = run.global_rows(self.source.lengths, 1)
-        self.settings = run.step_config(device)
+        self.settings = run.step_config(device, masked_lm(run, self.source))
         mesh = sharding.make_mesh([device])
         stream = iter(train_dataset(self.source, stream_config(run, self.rows)))
         self.batches = [
@@ -171,8 +172,10 @@ def step(record, rehearse: bool, variant: str = "step") -> None:
         times.append((time.perf_counter() - began) / STEPS)
     second = statistics.median(times)
     total = {name: statistics.fmean(m[name] for m in metrics) for name in metrics[0]}
-    head = settings.objective.head_flops(settings.model) * total["num_targets"]
-    work = training_flops(settings.model, total["tokens"], total["sum_squared_lengths"], head)
+    targets = total["num_targets"]
+    head = settings.objective.head_flops(settings.model) * targets
+    counted = total["tokens"], total["sum_squared_lengths"], head
+    work = training_flops(settings.model, *counted, outputs=targets)
     chip = chips.by_device_kind(device.device_kind) or (chips.measured_cpu() if rehearse else None)
     peak = PEAK_FLOPS.get(device.device_kind, chip.flops if chip else 0.0)
     record(

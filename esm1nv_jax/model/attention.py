@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.model.kernels.attention_xla import xla_attention
+from esm1nv_jax.model.kernels.remat import gather_positions
 
 BACKENDS = ("cudnn", "pallas", "pallas_tpu", "splash", "xla")  # in order of preference
 _MAX_TPU_LENGTH = 16384  # of a row: the backward of pallas_tpu keeps 2 KiB a token on the chip
@@ -85,7 +86,14 @@ def select_backend(name: str, spec: AttentionSpec) -> str:
 
 
 def attention(
-    qkv_BTCNH, segment_ids_BT, dtype, rate=0.0, row_keys_B=None, backend="xla", chip: str = ""
+    qkv_BTCNH,
+    segment_ids_BT,
+    dtype,
+    rate=0.0,
+    row_keys_B=None,
+    backend="xla",
+    chip: str = "",
+    queries_BM=None,
 ):
     """softmax(q k / sqrt(H)) v within each segment.
 
@@ -97,13 +105,18 @@ def attention(
         `dropout.attention_mask` in every backend.
       backend: as `select_backend` returns it; `auto` means xla, which supports everything.
       chip: the `device_kind` of a GPU whose measured tile sizes the kernel should take.
+      queries_BM: int32, the columns of each row that attend, ascending; by default all.
 
     Returns:
-      [B, T, N, H], fp32 (xla) or `dtype` (the others); 0 in padding.
+      [B, T, N, H], or [B, M, N, H] of `queries_BM`, fp32 (xla) or `dtype` (the others); 0 in
+      padding.
     """
     rate = rate if row_keys_B is not None else 0.0
     if backend in (AUTO, "xla"):
-        return xla_attention(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B)
+        return xla_attention(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B, queries_BM)
+    if queries_BM is not None:  # kernels compute tiles of queries: all of them
+        out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, row_keys_B, backend, chip)
+        return jax.vmap(gather_positions, (2, None), 2)(out_BTNH, queries_BM)
     qkv_BTCNH = qkv_BTCNH.astype(dtype)
     # Pallas takes 0.1 s to import, and a CPU never needs it.
     if backend == "pallas":

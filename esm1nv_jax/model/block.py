@@ -59,15 +59,17 @@ class Block(nnx.Module):
         qkv_BTCNH = qkv_BTCD.reshape(B, T, 3, N, D // N)
         return qkv_BTCNH if rope is None else esm2.apply_rope(qkv_BTCNH, rope)
 
-    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora):
-        """What `out_proj` projects."""
-        (B, T, D), dtype = x_BTD.shape, self.compute.operand_dtype
+    def attention(self, x_BTD, segment_ids_BT, rope, key: DropoutKey | None, lora, columns_BM=None):
+        """What `out_proj` projects; [B, M, D] where `columns_BM` are given."""
+        dtype = self.compute.operand_dtype
         rate = self.config.attention_dropout
         qkv_BTCNH = self.queries_keys_values(x_BTD, segment_ids_BT, rope, key, lora)
         keys_B = key.rows(self.layer, drop.ATTENTION) if key is not None and rate else None
         backend, chip = self.compute.attention, self.compute.chip
-        out_BTNH = attention(qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend, chip)
-        return out_BTNH.reshape(B, T, D)
+        out_BTNH = attention(
+            qkv_BTCNH, segment_ids_BT, dtype, rate, keys_B, backend, chip, columns_BM
+        )
+        return out_BTNH.reshape(*out_BTNH.shape[:2], -1)
 
     def attention_weights(self, x_BTD, segment_ids_BT, rope, lora):
         """fp32 [B, N, T, S], of the block's input and without dropout, whatever the backend."""
@@ -95,7 +97,8 @@ class Block(nnx.Module):
         config, backend = self.config, self.compute.backend("residual_norm")
         rate, scale = config.dropout, config.branch_scale
         site = drop.ATTENTION_OUTPUT if name == "out_proj" else drop.FFN_OUTPUT
-        if norm is not None and backend != "xla":
+        whole_rows = key is None or key.columns_BM is None  # as the kernel counts columns
+        if norm is not None and backend != "xla" and whole_rows:
             branch_BTD = self.linear(name, y_BTK, key, lora, "none")
             keys_B = key.rows(self.layer, site) if key is not None and rate else None
             bias = getattr(self, name).bias
@@ -117,18 +120,25 @@ class Block(nnx.Module):
         key: DropoutKey | None,
         lora=None,
         next_norm: LayerNorm | None = None,
+        columns_BM=None,
     ):
         """The block's output, and that under `next_norm`, if there is one.
 
         `normed_BTD` is the input under `attention_norm`, or None: the block computes it itself.
+        `columns_BM`, if given, are the columns of each row that the output is needed at: of the
+        others only keys and values are computed, and the output is [B, M, D].
         """
-        if self.config.norm == "pre":
-            if normed_BTD is None:
-                normed_BTD = self.attention_norm(x_BTD)
-            y_BTD = self.attention(normed_BTD, segment_ids_BT, rope, key, lora)
+        pre = self.config.norm == "pre"
+        if pre and normed_BTD is None:
+            normed_BTD = self.attention_norm(x_BTD)
+        attended_BTD = normed_BTD if pre else x_BTD
+        y_BTD = self.attention(attended_BTD, segment_ids_BT, rope, key, lora, columns_BM)
+        if columns_BM is not None:
+            x_BTD = remat.gather_positions(x_BTD, columns_BM)
+            key = key.at_columns(columns_BM) if key is not None else None
+        if pre:
             x_BTD, normed_BTD = self.add(x_BTD, "out_proj", y_BTD, key, lora, self.ffn_norm)
             return self.add(x_BTD, "fc2", self.ffn(normed_BTD, key, lora), key, lora, next_norm)
-        y_BTD = self.attention(x_BTD, segment_ids_BT, rope, key, lora)
         _, x_BTD = self.add(x_BTD, "out_proj", y_BTD, key, lora, self.attention_norm)
         y_BTF = self.ffn(x_BTD, key, lora)
         return self.add(x_BTD, "fc2", y_BTF, key, lora, self.ffn_norm)[1], None
@@ -143,6 +153,7 @@ def run_block(
     key: DropoutKey | None,
     lora: LoraBlock | None = None,
     next_norm: LayerNorm | None = None,
+    columns_BM=None,
 ):
     """As the block itself; the backward computes again what `compute.remat` does not keep, and with
     that the block normalizes its input itself, so that nothing else is kept of it.
@@ -150,14 +161,15 @@ def run_block(
     With `lora` the block's own parameters get no gradient.
     """
     if block.compute.remat == "none":
-        return block(x_BTD, normed_BTD, segment_ids_BT, rope, key, lora, next_norm)
+        return block(x_BTD, normed_BTD, segment_ids_BT, rope, key, lora, next_norm, columns_BM)
     graph, params = nnx.split(block)
 
     def run(differentiable, others):
-        (trained, x_BTD, rope), (frozen, segment_ids_BT, key) = differentiable, others
+        (trained, x_BTD, rope), (frozen, segment_ids_BT, key, columns_BM) = differentiable, others
         params, lora = (trained, None) if frozen is None else (frozen, trained)
-        return nnx.merge(graph, params)(x_BTD, None, segment_ids_BT, rope, key, lora)[0]
+        block = nnx.merge(graph, params)
+        return block(x_BTD, None, segment_ids_BT, rope, key, lora, None, columns_BM)[0]
 
     run = remat.checkpoint_block(run, block.compute.remat)
     trained, frozen = (params, None) if lora is None else (lora, params)
-    return run((trained, x_BTD, rope), (frozen, segment_ids_BT, key)), None
+    return run((trained, x_BTD, rope), (frozen, segment_ids_BT, key, columns_BM)), None

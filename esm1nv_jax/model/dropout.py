@@ -27,12 +27,17 @@ class DropoutKey:
 
     step: jax.Array  # uint32 []: hash of (seed, step)
     rows_B: jax.Array  # uint32 [B]: number of each row in the global batch
+    columns_BM: jax.Array | None = None  # int32: which of a row activations are of; None: all
 
     @classmethod
     def at(cls, seed: int, step, rows_B) -> DropoutKey:
         """The key of `step` (a traced or Python integer) of the run with this seed."""
         base = hashing.fold_all(seed, hashing.purpose("dropout"))
         return cls(hashing.fold(base, jnp.asarray(step).astype(jnp.uint32)), rows_B)
+
+    def at_columns(self, columns_BM) -> DropoutKey:
+        """The key of activations [B, M, *] of these columns of the rows."""
+        return dataclasses.replace(self, columns_BM=columns_BM)
 
     def rows(self, layer: int, site: int):
         """uint32 [B]: one key a row for this layer and site."""
@@ -92,9 +97,11 @@ def dropout(x_BTD, rate: float, key: DropoutKey | None, layer: int, site: int):
     if not rate or key is None:
         return x_BTD
     _, T, D = x_BTD.shape
-    element_TD = jax.lax.broadcasted_iota(jnp.uint32, (T, D), 0) * np.uint32(
-        D
-    ) + jax.lax.broadcasted_iota(jnp.uint32, (T, D), 1)
-    mask_BTD = dropout_mask(key.rows(layer, site)[:, None, None], element_TD, rate)
+    if key.columns_BM is None:
+        column = jax.lax.broadcasted_iota(jnp.uint32, (T, D), 0)
+    else:
+        column = key.columns_BM.astype(jnp.uint32)[..., None]
+    element = column * np.uint32(D) + jax.lax.broadcasted_iota(jnp.uint32, (T, D), 1)
+    mask_BTD = dropout_mask(key.rows(layer, site)[:, None, None], element, rate)
     # A product, no selection: XLA would write the zeros to memory and read them at every site.
     return x_BTD * (mask_BTD * np.float32(1 / (1 - rate)))

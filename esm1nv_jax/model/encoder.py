@@ -169,15 +169,28 @@ def forward(
     # In one kernel with a block's last sum: the norm that the next block begins with.
     fused = compute.backend("residual_norm") != "xla" and config.norm == "pre"
     next_norms = [block.attention_norm if fused else None for block in model.blocks[1:]] + [None]
-    for i, (block, next_norm) in enumerate(zip(model.blocks, next_norms, strict=True)):
+    # Where nothing else is asked of it, the last block, too, is computed for predictions only.
+    last = [None] * (len(next_norms) - 1) + [None if hidden_layers else prediction_positions_BM]
+    for i, (block, next_norm, columns_BM) in enumerate(
+        zip(model.blocks, next_norms, last, strict=True)
+    ):
         block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
         if return_attention:
             weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
         x_BTD, normed_BTD = run_block(
-            block, x_BTD, normed_BTD, segment_ids_BT, rope, dropout_key, block_lora, next_norm
+            block,
+            x_BTD,
+            normed_BTD,
+            segment_ids_BT,
+            rope,
+            dropout_key,
+            block_lora,
+            next_norm,
+            columns_BM,
         )
         hidden[i + 1] = x_BTD
-    return model.output(x_BTD, hidden, tuple(weights), prediction_positions_BM, hidden_layers)
+    at = prediction_positions_BM if hidden_layers else None
+    return model.output(x_BTD, hidden, tuple(weights), at, hidden_layers)
 
 
 def bind(config: EncoderConfig, params: dict, compute: ComputeConfig) -> Encoder:

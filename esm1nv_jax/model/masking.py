@@ -19,6 +19,7 @@ import numpy as np
 from esm1nv_jax.common import hashing
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.data import tokenizer
+from esm1nv_jax.data.packing import StreamConfig
 
 _KIND, _LETTER = (np.uint32(hashing.purpose(p)) for p in ("mask kind", "mask letter"))
 
@@ -34,6 +35,10 @@ class MaskingConfig:
     letters: int  # replacements are the first so many residues of the vocabulary
     may_repeat: bool  # whether a replacement may equal the original
     final_rate: float = 0.0  # in training the rate goes there linearly; 0: it stays
+
+    @property
+    def highest_rate(self) -> float:
+        return max(self.rate, self.final_rate)
 
     def __post_init__(self):
         if not 0 < self.rate <= 1:
@@ -82,13 +87,49 @@ def target_counts(rate: float, longest: int) -> np.ndarray:
     return np.array([0, *(max(1, round(rate * n)) for n in range(1, longest + 1))], np.int32)
 
 
-def max_targets(rate: float, row_length: int) -> int:
-    """The most targets that a row can hold: M."""
+def max_targets_of_any(rate: float, row_length: int) -> int:
+    """The most targets that a row of sequences of any lengths can hold: M."""
     n = np.arange(1, max(2, row_length - 1))
     return int(np.max(np.int64(row_length) * target_counts(rate, n[-1])[1:] // (n + 2)))
 
 
-def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT, progress=None) -> Masked:
+def max_targets(rate: float, stream: StreamConfig, lengths: np.ndarray) -> int:
+    """A bound on the targets of a row of sequences of these lengths, each at most once in a row.
+
+    The sequences with most targets a token fill the row, the last of them in part. Few proteins
+    have a handful of residues, of which one is a target always: this is about half as much as
+    `max_targets_of_any`.
+
+    Args:
+      rate: the highest share of targets.
+      stream: how the sequences are cropped and laid into rows.
+      lengths: residues, uncropped: [sequences].
+    """
+    T, sequences = stream.row_length, np.zeros(stream.max_residues + 1, np.int64)
+    for some in np.array_split(lengths, -(-len(lengths) // 2**20) or 1):  # bincount copies to int64
+        cropped = np.minimum(some, np.int64(stream.max_residues))
+        sequences += np.bincount(cropped, minlength=len(sequences))
+    n = np.flatnonzero(sequences[1:]) + 1
+    # A rate that changes is computed in fp32, which may round a half up.
+    counts = np.maximum(1, np.floor(rate * n + 0.51))
+    if not stream.packed:
+        return int(np.max(counts, initial=1))
+    densest = np.argsort(-counts / (n + 2), kind="stable")
+    n, counts = n[densest], counts[densest]
+    tokens = (n + 2) * sequences[n]
+    taken = np.clip(T - (np.cumsum(tokens) - tokens), 0, tokens)
+    most = int(np.sum(taken * counts / (n + 2)) + 1e-6)
+    return min(max(8, -(-most // 8) * 8), T)  # a multiple of 8, as accelerators lay out arrays
+
+
+def mask(
+    config: MaskingConfig,
+    tokens_BT,
+    segment_ids_BT,
+    mask_bits_BT,
+    progress=None,
+    most: int | None = None,
+) -> Masked:
     """Corrupts packed rows.
 
     Args:
@@ -97,6 +138,7 @@ def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT, progres
       segment_ids_BT: int32; 0 is padding.
       mask_bits_BT: the uint32 hash that the stream gives each token.
       progress: how far a rate that changes has come, a scalar in 0..1; by default to its end.
+      most: a bound on the targets of a row, M; by default that of sequences of any lengths.
     """
     B, T = tokens_BT.shape
     is_maskable_BT = tokens_BT >= tokenizer.FIRST_RESIDUE
@@ -111,13 +153,13 @@ def mask(config: MaskingConfig, tokens_BT, segment_ids_BT, mask_bits_BT, progres
     if config.final_rate and progress is not None:
         rate = config.rate + (config.final_rate - config.rate) * progress
         counts = jnp.maximum(jnp.round(rate * jnp.arange(T + 1)), 1).astype(jnp.int32)
-        highest = max(config.rate, config.final_rate)
+        highest = config.highest_rate
     else:
         highest = config.final_rate or config.rate
         counts = jnp.asarray(target_counts(highest, T))
     quota_BT = counts[end_BT - start_BT]
     is_chosen_BT = (rank_BT - start_BT < quota_BT) & (group_BT <= T)
-    M = max_targets(highest, T)
+    M = most or max_targets_of_any(highest, T)
     position_BM = jnp.sort(jnp.where(is_chosen_BT, position_BT, T), axis=1)[:, :M]
     is_target_BM = position_BM < T
     position_BM = jnp.minimum(position_BM, T - 1)

@@ -66,16 +66,16 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.training import sharding
     from esm1nv_jax.training.metrics import training_flops
     from esm1nv_jax.training.run_config import RunConfig
-    from esm1nv_jax.training.run_data import open_data
+    from esm1nv_jax.training.run_data import masked_lm, open_data
     from esm1nv_jax.training.step import check_memory
 
     chip = chips.chip(chip_name, config.compute.dtype)
     devices = chips.devices(chip, hosts, per_host)
     run = RunConfig.from_config_dict(config)
-    settings = run.step_config(devices[0])
     data = None
     if run.finetune is None:
         source = open_split(run.data.path or SAMPLE, "train")
+        settings = run.step_config(devices[0], masked_lm(run, source))
     else:
         data = open_data(run)
         source = data.train
@@ -103,7 +103,8 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
             memory["base model, on the host"] = sum(sizes)
     peak = sum(memory.values())
     head = settings.objective.head_flops(model) * load.selected
-    useful = training_flops(model, load.tokens, load.squares, head, settings.tuning)
+    outputs = None if settings.objective.reads_all else load.selected
+    useful = training_flops(model, load.tokens, load.squares, head, settings.tuning, outputs)
     return {
         "chip": chip.name,
         "hosts": hosts,

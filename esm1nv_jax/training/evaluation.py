@@ -21,6 +21,7 @@ from esm1nv_jax.data.packing import StreamConfig, evaluation_stream
 from esm1nv_jax.data.source import Source
 from esm1nv_jax.model import label_metrics
 from esm1nv_jax.training import sharding
+from esm1nv_jax.training.label_prediction import LabelPrediction
 from esm1nv_jax.training.metrics import add_sums
 from esm1nv_jax.training.objective import Objective
 from esm1nv_jax.training.process_group import ProcessGroup
@@ -73,7 +74,7 @@ def test_once(
     """
     if data.test is None or data.task is None:
         return
-    assert data.objective is not None
+    assert isinstance(data.objective, LabelPrediction)
     saved = step_folder.steps(run_dir, BEST)
     best = int(group.broadcast("best of all", lambda: str(saved[-1] if saved else 0)))
     step = best or int(state.step)
@@ -112,7 +113,7 @@ def _tested(run_dir: epath.Path) -> dict:
 
 def print_results(data: RunData, run_dir: epath.Path) -> None:
     """Print the metrics of the best validation and of the test split, and what to do next."""
-    assert data.objective is not None
+    assert isinstance(data.objective, LabelPrediction)
     validated = [line for line in metrics_log.read(run_dir) if line["kind"] == "validation"]
     name = data.objective.best_metric
     sign = 1 if data.objective.maximize else -1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ class LabelPrediction:
     label_std: float = 1.0
     lora: LoraConfig | None = None
     metric: str = "auto"
+
+    reads_all: ClassVar[bool] = True  # a head at labels alone, but pooling reads all residues
 
     def __post_init__(self):
         allowed = ("auto", *METRICS[self.head.kind])

@@ -69,13 +69,15 @@ def training_flops(
     sum_squared_lengths: float,
     head: float,
     tuning: Tuning | None = None,
+    outputs: float | None = None,
 ) -> float:
     """Return the FLOPs that training on these tokens cannot do without.
 
     Products of real tokens and attention within their own sequences, forward and twice that
     backward; nothing for padding, pooling or rematerialisation. `head` are those of the head,
     forward. Frozen kernels have no weight gradient, and below the first trained layer there is
-    no backward at all.
+    no backward at all. Where the output of the last block is read at `outputs` tokens only, it
+    needs the keys and values of all tokens, and all else of these.
     """
     width, ffn, layers = config.width, config.ffn, config.layers
     matrix = 2 * width * tokens
@@ -90,7 +92,8 @@ def training_flops(
     forward = layers * block + head
     method = tuning.method if tuning else "full"
     if tuning is None or method == "full":
-        return 3 * forward
+        share = 1.0 if outputs is None else outputs / tokens
+        return 3 * (forward - (1 - share) * (block - 2 * matrix * width))
     if method == "head":
         return forward + head
     if method == "last":
@@ -147,9 +150,11 @@ class ThroughputWindow:
             "sequences_per_step": total["sequences"] / self.steps,
             "padding_share": 1 - total["tokens"] / total["num_slots"],
         }
-        head = self.objective.head_flops(self.model) * total["num_targets"]
+        targets = total["num_targets"]
+        head = self.objective.head_flops(self.model) * targets
         work = total["tokens"], total["sum_squared_lengths"], head
-        flops = training_flops(self.model, *work, self.tuning)
+        outputs = None if self.objective.reads_all else targets
+        flops = training_flops(self.model, *work, self.tuning, outputs)
         metrics["flops_per_step"] = flops / self.steps
         if self.peak:
             metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)

@@ -27,6 +27,7 @@ class Objective(Protocol):
     best_metric: the metric of validation that chooses the best checkpoint.
     maximize: whether a higher one is better.
     batch_dtypes: the arrays of a batch that it reads, by name.
+    reads_all: whether it reads the encoder's output at all tokens, not only at its targets.
     """
 
     @property
@@ -37,6 +38,9 @@ class Objective(Protocol):
 
     @property
     def batch_dtypes(self) -> Mapping[str, Any]: ...
+
+    @property
+    def reads_all(self) -> bool: ...
 
     def batch_shape(self, name: str, rows: int, row_length: int) -> tuple[int, ...]:
         """Return the shape of an array of a batch, rows first."""
@@ -82,13 +86,16 @@ class MaskedLM:
 
     masking: the recipe.
     horizon: steps in which a rate of masking that changes gets to its end; validation is there.
+    most: a bound on the targets of a row, where the lengths of its sequences are known.
     """
 
     masking: masking.MaskingConfig
     horizon: int = 1
+    most: int | None = None
 
     best_metric: ClassVar[str] = "loss_mask"
     maximize: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = False
     batch_dtypes: ClassVar[dict[str, Any]] = ROW_DTYPES | {"mask_bits": jnp.uint32}
 
     def init(self, model: EncoderConfig, seed) -> dict:
@@ -105,7 +112,8 @@ class MaskedLM:
         if self.masking.final_rate and "step" in batch:
             progress = jnp.minimum(batch["step"] / self.horizon, 1.0)
         bits = batch["mask_bits"]
-        return masking.mask(self.masking, tokens_BT, batch["segment_ids"], bits, progress)
+        ids = batch["segment_ids"]
+        return masking.mask(self.masking, tokens_BT, ids, bits, progress, self.most)
 
     def loss_sums(
         self,

@@ -18,7 +18,9 @@ from esm1nv_jax.data.packing import TrainingWindows, stream_config
 from esm1nv_jax.data.source import Source, open_split, subset
 from esm1nv_jax.interchange.loader import load_weights
 from esm1nv_jax.model.heads import HeadConfig
+from esm1nv_jax.model.masking import max_targets
 from esm1nv_jax.training.label_prediction import LabelPrediction, balanced_weights, standard_scale
+from esm1nv_jax.training.objective import MaskedLM, Objective
 from esm1nv_jax.training.run_config import RunConfig
 from esm1nv_jax.training.tuning import Tuning
 
@@ -29,7 +31,7 @@ class RunData:
 
     train, validation: the sources; of fine-tuning also the `task` that holds them, and `test`, if
       it is to be evaluated.
-    objective: that of fine-tuning; None: masked language modelling.
+    objective: what is learned from them.
     tuning: which parameters are trained; None: all.
     initial: the parameters to start from, on the host; None: random ones.
     metadata: what checkpoints hold beside the config: of a fine-tuned run, its base and its head.
@@ -37,9 +39,9 @@ class RunData:
 
     train: Source
     validation: Source
+    objective: Objective
     test: Source | None = None
     task: Task | None = None
-    objective: LabelPrediction | None = None
     tuning: Tuning | None = None
     initial: dict | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -69,7 +71,16 @@ def open_data(config: RunConfig, workdir: str = "") -> RunData:
     resumes = config.init_from and workdir and step_folder.steps(os.path.expanduser(workdir))
     if config.init_from and not resumes:  # a head is no part of masked language modelling
         initial = _load_base(config).encoder_params
-    return RunData(train, subset(validation, config.evaluation.sequences), initial=initial)
+    objective = masked_lm(config, train, validation)
+    validation = subset(validation, config.evaluation.sequences)
+    return RunData(train, validation, objective, initial=initial)
+
+
+def masked_lm(config: RunConfig, *sources: Source) -> MaskedLM:
+    """Return the objective of masked language modelling on rows of these sources."""
+    masking, stream = config.masking.config(), stream_config(config, rows=1)
+    most = max(max_targets(masking.highest_rate, stream, source.lengths) for source in sources)
+    return MaskedLM(masking, config.optimizer.horizon, most)
 
 
 def _load_base(config: RunConfig) -> Weights:
@@ -96,7 +107,7 @@ def _open_labeled(config: RunConfig) -> RunData:
         "base": None,
     }
     train, test = task.source("train"), task.source("test") if finetune.test else None
-    data = RunData(train, validation, test, task, objective, metadata=metadata)
+    data = RunData(train, validation, objective, test, task, metadata=metadata)
     if not config.init_from:  # all parameters are trained, so that a checkpoint is a whole model
         metadata |= model_folder.NO_LM_HEAD  # labels train none
         return data

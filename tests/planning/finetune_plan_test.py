@@ -10,11 +10,13 @@ from esm1nv_jax.checkpoints import model_folder
 from esm1nv_jax.model import encoder
 from esm1nv_jax.model.heads import HeadConfig
 from esm1nv_jax.model.lora import LoraConfig
+from esm1nv_jax.model.masking import recipe
 from esm1nv_jax.planning.hlo import Program
 from esm1nv_jax.planning.plan import compile_step
 from esm1nv_jax.training import sharding
 from esm1nv_jax.training.label_prediction import LabelPrediction
 from esm1nv_jax.training.metrics import training_flops
+from esm1nv_jax.training.objective import MaskedLM
 from esm1nv_jax.training.optimizer import OptimizerConfig
 from esm1nv_jax.training.step import StepConfig
 from esm1nv_jax.training.tuning import Tuning
@@ -90,3 +92,25 @@ def test_products_of_a_step_are_those_that_are_counted(method):
     head_flops = settings.objective.head_flops(MODEL) * tokens
     counted = training_flops(MODEL, tokens, rows * length**2, head_flops, tuning)
     assert products == pytest.approx(counted, rel=0.02)
+
+
+@pytest.mark.integration
+def test_products_of_a_step_of_masked_modelling():
+    """Of the last block only those of the targets, apart from queries, keys and values."""
+    settings = StepConfig(
+        seed=0,
+        model=MODEL,
+        compute=encoder.ComputeConfig(dtype="float32"),
+        objective=MaskedLM(recipe("card"), most=16),
+        optimizer=OptimizerConfig(peak_lr=1e-2, min_lr=0.0, warmup=1, constant=0, horizon=100),
+    )
+    rows, length = 8, 64
+    _, compiled, _ = compile_step(settings, sharding.make_mesh(jax.devices()[:1]), rows, length)
+    products = sum(kernel.flops for kernel in Program(compiled.as_text()).kernels)
+    tokens, targets = rows * length, rows * 16
+    head = settings.objective.head_flops(MODEL) * targets
+    counted = training_flops(MODEL, tokens, rows * length**2, head, outputs=targets)
+    queries = 3 * 2 * MODEL.width**2 * (tokens - targets)
+    assert products == pytest.approx(counted + queries, rel=0.02)
+    whole = training_flops(MODEL, tokens, rows * length**2, head)
+    assert products < 0.85 * whole

@@ -86,14 +86,18 @@ def after(x, *others):
     return x + zero.astype(x.dtype)
 
 
+def spread_positions(y_BMD, positions_BM, T: int):
+    """[B, T, D]: y at columns `positions_BM` of each row, the first of equal ones; 0 elsewhere."""
+    B, M, _ = y_BMD.shape
+    rows_B1, entries_M = jnp.arange(B)[:, None], jnp.arange(M, dtype=jnp.int32)
+    source_BT = jnp.full((B, T), M, jnp.int32).at[rows_B1, positions_BM].min(entries_M)
+    x_BTD = jnp.take_along_axis(y_BMD, jnp.minimum(source_BT, M - 1)[..., None], axis=1)
+    return jnp.where((source_BT < M)[..., None], x_BTD, 0)
+
+
 def _gather_backward(residuals, g_BMD):
     positions_BM, like_T = residuals
-    B, M, _ = g_BMD.shape
-    rows_B1, entries_M = jnp.arange(B)[:, None], jnp.arange(M, dtype=jnp.int32)
-    source_BT = jnp.full((B, like_T.shape[0]), M, jnp.int32)
-    source_BT = source_BT.at[rows_B1, positions_BM].min(entries_M)
-    dx_BTD = jnp.take_along_axis(g_BMD, jnp.minimum(source_BT, M - 1)[..., None], axis=1)
-    return jnp.where((source_BT < M)[..., None], dx_BTD, 0), None
+    return spread_positions(g_BMD, positions_BM, like_T.shape[0]), None
 
 
 @with_gradient("remat", _gather_backward)
