@@ -9,8 +9,8 @@ Arguments: one of 8m, 35m, 150m, 650m (the default is 8m); steps=, batch= (rows 
 seed=. A batch of 2,048 rows is the paper's 2 million tokens; on few devices set
 --config.batch.microbatches, so that a part fits.
 
-Hardware and time: not measured; `esm1nv plan` estimates, for 500,000 steps on 8 H100, 0.6 days of
-8m (microbatches=4) and 20 days of 650m (microbatches=16). Expected metric: not known; the paper's
+Hardware and time: not measured; `esm1nv plan` estimates, for 500,000 steps on 8 H100, 0.5 days of
+8m (microbatches=4) and 17 days of 650m (microbatches=16). Expected metric: not known; the paper's
 perplexities are on its own UniRef50 split and compare with no other.
 
 Known differences from the original: rows are packed, and a cropped sequence keeps its <s> and </s>,

@@ -6,7 +6,7 @@
 DIR is a data set made by `esm1nv prepare`.
 
 Hardware and time: the original took 176, later 144, A100 GPUs; for 176 A100-80GB `esm1nv plan`
-estimates 0.23 s a step (0.21 to 0.27), 2.7 days for a million steps. Not trained here; one H200
+estimates 0.21 s a step (0.19 to 0.25), 2.5 days for a million steps. Not trained here; one H200
 takes 0.11 s for the rows of one device (docs/performance.md). Expected metric: no perplexity of
 ESM-1nv was published; its relative ESM-1 (6 layers, 43M parameters, another split) has 11.8. To try
 the real shape on a CPU, in 7 GB of memory:
