@@ -125,8 +125,8 @@ class Block(nnx.Module):
         """The block's output, and that under `next_norm`, if there is one.
 
         `normed_BTD` is the input under `attention_norm`, or None: the block computes it itself.
-        `columns_BM`, if given, are the columns of each row that the output is needed at: of the
-        others only keys and values are computed, and the output is [B, M, D].
+        `columns_BM`, if given, are the columns of each row that the output [B, M, D] is needed at.
+        The others are attended to, and neither attend nor pass through the FFN.
         """
         pre = self.config.norm == "pre"
         if pre and normed_BTD is None:

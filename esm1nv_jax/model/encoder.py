@@ -168,12 +168,11 @@ def forward(
     hidden, weights, normed_BTD = {0: x_BTD}, [], None
     # In one kernel with a block's last sum: the norm that the next block begins with.
     fused = compute.backend("residual_norm") != "xla" and config.norm == "pre"
-    next_norms = [block.attention_norm if fused else None for block in model.blocks[1:]] + [None]
-    # Where nothing else is asked of it, the last block, too, is computed for predictions only.
-    last = [None] * (len(next_norms) - 1) + [None if hidden_layers else prediction_positions_BM]
-    for i, (block, next_norm, columns_BM) in enumerate(
-        zip(model.blocks, next_norms, last, strict=True)
-    ):
+    for i, block in enumerate(model.blocks):
+        last = i + 1 == len(model.blocks)
+        next_norm = model.blocks[i + 1].attention_norm if fused and not last else None
+        # Of the last block nothing but the predictions is read, unless its output is asked for.
+        columns_BM = prediction_positions_BM if last and not hidden_layers else None
         block_lora = LoraBlock(lora[1][str(i)], lora[0]) if lora is not None else None
         if return_attention:
             weights.append(block.attention_weights(x_BTD, segment_ids_BT, rope, block_lora))
@@ -189,8 +188,9 @@ def forward(
             columns_BM,
         )
         hidden[i + 1] = x_BTD
-    at = prediction_positions_BM if hidden_layers else None
-    return model.output(x_BTD, hidden, tuple(weights), at, hidden_layers)
+    if not hidden_layers:
+        prediction_positions_BM = None  # the only ones that x has
+    return model.output(x_BTD, hidden, tuple(weights), prediction_positions_BM, hidden_layers)
 
 
 def bind(config: EncoderConfig, params: dict, compute: ComputeConfig) -> Encoder:
