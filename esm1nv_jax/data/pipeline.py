@@ -38,6 +38,7 @@ from esm1nv_jax.data.packing import (
 from esm1nv_jax.data.source import Source
 
 State = dict[str, Any]  # of a Grain iterator; JSON
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # signals that end a run, saved
 
 
 def train_dataset(
@@ -242,8 +243,9 @@ def _signals_blocked() -> Iterator[None]:
     Ctrl-C and the signals of a scheduler reach the workers too, while the trainer still needs
     batches. It stops them itself.
     """
-    resource_tracker.ensure_running()  # started later, it would unblock them
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    resource_tracker.ensure_running()  # as it starts it unblocks some, and it would do so later
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try:
         yield
     finally:

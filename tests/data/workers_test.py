@@ -82,8 +82,8 @@ from esm1nv_jax.data.source import open_split
 from tests.data.workers_test import CONFIG
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: None)  # as a trainer that saves first
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # as a trainer that saves first
     batches = prefetch(train_dataset(open_split(sys.argv[1], "train"), CONFIG, workers=2))
     batches.start_prefetch()
     print("starting", flush=True)
@@ -135,12 +135,14 @@ def test_workers_outlive_signals_but_not_their_trainer(folder, tmp_path):
         workers = set()
         while len(workers) < 2:
             workers = {c for c in children(process.pid) if b"spawn_main" in command(c)}
-        # Ctrl-C and a scheduler's signal reach all of them, as they start and later.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        # Ctrl-C, a scheduler's signal and that of a lost terminal reach all of them, as they start
+        # and later.
+        for number in 2 * (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.killpg(process.pid, number)
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline() == "more\n"
+        assert (tmp_path / "stderr").read_text() == ""
         process.kill()
         process.wait()
         end = time.monotonic() + 20
