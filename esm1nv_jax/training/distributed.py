@@ -151,9 +151,12 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
+        now = time.monotonic()
         while not self._closed.is_set():
             self._abort_received.wait(PERIOD)
-            now = time.monotonic()
+            before, now = now, time.monotonic()
+            if now - before > LOST_AFTER:  # by Ctrl-Z, say, all of this process stood still
+                self.activity_since = min(now, self.activity_since + now - before)
             silent, stalled = now - self._store_answered, now - self.activity_since
             if self._abort is not None:
                 self._exit(*self._abort, received=True)

@@ -153,3 +153,23 @@ def test_alone_every_note_comes_back_at_once():
     group.barrier("c")
     facts = (group, 1, {"seed": 1}, "data")
     assert process_group.assert_equal_across_processes(*facts) == [group.host]
+
+
+def test_time_in_which_a_process_was_stopped_is_no_standstill(monkeypatch):
+    """By Ctrl-Z, or by `scontrol suspend`: it goes on where it was, and then may stand still."""
+    now, times = [0.0], iter([1.0, 2.0, 4000.0, *range(4001, 4200)])
+    watchdog = distributed.Watchdog(process_group.ProcessGroup(), stall_timeout=60, lost_after=18)
+    watchdog.activity_since, ended = 0.0, []
+
+    def wait(seconds):
+        now[0] = next(times)
+
+    def end(*_):
+        ended.append(now[0])
+        watchdog._closed.set()
+
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(watchdog._abort_received, "wait", wait)
+    monkeypatch.setattr(watchdog, "_exit", end)
+    watchdog._watch()
+    assert ended == [4059]
