@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from esm1nv_jax.common.console import console
-from esm1nv_jax.common.files import open_append, writing
+from esm1nv_jax.common.files import open_append, write_atomically, writing
 
 FILE = "metrics.jsonl"
 
@@ -38,10 +38,11 @@ class MetricsWriter:
             return
         self.path = run_dir / FILE
         with writing(self.path, errors=(OSError, UnicodeDecodeError)):  # a folder, no permission
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if (x := _record(line)) and x["step"] <= step]
-            if len(kept) < len(lines):
-                self.path.write_text("".join(f"{line}\n" for line in kept))
+            text = self.path.read_text() if self.path.exists() else ""
+            lines = text.splitlines()
+            kept = [f"{line}\n" for line in lines if (x := _record(line)) and x["step"] <= step]
+            if "".join(kept) != text:
+                write_atomically(self.path, "".join(kept))
             self._file = open_append(self.path)
         self._pending, self._warned = b"", False
         self._events: Any = None

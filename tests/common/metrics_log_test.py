@@ -71,6 +71,24 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     assert steps(folder) == list(range(1, 9))
 
 
+def test_lines_are_dropped_by_rename(tmp_path):
+    """A start that is killed meanwhile leaves all that were there."""
+    folder = epath.Path(tmp_path)
+    text = "".join(f'{{"step": {step}, "kind": "train"}}\n' for step in range(1, 4))
+    (folder / "metrics.jsonl").write_text(text)
+    with (folder / "metrics.jsonl").open() as before, MetricsWriter(folder, 2, True):
+        assert steps(folder) == [1, 2]
+        assert before.read() == text
+
+
+def test_a_last_line_without_its_end_takes_no_other_with_it(tmp_path):
+    folder = epath.Path(tmp_path)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}')  # as a full disk cut it
+    with MetricsWriter(folder, 1, True) as writer:
+        writer.write(2, "train", {"loss": 3.0})
+    assert steps(folder) == [1, 2]
+
+
 def test_damaged_lines_are_left_out(tmp_path):
     whole = b'{"step": 1, "kind": "train"}\n'
     damaged = b'\xff\n{"step": null, "kind": "train"}\n{"step": "a", "kind": "train"}\n7\n{"ste\n'
