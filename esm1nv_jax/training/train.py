@@ -110,12 +110,12 @@ def run(
                     data.train,
                     metadata,
                 )
+                watchdog.heartbeat("waiting until the last checkpoint is on disk")
+                checkpoints.wait()  # a second SIGTERM must not end this
         except NonfiniteStep as error:
             checkpoints.wait()
             summary.dump_nonfinite_batch(run_dir, error)
             return 1
-        watchdog.heartbeat("waiting until the last checkpoint is on disk")
-        checkpoints.wait()
         group.barrier("saved", watchdog.stall_timeout)
         if finished:
             evaluation.test_once(data, state, mesh, group, evaluate, run_dir)

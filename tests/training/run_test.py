@@ -1,6 +1,7 @@
 """Whole runs in processes of their own: learning, interruption, going on, refusing."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from esm1nv_jax.checkpoints import model_folder, step_folder
+from esm1nv_jax.checkpoints.manager import RunCheckpoints
 from esm1nv_jax.common import config_file
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.data.packing import stream_config
@@ -115,6 +117,22 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
     assert [[line.get(f) for f in figures] for line in lines(run, "validation")] == expected
     steps = [line["step"] for line in lines(run, "train")]
     assert steps == sorted(set(steps)) and steps[-1] == 12
+
+
+def test_a_sigterm_does_not_cut_the_last_save(tmp_path, train_here, monkeypatch):
+    wait, unhandled = RunCheckpoints.wait, []
+
+    def wait_after_a_signal(checkpoints):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(checkpoints)
+
+    monkeypatch.setattr(RunCheckpoints, "wait", wait_after_a_signal)
+    before = signal.signal(signal.SIGTERM, lambda *_: unhandled.append("it would end the process"))
+    try:
+        assert train_here(f"--workdir={tmp_path}", "--config.steps=4").returncode == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not unhandled and step_folder.steps(tmp_path) == [4]
 
 
 @pytest.mark.integration
