@@ -29,7 +29,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from esm1nv_jax.checkpoints import step_folder
-from esm1nv_jax.checkpoints.step_folder import BEST, CHECKSUMS, FOLDER, steps
+from esm1nv_jax.checkpoints.step_folder import BEST, CHECKSUMS, DAMAGED, EARLIER, FOLDER, steps
 from esm1nv_jax.common import files
 from esm1nv_jax.common.console import console
 from esm1nv_jax.common.errors import UserError, check_choices
@@ -113,7 +113,9 @@ class RunCheckpoints:
             FOLDER: _open(self.workdir / FOLDER, save, policies.AnyPreservationPolicy(keep)),
             BEST: _open(self.workdir / BEST, save, policies.LatestN(1)),
         }
-        self._threads = ThreadPoolExecutor(len(self._managers), "checkpoint")
+        # One thread, so that a checkpoint is there only once the best of its step is: a run that
+        # resumes from it does not validate again.
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writes: dict[str, Future] = {}
         self.best_step, self._best = 0, float("inf")  # `_best` times the sign is the metric
         self._saved_bests = [self._best]  # on process 0; the last is on disk, or being written
@@ -122,6 +124,13 @@ class RunCheckpoints:
                 steps(self.workdir, folder)  # raises UserError where it cannot be read
                 with files.writing(self.workdir / folder):
                     _delete_unfinished(self.workdir / folder)
+            if not steps(self.workdir):  # the run begins, now perhaps from other data or weights
+                for step in steps(self.workdir, BEST):
+                    console.print(
+                        f"best/{step} of {self.workdir} is of an earlier start, which left no "
+                        "checkpoint; it is set aside"
+                    )
+                    _set_aside(self.workdir / BEST / str(step), EARLIER)
             if (best := self.latest_valid_step(BEST)) is not None:
                 value = step_folder.read_metadata(self.workdir, best, BEST)[metric]
                 self.best_step, self._best = best, self._sign * value
@@ -194,12 +203,8 @@ class RunCheckpoints:
                 f"all {len(damaged)} checkpoints of {self.workdir} are damaged; see `esm1nv doctor "
                 f"{self.workdir}`, restore them from a copy, or choose another --workdir=DIR"
             )
-        with files.writing(self.workdir / folder):
-            for path in damaged:
-                aside = path.with_name(f"{path.name}.damaged")
-                if aside.exists():
-                    aside.rmtree()
-                path.rename(aside)
+        for path in damaged:
+            _set_aside(path, DAMAGED)
         self._managers[folder].reload()
         return valid
 
@@ -216,7 +221,7 @@ class RunCheckpoints:
             metadata=ocp.args.JsonSave(metadata),
         )
         size = sum(x.nbytes for x in jax.tree.leaves((params, optimizer)))
-        self._writes[folder] = self._threads.submit(self._write, folder, step, items, size)
+        self._writes[folder] = self._thread.submit(self._write, folder, step, items, size)
 
     def _write(self, folder: str, step: int, items: ocp.args.Composite, size: int) -> None:
         path, manager = self.workdir / folder, self._managers[folder]
@@ -346,6 +351,15 @@ def _open(
         preservation_policy=_ChecksumsFirst(path, keep),
     )
     return _Manager(path, options=options, handler_registry=handlers)
+
+
+def _set_aside(path: epath.Path, mark: str) -> None:
+    """Renames the folder of a step, so that it does not count and can be made anew."""
+    aside = path.with_name(f"{path.name}.{mark}")
+    with files.writing(path.parent):
+        if aside.exists():
+            aside.rmtree()
+        path.rename(aside)
 
 
 def _delete_unfinished(path: epath.Path) -> None:

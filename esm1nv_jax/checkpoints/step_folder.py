@@ -20,7 +20,9 @@ from esm1nv_jax.common.errors import UserError
 
 FOLDER, BEST = "checkpoints", "best"
 CHECKSUMS = "checksums.json"
+DAMAGED, EARLIER = "damaged", "earlier"  # ends of the names of steps that are set aside
 EXIT_DAMAGED = 1
+_LEFTOVERS = {DAMAGED: "set aside as damaged", EARLIER: "of a start that left no checkpoint"}
 FOREIGN = (".nfs", "._", ".DS_Store")  # NFS and macOS put such files anywhere, and remove them
 
 
@@ -173,7 +175,7 @@ def main(argv: list[str]) -> int:
         for entry in sorted(path.iterdir()) if path.exists() else ():  # what no start reads
             number, _, mark = entry.name.partition(".")
             if number.isdecimal() and (mark or int(number) not in finished):
-                reason = "set aside as damaged" if mark == "damaged" else "a save was cut short"
+                reason = _LEFTOVERS.get(mark, "a save was cut short")
                 verdicts[f"{folder}/{entry.name}"] = f"leftover, may be removed: {reason}"
     if not verdicts:
         raise UserError(f"{workdir} holds no checkpoints; give the --workdir of a run")

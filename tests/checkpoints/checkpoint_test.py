@@ -222,10 +222,10 @@ def test_retention_counts_whole_steps_only(tmp_path):
 
 
 def test_every_mth_stays_and_the_best_lives_apart(tmp_path):
-    checkpoints = save(tmp_path)
+    checkpoints = save(tmp_path, 1)
     checkpoints.save_if_best(2.5, 2, PARAMS, OPTIMIZER, {}, {})
     checkpoints.wait()
-    save(tmp_path, *range(1, 8), keep=1, keep_every=3)
+    save(tmp_path, *range(2, 8), keep=1, keep_every=3)
     assert step_folder.steps(tmp_path) == [3, 6, 7]
     assert step_folder.verify(tmp_path, 2, step_folder.BEST) == []
 

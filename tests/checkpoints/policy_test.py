@@ -65,6 +65,23 @@ def test_the_best_is_kept_apart_and_known_after_a_restart(tmp_path):
     assert found == {"config": {}, "loss_mask": 2.4}
 
 
+def test_a_checkpoint_is_there_only_once_the_best_of_its_step_is(tmp_path, monkeypatch):
+    """A run that is killed between the two, and resumes, does not validate that step again."""
+    write, order = step_folder.write_checksums, []
+
+    def slowly_the_best(path):
+        time.sleep(0.5 if path.parent.name == step_folder.BEST else 0)
+        write(path)
+        order.append(path.parent.name)
+
+    monkeypatch.setattr(step_folder, "write_checksums", slowly_the_best)
+    saves = checkpoints_of(tmp_path)
+    saves.save_if_best(2.5, 100, *STATE)
+    saves.save(100, *STATE)
+    saves.wait()
+    assert order == [step_folder.BEST, step_folder.FOLDER]
+
+
 def test_the_highest_is_the_best_after_a_restart_too(tmp_path):
     def highest():
         return RunCheckpoints(tmp_path, checkpoint_config(), metric="mcc", maximize=True)
@@ -72,6 +89,7 @@ def test_the_highest_is_the_best_after_a_restart_too(tmp_path):
     first = highest()
     for step, mcc in ((1, 0.6), (2, 0.8)):
         first.save_if_best(mcc, step, *STATE)
+    first.save(2, *STATE)
     first.wait()
     second = highest()
     for step, mcc in ((3, 0.7), (4, 0.1)):
@@ -80,9 +98,22 @@ def test_the_highest_is_the_best_after_a_restart_too(tmp_path):
     assert step_folder.steps(tmp_path, step_folder.BEST) == [2] == [second.best_step]
 
 
+def test_the_best_of_a_start_that_left_no_checkpoint_does_not_count(tmp_path, capsys):
+    """The run begins anew, and data or weights may be others by now."""
+    first = checkpoints_of(tmp_path)
+    first.save_if_best(0.5, 100, *STATE)
+    first.wait()
+    second = checkpoints_of(tmp_path)
+    assert "best/100 of" in capsys.readouterr().err and second.best_step == 0
+    second.save_if_best(0.7, 60, *STATE)
+    second.wait()
+    assert sorted(os.listdir(tmp_path / "best")) == ["100.earlier", "60"]
+
+
 def test_a_damaged_best_is_told_and_set_aside(tmp_path, capsys):
     first = checkpoints_of(tmp_path)
     first.save_if_best(2.5, 3, *STATE)
+    first.save(3, *STATE)
     first.wait()
     os.truncate(tmp_path / "best" / "3" / "metadata" / "metadata.json", 3)
     with pytest.raises(UserError, match=r"best/3 .*metadata/metadata.json has 3 bytes"):
@@ -130,6 +161,7 @@ def test_all_processes_know_the_best_after_a_restart(tmp_path, monkeypatch):
     """Process 0 alone reads it."""
     first = checkpoints_of(tmp_path)
     first.save_if_best(0.5, 30, *STATE)
+    first.save(30, *STATE)
     first.wait()
     processes = []
     for index in (0, 1):

@@ -51,8 +51,8 @@ def test_damage_and_leftovers(run, capsys):
 
 
 def test_leftovers_are_told_from_foreign_files(run, capsys):
-    for name in ("4.orbax-checkpoint-tmp", "5.damaged"):
-        (run / "checkpoints" / name).mkdir()
+    for name in ("checkpoints/4.orbax-checkpoint-tmp", "checkpoints/5.damaged", "best/6.earlier"):
+        (run / name).mkdir()
     for name in (".DS_Store", "._4.orbax-checkpoint-tmp", ".nfs0001", "notes.txt"):
         (run / "checkpoints" / name).write_text("x")
     assert step_folder.main([str(run)]) == 0
@@ -61,7 +61,8 @@ def test_leftovers_are_told_from_foreign_files(run, capsys):
         "checkpoints/4.orbax-checkpoint-tmp  leftover, may be removed: a save was cut short",
         "checkpoints/5.damaged               leftover, may be removed: set aside as damaged",
     ]
-    assert len(lines) == 7 and lines[-1] == "all 4 whole"
+    assert lines[6].endswith("leftover, may be removed: of a start that left no checkpoint")
+    assert len(lines) == 8 and lines[-1] == "all 4 whole"
 
 
 @pytest.fixture
