@@ -174,9 +174,14 @@ class RunCheckpoints:
                 self._report(folder)
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk. Raises SaveError where it could not be."""
-        for folder in list(self._writes):
-            self._writes.pop(folder).result()
+        """Waits until all that was saved is on disk. Raises SaveError for what could not be."""
+        writes, self._writes = self._writes, {}
+        failed = [error for write in writes.values() if (error := write.exception())]
+        if failed and all(isinstance(error, SaveError) for error in failed):
+            reasons = "; ".join(map(str, failed))
+            raise SaveError(f"{reasons}; {self._newest()}; mend that and start again")
+        for error in failed:
+            raise error
 
     def latest_valid_step(self, folder: str = FOLDER) -> int | None:
         """The newest step whose files are as they were written; None where there is no step.
@@ -226,7 +231,8 @@ class RunCheckpoints:
     def _write(self, folder: str, step: int, items: ocp.args.Composite, size: int) -> None:
         path, manager = self.workdir / folder, self._managers[folder]
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            # Not a new workdir, where this one was deleted or moved.
+            path.mkdir(parents=files.is_remote(path), exist_ok=True)
             _delete_unfinished(path)  # first, so that a full disk has room
             _check_free_space(path, size)
             if (path / str(step)).exists():  # the manager would delete it
@@ -248,11 +254,14 @@ class RunCheckpoints:
         except SaveError as error:
             if folder == BEST:
                 self._saved_bests.pop()
-            valid = steps(self.workdir)
-            newest = f"the newest whole one is {valid[-1]}" if valid else "there is none yet"
+            newest = self._newest()
             if self.config.on_error == "stop":
-                raise SaveError(f"{error}; {newest}; make room and start again") from None
+                raise SaveError(f"{error}; {newest}; mend that and start again") from None
             console.print(f"{error}; {newest}; training goes on and saves again when next due")
+
+    def _newest(self) -> str:
+        valid = steps(self.workdir)
+        return f"the newest whole one is {valid[-1]}" if valid else "there is none yet"
 
 
 def restore_from(

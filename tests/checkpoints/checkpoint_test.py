@@ -79,6 +79,7 @@ def test_orbax_alone_reads_a_checkpoint(tmp_path):
 
 
 def test_a_run_may_be_named_by_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
     save(tmp_path / "run", 3)
     monkeypatch.chdir(tmp_path)
     read = step_folder.read_params("run", 3)

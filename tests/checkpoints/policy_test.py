@@ -135,7 +135,7 @@ def test_a_save_that_failed_is_told_and_ends_the_run_only_if_asked(tmp_path, cap
     saves.save(2, *STATE)
     concurrent.futures.wait(saves._writes.values())
     if policy == "stop":
-        with pytest.raises(manager.SaveError, match="the newest whole one is 1; make room"):
+        with pytest.raises(manager.SaveError, match="the newest whole one is 1; mend that"):
             saves.check()
     else:
         saves.check()
@@ -143,6 +143,43 @@ def test_a_save_that_failed_is_told_and_ends_the_run_only_if_asked(tmp_path, cap
     saves.save(3, *STATE)  # the next one is tried as if nothing had been
     saves.wait()
     assert step_folder.steps(tmp_path) == [1, 3]
+
+
+def test_the_end_of_a_run_tells_every_save_that_failed_once_all_have_ended(tmp_path, monkeypatch):
+    saves = checkpoints_of(tmp_path)
+    (tmp_path / "best").write_text("in the way")
+    write, ended = saves._write, []
+
+    def slowly(folder, *args):
+        time.sleep(0.5 if folder == step_folder.FOLDER else 0)
+        write(folder, *args)
+        ended.append(folder)
+
+    monkeypatch.setattr(saves, "_write", slowly)
+    saves.save_if_best(2.5, 100, *STATE)
+    saves.save(100, *STATE)
+    with pytest.raises(
+        manager.SaveError, match=r"to .*best: .*; the newest whole one is 100; mend"
+    ):
+        saves.wait()
+    assert ended == [step_folder.FOLDER]
+    (tmp_path / "checkpoints" / "200").write_text("in the way")
+    saves.save_if_best(2.0, 200, *STATE)
+    saves.save(200, *STATE)
+    with pytest.raises(manager.SaveError, match=r"to .*best: .*to .*checkpoints: .* one is 100; "):
+        saves.wait()
+
+
+def test_a_workdir_that_was_deleted_is_not_made_anew(tmp_path, capsys):
+    """What is in it would have no config, and another run could take its lock."""
+    run = tmp_path / "run"
+    run.mkdir()
+    saves = checkpoints_of(run)
+    run.rmdir()
+    saves.save(100, *STATE)
+    with pytest.raises(manager.SaveError, match="No such file or directory; there is none yet"):
+        saves.wait()
+    assert not run.exists()
 
 
 def test_a_best_that_could_not_be_written_does_not_count_as_written(tmp_path):

@@ -169,7 +169,7 @@ def test_a_full_disk_while_saving(tmp_path, policy, where, size):
             assert "checkpoint 100 could not be written" in run.text
             assert reached == 100 or "found no room and are lost" in run.text
         else:
-            assert "make room and start again" in run.text and reached < 100
+            assert "mend that and start again" in run.text and reached < 100
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
