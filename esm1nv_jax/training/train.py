@@ -97,6 +97,9 @@ def run(
         try:
             with monitor, contextlib.closing(batches), jax.transfer_guard("disallow"):
                 if not saved_metadata:  # the run begins
+                    if group.is_primary:  # results of an earlier one, perhaps of other data
+                        for file in (evaluation.FILE, summary.BASELINES):
+                            (run_dir / file).unlink(missing_ok=True)
                     monitor.write_validation(step, validate(state.all_params)[0])
                 state, step, finished = training_loop(
                     config,

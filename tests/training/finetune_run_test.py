@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 
@@ -136,6 +137,20 @@ def test_a_run_is_tested_once_and_its_folder_is_the_tested_model(run, base, task
     (out / "test.json").write_text(tested.replace('"step": ', '"step": 1'))
     assert run("run", *options, task=task)[0] == 0
     assert (out / "test.json").read_text() == tested
+
+
+@pytest.mark.integration
+def test_a_run_that_begins_anew_is_tested_anew(run, monkeypatch):
+    """Its table may be another by now; the best step can be the same."""
+    options = ("--method", "head", "--epochs", "1")
+    _, out = run("run", *options)
+    shutil.rmtree(out / "checkpoints")
+    swapped = KINDS["residue_classification"]
+    swap = str.maketrans("HC", "CH")
+    monkeypatch.setitem(KINDS, "residue_classification", lambda s: swapped(s).translate(swap))
+    assert run("run", *options) == (0, out)
+    _, fresh = run("fresh", *options)
+    assert (out / "test.json").read_text() == (fresh / "test.json").read_text()
 
 
 @pytest.mark.integration
