@@ -100,7 +100,8 @@ def test_once(
         "test_set": data.task.fingerprint,
         "sequences_in_several_splits": data.task.shared,
     }
-    files.write_atomically(run_dir / FILE, files.to_json(results))
+    with files.writing(run_dir / FILE):
+        files.write_atomically(run_dir / FILE, files.to_json(results))
 
 
 def _tested(run_dir: epath.Path) -> dict:

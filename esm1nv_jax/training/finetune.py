@@ -115,7 +115,8 @@ def search(config: ConfigDict, grid: list[dict[str, float]], out: Path) -> int:
             raise UserError(f"no setting of the grid has a {metric}; try smaller learning rates")
         winner = max(scores, key=lambda name: scores[name])
         record = {"metric": metric, "validation": values, "chosen": winner}
-        files.write_atomically(out / FILE, json.dumps(record, indent=1))
+        with files.writing(out / FILE):
+            files.write_atomically(out / FILE, json.dumps(record, indent=1))
     record = json.loads((out / FILE).read_text(encoding="utf-8"))
     if record["validation"].keys() != names.keys():
         raise UserError(f"{out / FILE} is of another grid; choose another --out")

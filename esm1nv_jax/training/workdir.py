@@ -69,7 +69,8 @@ def check_shared(run_dir: epath.Path, group: ProcessGroup) -> None:
 
     def write() -> str:
         nonce = secrets.token_hex(8)
-        file.write_text(nonce)
+        with files.writing(file):
+            file.write_text(nonce)
         return nonce
 
     nonce = group.broadcast("workdir", write)
@@ -113,8 +114,9 @@ def _locked(run_dir: epath.Path) -> Iterator[None]:
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         job = os.environ.get("SLURM_JOB_ID")
         of_job = f" of Slurm job {job}" if job else ""
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}{of_job} since {now}")
-        lock.flush()
+        text = f"process {os.getpid()} on {socket.gethostname()}{of_job} since {now}"
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without
+            os.write(lock.fileno(), text.encode())
         yield
 
 
@@ -152,7 +154,8 @@ def write_or_check_config(
                 f"with --workdir=DIR{'' if no_fork else fork}"
             )
     if not step_folder.steps(run_dir) or not (run_dir / DATA).exists():
-        files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
+        with files.writing(run_dir / DATA):
+            files.write_atomically(run_dir / DATA, json.dumps(fingerprints, indent=1))
     else:
         recorded = {"train": ""}
         with contextlib.suppress(ValueError):
@@ -160,7 +163,8 @@ def write_or_check_config(
         for split in recorded.keys() & fingerprints.keys():
             if recorded[split] != fingerprints[split]:
                 raise UserError(OTHER_DATA.format("training" if split == "train" else split))
-    files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
+    with files.writing(path):
+        files.write_atomically(path, json.dumps(config.to_dict(), indent=1, sort_keys=True))
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import shutil
 import signal
@@ -12,7 +13,7 @@ import pytest
 
 from esm1nv_jax import main
 from esm1nv_jax.checkpoints import model_folder, step_folder
-from esm1nv_jax.common import command
+from esm1nv_jax.common import command, files
 from esm1nv_jax.common.errors import EXIT_USER
 from esm1nv_jax.data import tokenizer
 from esm1nv_jax.inference import average
@@ -137,6 +138,20 @@ def test_a_run_is_tested_once_and_its_folder_is_the_tested_model(run, base, task
     (out / "test.json").write_text(tested.replace('"step": ', '"step": 1'))
     assert run("run", *options, task=task)[0] == 0
     assert (out / "test.json").read_text() == tested
+
+
+@pytest.mark.integration
+def test_a_disk_that_is_full_at_the_test_is_one_line(run, monkeypatch, capfd):
+    write = files.write_atomically
+
+    def full(path, text):
+        if path.name == "test.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(files, "write_atomically", full)
+    assert run("run", "--method", "head", "--epochs", "1")[0] == EXIT_USER
+    assert "error: no space left to write" in capfd.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.integration

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import subprocess
 import sys
 
@@ -229,3 +230,21 @@ def test_a_disk_that_fills_up_at_the_very_end_costs_no_finished_run(
     monkeypatch.setattr(files, "write_atomically", full)
     done = train_here(f"--workdir={tmp_path / 'run'}", "--config.steps=4")
     assert done.returncode == 0 and "composition of each protein" in done.stderr
+
+
+@pytest.mark.integration
+def test_a_start_on_a_full_disk_is_one_line(tmp_path, train_here):
+    call = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if os.getuid() or subprocess.run(call, capture_output=True).returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        options = (f"--workdir={tmp_path / 'run'}", "--config.steps=4")
+        for file in ("data.json", "config.json"):  # of a new run, and of one that goes on
+            with pytest.raises(OSError), open(tmp_path / "ballast", "wb", buffering=0) as ballast:
+                while True:
+                    ballast.write(b"x" * 4096)
+            assert_refused(train_here(*options), f"no space left to write {tmp_path}/run/{file}")
+            (tmp_path / "ballast").unlink()
+            assert train_here(*options).returncode == 0
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

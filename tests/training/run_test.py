@@ -119,6 +119,7 @@ def test_interrupted_and_gone_on_equals_straight(tmp_path, straight, number, sta
     assert steps == sorted(set(steps)) and steps[-1] == 12
 
 
+@pytest.mark.integration
 def test_a_sigterm_does_not_cut_the_last_save(tmp_path, train_here, monkeypatch):
     wait, unhandled = RunCheckpoints.wait, []
 
