@@ -72,7 +72,7 @@ class RunMonitor:
         )
         total = None if config.minutes else config.steps
         self._bar = bar("training", total, "steps", primary, start=step)
-        self._preemption = PreemptionHandler(group.size)
+        self._preemption = PreemptionHandler(jax.distributed.is_initialized())
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> RunMonitor:
@@ -208,19 +208,20 @@ class PreemptionHandler:
     """While entered, records the first SIGINT, SIGTERM or SIGHUP, so that the run ends after the
     current step, saved; a second SIGINT interrupts at once.
 
-    With one process a plain handler does it. With several, a SIGTERM to any of them goes through
-    JAX's preemption service, which makes all of them stop after the same step. SIGHUP, the signal
+    Without a launcher a plain handler does it. With one, a SIGTERM to any process, at any time
+    since JAX was initialized, goes through JAX's preemption `service`, which makes all of them stop
+    after the same step. SIGHUP, the signal
     of a lost terminal, is handled unless it is ignored, as under `nohup`.
     """
 
-    def __init__(self, num_processes: int = 1):
-        self.num_processes = num_processes
+    def __init__(self, service: bool = False):
+        self.service = service
         self.signal: int | None = None
         self.stopping = False
 
     def should_stop(self, step: int) -> bool:
         """Return whether to stop after `step`: the same on every process. Call it every step."""
-        if self.num_processes > 1:
+        if self.service:
             self.stopping = multihost_utils.reached_preemption_sync_point(step)
         else:
             self.stopping = self.signal is not None
@@ -237,12 +238,12 @@ class PreemptionHandler:
             return  # after a Ctrl-C, launch/local.sh sends a SIGTERM, too
         self.signal = number
         console.print(f"{signal.Signals(number).name}: {NOTICE}")
-        if self.num_processes > 1:
+        if self.service:
             os.kill(os.getpid(), signal.SIGTERM)  # the preemption service tells all processes
 
     def __enter__(self) -> PreemptionHandler:
         # The preemption service has a handler of its own for SIGTERM, which must stay.
-        handled = [signal.SIGINT] if self.num_processes > 1 else [signal.SIGINT, signal.SIGTERM]
+        handled = [signal.SIGINT] if self.service else [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             handled.append(signal.SIGHUP)
         self._previous = {number: signal.signal(number, self._handle) for number in handled}

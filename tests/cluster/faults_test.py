@@ -53,6 +53,15 @@ def test_a_killed_process_costs_nothing_when_the_launcher_restarts(tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_sigterm_in_start_up_under_a_launcher_is_not_lost(tmp_path, n):
+    """JAX takes it from its initialization on, and the loop asks JAX."""
+    with Run(tmp_path / "run", n, *LONG) as run:
+        run.until(lambda: any((run.workdir / "logs").glob("*.log")))
+        run.signal(0, signal.SIGTERM)
+        assert run.wait(120) == 75, run.text
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_sigterm_to_one_saves_one_step_and_leaves_with_75(tmp_path, n):
     """With one process the plain handler, with several the preemption service."""
