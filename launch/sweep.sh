@@ -65,8 +65,7 @@ run() { # number of a run, options of every run; its status is that of training,
   if [ -f "$folder/done" ] && [ "$(cat "$folder/done")" = "$command" ]; then return 0; fi
   rm -f "$folder/done" "$folder/evaluation.json" # of another command
   "$python" -m esm1nv_jax.main $options --workdir="$folder" "$@" >>"$log" 2>&1 &
-  # INT, too: bash starts it with SIGINT ignored, which a run hears only once it trains.
-  trap "kill -TERM $! 2>/dev/null" TERM INT
+  trap "kill -TERM $! 2>/dev/null" TERM
   while kill -0 $! 2>/dev/null; do wait $!; done # each signal ends a `wait`, before the run has saved
   wait $!; status=$?
   if [ $status -eq 0 ] && [ -n "${EVALUATE-}" ]; then
@@ -79,7 +78,7 @@ run() { # number of a run, options of every run; its status is that of training,
 
 stopped="" failed=0 pids=() running=()
 trap 'stopped=75; kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap 'stopped=130' INT # `run` has it from the terminal
+trap 'stopped=130' INT # the runs have it from the terminal
 collect() { # of runs that have ended: says how; one that was stopped stops all
   local k status
   for k in "${!pids[@]}"; do

@@ -141,17 +141,6 @@ def test_a_run_that_is_stopped_stops_the_sweep(sweep):
 @pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize("script", ["launch/sweep.sh", "launch/sweep.sbatch"])
 def test_sigterm_reaches_the_run_which_saves(sweep, script, send):
-    stop_the_first_run(sweep, script, lambda pid: send(pid, signal.SIGTERM), 75)
-    if script.endswith("sbatch"):
-        assert (sweep.folder / "requeued").read_text() == "requeue 9_0\n"
-
-
-def test_ctrl_c_reaches_a_run_that_does_not_listen_to_it_yet(sweep):
-    """Bash starts it with SIGINT ignored, and a run that imports or compiles has no handler."""
-    stop_the_first_run(sweep, "launch/sweep.sh", lambda pid: os.killpg(pid, signal.SIGINT), 130)
-
-
-def stop_the_first_run(sweep, script, send, status):
     (sweep.folder / "baseline-0.slow").touch()
     ids = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "9"}
     process = sweep.start(script, **ids)
@@ -159,10 +148,12 @@ def stop_the_first_run(sweep, script, send, status):
     while not (sweep.out / "baseline-0" / "started").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    send(process.pid)
-    assert process.wait(30) == status
+    send(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 75
     assert (sweep.out / "baseline-0" / "saved").exists()
     assert len(sweep.calls()) == 1
+    if script.endswith("sbatch"):
+        assert (sweep.folder / "requeued").read_text() == "requeue 9_0\n"
 
 
 def test_one_run_alone_and_their_number(sweep):
