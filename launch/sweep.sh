@@ -23,11 +23,16 @@ seeds="" shared_arguments="" shared_options="" names=() runs=()
 while read -r name config options || [ -n "$name" ]; do
   case $name in
     ''|'#'*) ;;
-    seeds) seeds="$config $options" ;;
+    seeds)
+      seeds="$config $options"
+      [[ $seeds =~ ^[0-9[:blank:]]+$ ]] ||
+        { echo "error: $list: seeds ${seeds@Q} are no numbers; write \`seeds 0 1 2\`" >&2; exit 2; } ;;
     all) shared_arguments=$config shared_options=$options ;;
     *[!A-Za-z0-9_]*) echo "error: $list: name $name has more than letters, digits and _" >&2; exit 2 ;;
     *)
       [ -n "$config" ] || { echo "error: $list: $name has no config" >&2; exit 2; }
+      [ -n "${seeds// }" ] ||
+        { echo "error: $list: $name has no seeds; write \`seeds 0 1 2\` above it" >&2; exit 2; }
       for seed in $seeds; do
         join=:; [[ $config != *:* ]] || join=,
         names+=("$name-$seed")
@@ -49,7 +54,7 @@ case ${ITEM-all} in
   count) echo ${#names[@]}; exit 0 ;;
   *[!0-9]*|'') echo "error: ITEM=$ITEM is no number, and not count" >&2; exit 2 ;;
   *) [ "$ITEM" -lt ${#names[@]} ] || { echo "error: ITEM=$ITEM of ${#names[@]} runs" >&2; exit 2; }
-     items=$ITEM ;;
+     items=$((10#$ITEM)) ;;
 esac
 jobs=${JOBS:-1}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: JOBS=$jobs is no number from 1" >&2; exit 2; }
@@ -93,6 +98,7 @@ collect() { # of runs that have ended: says how; one that was stopped stops all
     unset "pids[$k]" "running[$k]"
   done
 }
+{ # read whole: bash reads a script as it goes, and this one may be edited meanwhile
 for item in $items; do
   while [ ${#pids[@]} -ge "$jobs" ]; do sleep 0.2; collect; done
   [ -z "$stopped" ] || break
@@ -103,3 +109,4 @@ while [ ${#pids[@]} -gt 0 ]; do sleep 0.2; collect; done
 [ -z "$stopped" ] || { echo "sweep.sh: stopped; the same command goes on" >&2; exit "$stopped"; }
 [ "$failed" -ne 0 ] || [ "${ITEM-all}" != all ] || echo "sweep.sh: esm1nv compare $out --out $out/index.html"
 exit "$failed"
+}

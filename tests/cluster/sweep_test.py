@@ -1,6 +1,7 @@
 """launch/sweep.sh and sweep.sbatch with an interpreter that only notes what it is asked to do."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,6 +72,12 @@ class Sweep:
         process = self.start(**env)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
+
+    def until_started(self, process):
+        deadline = time.monotonic() + 30
+        while not (self.out / "baseline-0" / "started").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
 
     def calls(self):
         path = self.folder / "calls"
@@ -144,10 +151,7 @@ def test_sigterm_reaches_the_run_which_saves(sweep, script, send):
     (sweep.folder / "baseline-0.slow").touch()
     ids = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_JOB_ID": "9"}
     process = sweep.start(script, **ids)
-    deadline = time.monotonic() + 30
-    while not (sweep.out / "baseline-0" / "started").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    sweep.until_started(process)
     send(process.pid, signal.SIGTERM)
     assert process.wait(30) == 75
     assert (sweep.out / "baseline-0" / "saved").exists()
@@ -161,6 +165,23 @@ def test_one_run_alone_and_their_number(sweep):
     assert sweep.run(ITEM="2")[0] == 0
     (line,) = sweep.calls()
     assert "other-0" in line
+    (sweep.folder / "list.txt").write_text("seeds 0 1 2 3 4 5 6 7 8\na pretrain_small")
+    assert sweep.run(ITEM="08")[0] == 0  # no octal number
+    (line,) = sweep.calls()
+    assert "a-8" in line
+
+
+def test_the_script_may_be_edited_while_it_runs(sweep):
+    script = sweep.folder / "sweep.sh"
+    shutil.copy(ROOT / "launch/sweep.sh", script)
+    (sweep.folder / "baseline-0.slow").touch()
+    process = sweep.start(str(script))
+    sweep.until_started(process)
+    with script.open("r+", encoding="utf-8") as file:  # in place, as some editors write
+        file.write("# another line\n" + script.read_text(encoding="utf-8"))
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75 and "baseline-0: status 75" in out, err
 
 
 @pytest.mark.parametrize(
@@ -170,6 +191,10 @@ def test_one_run_alone_and_their_number(sweep):
         ("seeds 0\na pretrain_small\na modern", {}, "a name twice: a-0"),
         ("seeds 0\na/b pretrain_small", {}, "more than letters"),
         ("seeds 0\na", {}, "a has no config"),
+        ("a pretrain_small\nseeds 0\nb modern", {}, "a has no seeds"),
+        ("seeds\na pretrain_small", {}, "a has no seeds"),
+        ("seeds 0-2\na pretrain_small", {}, "seeds '0-2 ' are no numbers"),
+        ("seeds 0 1\r\na pretrain_small\r\n", {}, r"seeds $'0 1\r' are no numbers"),
         (LIST, {"JOBS": "0"}, "JOBS=0"),
         (LIST, {"ITEM": "4"}, "ITEM=4 of 4"),
         (LIST, {"ITEM": "x"}, "ITEM=x is no number"),
