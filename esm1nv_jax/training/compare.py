@@ -140,7 +140,7 @@ def compare_sweep(sweep: sweep_report.Sweep, options) -> None:
     stdout.print(sweep_report.terminal_table(sweep))
     stdout.print(sweep_report.NOTE)
     if sweep.left_out:
-        console.print(f"left out, not finished: {', '.join(sweep.left_out)}")
+        console.print(f"left out: {', '.join(sweep.left_out)}")
     write_outputs(
         options,
         [row.record() for row in sweep.rows],

@@ -89,8 +89,8 @@ class SweepRow:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Rows, the baseline first, then by loss; the runs by recipe; what was asked; and the names of
-    runs that are not finished."""
+    """Rows, the baseline first, then by loss; the runs by recipe; what was asked; and which
+    runs are left out, with the reason."""
 
     rows: list[SweepRow]
     runs: dict[str, list[Run]]
@@ -108,23 +108,33 @@ def runs_in(path: str) -> list[str]:
 
 def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
     """Read the runs of a folder. Raises UserError where none that is finished is a `baseline`, for
-    two runs of one recipe and seed, or where runs without evaluation share no validated step."""
+    two runs of one recipe and seed, for seeds of one recipe that differ otherwise, for fine-tuned
+    runs, or where runs without evaluation share no validated step."""
     evaluated = [path for path in paths if (Path(path) / EVALUATION).exists()]
-    runs, left_out = [], []
+    runs: list[Run] = []
+    left_out: dict[str, str] = {}  # by name, why
     for path in paths:
         name = Path(path).name
         if evaluated and path not in evaluated:
-            left_out.append(name)
+            left_out[name] = "not evaluated"
             continue
         try:
             (run,) = read([path])
         except UserError:
-            left_out.append(name)
+            left_out[name] = "not finished"
             continue
-        if run.is_finetuned or not (evaluated or _is_finished(run)):
-            left_out.append(name)
+        if run.is_finetuned:
+            left_out[name] = "fine-tuned"
+        elif not (evaluated or _is_finished(run)):
+            left_out[name] = "not finished"
         else:
             runs.append(dataclasses.replace(run, name=name))
+    if not runs and "fine-tuned" in left_out.values():
+        folder = Path(paths[0]).parent
+        raise UserError(
+            f"the runs of {folder} are fine-tuned, and those of one folder are compared by recipe "
+            f"only after pretraining; name them: esm1nv compare {folder}/*-*/"
+        )
     step = max(shared_steps(runs), default=0) if runs else 0
     if runs and not evaluated and not step:
         raise UserError(
@@ -146,6 +156,11 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
                     f"{other.name} and {run.name} are one recipe with one seed, {_seed(run)}; move "
                     "one to another folder"
                 )
+            if differing := _differing(other, run, bool(evaluated)):
+                raise UserError(
+                    f"{other.name} and {run.name} are seeds of one recipe, but differ in "
+                    f"{', '.join(differing)}; move one to another folder"
+                )
         same.append(run)
     if baseline not in by_recipe:
         raise UserError(
@@ -166,7 +181,8 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
         if evaluated
         else f"validation after {step:,} steps"
     )
-    return Sweep(rows, by_recipe, question, left_out)
+    reasons = [f"{name} ({reason})" for name, reason in left_out.items()]
+    return Sweep(rows, by_recipe, question, reasons)
 
 
 def _is_finished(run: Run) -> bool:
@@ -183,7 +199,8 @@ def _evaluated(folder: Path) -> tuple[float, dict[str, Any]]:
         overall = results["overall"]
         asked = {name: results[name] for name in names}
         asked["positions_mask"] = overall["positions_mask"]
-        return math.log(overall["perplexity_mask"]), asked
+        perplexity = overall["perplexity_mask"]  # null of a run that diverged
+        return math.nan if perplexity is None else math.log(perplexity), asked
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / EVALUATION} cannot be read ({error}); write it again: esm1nv evaluate "
@@ -214,6 +231,20 @@ def _row(name: str, runs: list[Run], measured: dict, reference: dict) -> SweepRo
     )
 
 
+def _differing(a: Run, b: Run, evaluated: bool) -> list[str]:
+    """Return the fields in which two seeds of a recipe differ and must not. Each may begin with a
+    model and read data of its own; without evaluation all are compared at one step."""
+    there, here = (
+        dict(run.recipe) | ({"steps": run.fields["steps"]} if evaluated else {}) for run in (a, b)
+    )
+    own = ("init_from", "fork_from", "data.fingerprint.")
+    return [
+        name
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and not name.startswith(own)
+    ]
+
+
 def _seed(run: Run) -> int:
     return run.fields["seed"]
 
@@ -221,6 +252,8 @@ def _seed(run: Run) -> int:
 def _cost(run: Run) -> tuple[float, float, float]:
     """Return residues, FLOP and seconds of the training steps of a run."""
     tokens = flops = seconds = before = 0.0
+    if run.fields.get("fork_from"):  # it begins with the validation of the step it is forked from
+        before = run.validation[0]["step"]
     for line in run.training:
         steps, before = line["step"] - before, line["step"]
         tokens += line["tokens_per_second"] * line["seconds_per_step"] * steps
@@ -291,7 +324,7 @@ def sweep_page(sweep: Sweep) -> HtmlReport:
     page.note(NOTE)
     page.note("Curves are means over seeds; recipes that mask otherwise validate otherwise.")
     if sweep.left_out:
-        page.paragraph(f"Left out, not finished: {', '.join(sweep.left_out)}.")
+        page.paragraph(f"Left out: {', '.join(sweep.left_out)}.")
     page.heading("What each changes")
     page.table(["recipe", "fields"], changed_fields(sweep))
     first = sweep.runs[sweep.rows[0].name][0]

@@ -11,6 +11,7 @@ from esm1nv_jax import cli
 from esm1nv_jax.common import command
 from esm1nv_jax.common.errors import UserError
 from esm1nv_jax.training.sweep_report import read_sweep, runs_in
+from tests.training import compare_finetuned_test as finetuned
 from tests.training.compare_test import write
 
 LOSSES = {  # by seed, at the same masks
@@ -82,7 +83,7 @@ def test_what_is_not_finished_is_named_and_another_baseline_is_taken(tmp_path, c
     (folder / "equal-2.log").write_text("")
     assert command.run(cli.dispatch, ["compare", str(folder), "--baseline", "equal"]) == 0
     shown = capsys.readouterr()
-    assert "left out, not finished: equal-2" in shown.err
+    assert "left out: equal-2 (not evaluated)" in shown.err
     assert "1,000 <mask> positions of t:test" in shown.out
     assert command.run(cli.dispatch, ["compare", str(folder), "--baseline", "none"]) == 2
     assert "--baseline names another: baseline, better, equal" in capsys.readouterr().err
@@ -109,18 +110,71 @@ def test_a_run_that_diverged_is_shown_and_not_judged(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_an_evaluation_of_a_run_that_diverged_has_no_perplexity(tmp_path):
+    folder = make(tmp_path / "s")
+    file = folder / "better-1" / "evaluation.json"
+    results = json.loads(file.read_text())
+    results["overall"]["perplexity_mask"] = None  # as `evaluate` writes NaN
+    file.write_text(json.dumps(results))
+    sweep = read_sweep(runs_in(str(folder)))
+    assert [row.name for row in sweep.rows] == ["baseline", "equal", "better"]
+    assert sweep.rows[2].losses[0] == pytest.approx(2.75) and math.isnan(sweep.rows[2].losses[1])
+    assert math.isnan(sweep.rows[2].difference)
+
+
+def edit_config(run, **changes):
+    path = run / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_fork_costs_the_steps_that_it_took_itself(tmp_path):
+    folder = make(tmp_path / "s", {"baseline": (2.8,), "fork": (2.7,)}, evaluated=False)
+    edit_config(folder / "fork-0", fork_from="trunk")
+    edit_lines(folder / "fork-0", lambda line: line if line["step"] >= 100 else None)
+    base, fork = read_sweep(runs_in(str(folder))).rows
+    assert (base.tokens, base.flops, base.seconds) == (20_000.0, 2e8, 400.0)
+    assert (fork.tokens, fork.flops, fork.seconds) == (10_000.0, 1e8, 200.0)  # of steps 101 to 200
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_seeds_of_a_recipe_are_one_recipe(tmp_path, evaluated):
+    """A list that was edited while half of its runs were done leaves both under one name."""
+    folder = make(tmp_path / "s", evaluated=evaluated)
+    edit_config(folder / "better-1", fork_from="trunk-1", init_from="m")  # each may have its own
+    assert read_sweep(runs_in(str(folder))).rows[1].difference == pytest.approx(-0.14 / 3)
+    edit_config(folder / "better-2", steps=100)
+    if evaluated:  # at another end than better-0
+        with pytest.raises(UserError, match=r"better-0 and better-2 .* differ in steps; move"):
+            read_sweep(runs_in(str(folder)))
+    else:
+        assert read_sweep(runs_in(str(folder))).rows[1].losses.keys() == {0, 1, 2}
+    edit_config(folder / "better-2", steps=200, skip_nonfinite=1)
+    with pytest.raises(UserError, match=r"better-0 and better-2 .* differ in skip_nonfinite; move"):
+        read_sweep(runs_in(str(folder)))
+
+
+def test_fine_tuned_runs_are_compared_by_name(tmp_path):
+    tuned = Path(finetuned.write(tmp_path / "s" / "full-0", 0, {0: 0.1, 10: 0.5}))
+    with pytest.raises(UserError, match=r"s are fine-tuned.*: esm1nv compare .*/s/\*-\*/"):
+        read_sweep(runs_in(str(tmp_path / "s")))
+    folder = make(tmp_path / "pretrained", evaluated=False)
+    tuned.rename(folder / "full-0")
+    assert read_sweep(runs_in(str(folder))).left_out == ["full-0 (fine-tuned)"]
+
+
 def test_a_run_under_way_is_left_out(tmp_path):
     """It would have all runs compared at its last step."""
     folder = make(tmp_path / "s", evaluated=False)
     edit_lines(folder / "better-1", lambda line: line if line["step"] <= 100 else None)
     sweep = read_sweep(runs_in(str(folder)))
-    assert sweep.question == "validation after 200 steps" and sweep.left_out == ["better-1"]
+    assert sweep.question == "validation after 200 steps" and sweep.left_out == [
+        "better-1 (not finished)"
+    ]
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path):
     folder = make(tmp_path / "s")
-    path = folder / "better-1" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 0}))
+    edit_config(folder / "better-1", seed=0)
     with pytest.raises(UserError, match="better-0 and better-1 are one recipe with one seed, 0"):
         read_sweep(runs_in(str(folder)))
 
