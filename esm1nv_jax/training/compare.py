@@ -105,11 +105,14 @@ def main(argv: list[str]) -> None:
     differences, groups = differing_fields(runs), over_seeds(runs)
 
     if differences:
-        names = [run.name for run in runs]
-        table = numbers_table("What differs", "field", *names, names=1 + len(runs))
-        table.columns[0].no_wrap = True  # of many runs the values are broken first
-        for name, values in differences.items():
-            table.add_row(name, *map(str, values))
+        header, *lines = difference_rows(runs, differences)
+        table = numbers_table("What differs", *header, names=len(header))
+        table.columns[0].no_wrap = True  # the values are broken first
+        least = max(len(line[0]) for line in lines) + 8 * len(header)
+        if least > stdout.width:  # columns without room would vanish: the terminal breaks the lines
+            table.width = least
+        for line in lines:
+            table.add_row(*line)
         stdout.print(table)
     else:
         stdout.print("The configs do not differ.")
@@ -176,6 +179,18 @@ def differing_fields(runs: list[Run]) -> dict[str, list[Any]]:
     names = sorted(set().union(*(run.fields for run in runs)))
     rows = {name: [run.fields.get(name, "-") for run in runs] for name in names}
     return {name: values for name, values in rows.items() if len(set(map(str, values))) > 1}
+
+
+def difference_rows(runs: list[Run], differences: dict[str, list[Any]]) -> list[list[str]]:
+    """Return header and rows of a table: a row a field, or a row a run where runs are more."""
+    columns = [["field", *differences]]
+    columns += [
+        [run.name, *(str(values[i]) for values in differences.values())]
+        for i, run in enumerate(runs)
+    ]
+    if len(runs) > len(differences):
+        return [["run", *differences], *columns[1:]]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def over_seeds(runs: list[Run]) -> list[list[RecipeRow]]:
@@ -328,8 +343,8 @@ def report(
         page.paragraph(not_comparable(runs))
     page.heading("What differs")
     if differences:
-        header = ["field", *(run.name for run in runs)]
-        page.table(header, [[name, *map(str, values)] for name, values in differences.items()])
+        header, *lines = difference_rows(runs, differences)
+        page.table(header, lines)
     else:
         page.paragraph("The configs do not differ.")
     page.config(runs[0].name, runs[0].fields)

@@ -159,6 +159,22 @@ def test_only_what_differs_is_shown(runs):
     assert differing_fields(read(runs[:1] * 2)) == {}
 
 
+def test_the_values_of_many_runs_are_all_shown(runs, tmp_path, capsys, monkeypatch):
+    def cells(paths, first, width):
+        monkeypatch.setattr(stdout, "_width", width)
+        assert command.run(cli.dispatch, ["compare", *paths]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        line = next(x for x in lines if x.startswith(f"│ {first} "))
+        return [cell.strip() for cell in line.split("│")[1:-1]]
+
+    assert cells(runs, "seed", width=20) == ["seed", "0", "1", "2", "0"]  # fields are more
+    many = [
+        write(tmp_path / f"many-{i}", f"seed={i}", {0: 30, 100: 17.0}, lr=i / 1000)
+        for i in range(30)
+    ]
+    assert cells(many, "many-29", width=80) == ["many-29", "0.029", "29"]
+
+
 def test_the_command_draws_every_run(runs, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert command.run(cli.dispatch, ["compare", *runs, "--out", str(out)]) == 0
