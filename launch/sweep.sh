@@ -12,7 +12,7 @@
 # there are.
 # Exit status: 0 all done, 2 a mistake, 75 or 130 stopped (start it again), else a run failed.
 set -uf
-if [ $# -lt 2 ] || [ ! -r "$1" ]; then
+if [ $# -lt 2 ] || [ ! -r "$1" ] || [ -d "$1" ] || [[ -z $2 || $2 == -* ]]; then
   echo "error: give a list that can be read, such as configs/ablations/sweep.txt, and a folder" >&2
   exit 2
 fi
@@ -60,8 +60,15 @@ jobs=${JOBS:-1}
 [[ $jobs =~ ^[1-9][0-9]*$ ]] || { echo "error: JOBS=$jobs is no number from 1" >&2; exit 2; }
 # Several processes share a GPU only if the first does not take all of its memory.
 [ "$jobs" -eq 1 ] || export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
-mkdir -p "$out"
+mkdir -p "$out" 2>/dev/null && [ -w "$out" ] ||
+  { echo "error: $out cannot be made, or written to; give a folder of yours" >&2; exit 2; }
 
+logged() { # Python with these arguments, which a SIGTERM reaches; its status
+  "$python" "$@" >>"$log" 2>&1 &
+  trap "stopped=75; kill -TERM $! 2>/dev/null" TERM
+  while kill -0 $! 2>/dev/null; do wait $!; done # each signal ends a `wait`, before the run has saved
+  wait $!
+}
 run() { # number of a run, options of every run; its status is that of training, or of evaluation
   local name=${names[$1]} options=${runs[$1]} status command
   shift
@@ -69,13 +76,12 @@ run() { # number of a run, options of every run; its status is that of training,
   command="$options $* ${EVALUATE-}"
   if [ -f "$folder/done" ] && [ "$(cat "$folder/done")" = "$command" ]; then return 0; fi
   rm -f "$folder/done" "$folder/evaluation.json" # of another command
-  "$python" -m esm1nv_jax.main $options --workdir="$folder" "$@" >>"$log" 2>&1 &
-  trap "kill -TERM $! 2>/dev/null" TERM
-  while kill -0 $! 2>/dev/null; do wait $!; done # each signal ends a `wait`, before the run has saved
-  wait $!; status=$?
+  trap : INT # the script has it too, and hands on SIGTERM
+  logged -m esm1nv_jax.main $options --workdir="$folder" "$@"; status=$?
   if [ $status -eq 0 ] && [ -n "${EVALUATE-}" ]; then
-    "$python" -m esm1nv_jax evaluate --checkpoint "$folder" $EVALUATE \
-      --json "$folder/evaluation.json" >>"$log" 2>&1 || status=$?
+    [ -z "$stopped" ] || return "$stopped"
+    logged -m esm1nv_jax evaluate --checkpoint "$folder" $EVALUATE \
+      --json "$folder/evaluation.json"; status=$?
   fi
   [ $status -ne 0 ] || echo "$command" >"$folder/done"
   return $status
@@ -83,7 +89,8 @@ run() { # number of a run, options of every run; its status is that of training,
 
 stopped="" failed=0 pids=() running=()
 trap 'stopped=75; kill -TERM "${pids[@]}" 2>/dev/null' TERM
-trap 'stopped=130' INT # the runs have it from the terminal
+# Of a terminal the runs have it too, but what bash starts in the background begins with it ignored.
+trap 'stopped=130; kill -TERM "${pids[@]}" 2>/dev/null' INT
 collect() { # of runs that have ended: says how; one that was stopped stops all
   local k status
   for k in "${!pids[@]}"; do

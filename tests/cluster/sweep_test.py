@@ -20,18 +20,20 @@ baseline pretrain_small
 other    ablations/rotary:layers=1 --config.steps=7
 """
 NAMES = ["baseline-0", "baseline-1", "other-0", "other-1"]
-# Makes the workdir, appends its arguments to `calls`, waits for SIGTERM where there is `RUN.slow`,
-# and ends with the status in `RUN.status`.
+# Makes the workdir, appends its arguments to `calls`, waits for SIGTERM where there is `RUN.slow`
+# (of an evaluation `RUN.slow_evaluation`), and ends with the status in `RUN.status`.
 PYTHON = """#!{python}
 import os, signal, sys, time
 here, arguments = {folder!r}, sys.argv[1:]
+slow = ".slow"
 if "--checkpoint" in arguments:
+    slow = ".slow_evaluation"
     run = arguments[arguments.index("--checkpoint") + 1]
 else:
     run = [a for a in arguments if a.startswith("--workdir=")][0].split("=", 1)[1]
     os.makedirs(run, exist_ok=True)
 open(here + "/calls", "a").write(" ".join(arguments) + "\\n")
-if os.path.exists(here + "/" + os.path.basename(run) + ".slow"):
+if os.path.exists(here + "/" + os.path.basename(run) + slow):
     def stop(*_):
         time.sleep(0.5)
         open(run + "/saved", "w")
@@ -60,6 +62,7 @@ class Sweep:
             [script, str(self.folder / "list.txt"), str(self.out), "--config.data.path=D"],
             cwd=ROOT,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             env=os.environ
             | {"PYTHON": str(self.folder / "python"), "PATH": f"{self.folder}:{os.environ['PATH']}"}
             | env,
@@ -160,6 +163,29 @@ def test_sigterm_reaches_the_run_which_saves(sweep, script, send):
         assert (sweep.folder / "requeued").read_text() == "requeue 9_0\n"
 
 
+def test_ctrl_c_ends_a_run_in_start_up_too_and_waits_for_it(sweep):
+    """What a script starts in the background ignores Ctrl-C until it asks for it."""
+    (sweep.folder / "baseline-0.slow").touch()
+    process = sweep.start()
+    sweep.until_started(process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130
+    assert (sweep.out / "baseline-0" / "saved").exists()
+    assert len(sweep.calls()) == 1
+
+
+def test_sigterm_ends_an_evaluation_which_is_done_again(sweep):
+    slow = sweep.folder / "baseline-0.slow_evaluation"
+    slow.touch()
+    process = sweep.start(EVALUATE="--data D:test", ITEM="0")
+    sweep.until_started(process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(30) == 75
+    slow.unlink()
+    assert sweep.run(EVALUATE="--data D:test", ITEM="0")[0] == 0
+    assert sum("--checkpoint" in line for line in sweep.calls()) == 2
+
+
 def test_one_run_alone_and_their_number(sweep):
     assert sweep.run(ITEM="count")[1] == "4\n"
     assert sweep.run(ITEM="2")[0] == 0
@@ -205,6 +231,14 @@ def test_mistakes_are_one_line(sweep, text, env, words):
     status, _, err = sweep.run(**env)
     (line,) = err.splitlines()
     assert status == 2 and line.startswith("error: ") and words in line
+    assert sweep.calls() == []
+
+
+@pytest.mark.parametrize("out", ["", "--config.steps=6", "/dev/null/x"])
+def test_a_folder_that_cannot_be_made_is_one_line(sweep, out):
+    sweep.out = out
+    status, shown, err = sweep.run()
+    assert (status, shown, err.count("\n")) == (2, "", 1) and "folder" in err
     assert sweep.calls() == []
 
 
