@@ -228,8 +228,23 @@ def measured(workdir: str, config) -> dict[str, float]:
     return {
         name: statistics.median(line[name] for line in lines[1:])  # the first one compiled
         for name in ("seconds_per_step", "tokens_per_second", "mfu")
-        if name in lines[1]
+        if all(name in line for line in lines[1:])  # not those of one of two kinds of device alone
     }
+
+
+def beside_measured(p: Plan) -> str:
+    """Return a line on the run of --against, and on how it compares where its steps are as long."""
+    run = p["measured"]
+    mfu = f", MFU {run['mfu']:.1%}" if "mfu" in run else ""
+    planned = p["residues_per_second"] * p["seconds"]
+    there = run["tokens_per_second"] * run["seconds_per_step"]
+    times = f"{run['seconds_per_step'] / p['seconds']:.2f} times the estimate"
+    if not 0.8 < there / planned < 1.25:  # another batch, or another number of devices
+        times = f"not comparable, with {there:,.0f} residues a step, the plan's has {planned:,.0f}"
+    return (
+        f"measured     {run['seconds_per_step'] * 1e3:.1f} ms a step: {times}; "
+        f"{run['tokens_per_second']:,.0f} residues/s{mfu}"
+    )
 
 
 def config_of(workdir: str):
@@ -242,9 +257,14 @@ def config_of(workdir: str):
     path = Path(workdir) / "config.json"
     if not path.is_file():
         raise UserError(f"--against {workdir} holds no config.json; name the folder of a run")
-    recorded = json.loads(path.read_text(encoding="utf-8"))
-    config = config_dict.ConfigDict(recorded)
-    config.update_from_flattened_dict(flat_with_defaults(recorded))
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        config = config_dict.ConfigDict(recorded)
+        config.update_from_flattened_dict(flat_with_defaults(recorded))
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); name the folder of a whole run"
+        ) from None
     return config.lock()
 
 
@@ -295,13 +315,8 @@ def print_plan(p: Plan) -> None:
         f"             the busiest device has {p['busiest_device'] - 1:.0%} more attention than "
         f"the mean\nefficiency   {shares}; {source}"
     )
-    if run := p.get("measured"):
-        mfu = f", MFU {run['mfu']:.1%}" if "mfu" in run else ""
-        stdout.print(
-            f"measured     {run['seconds_per_step'] * 1e3:.1f} ms a step: "
-            f"{run['seconds_per_step'] / p['seconds']:.2f} times the estimate; "
-            f"{run['tokens_per_second']:,.0f} residues/s{mfu}"
-        )
+    if "measured" in p:
+        stdout.print(beside_measured(p))
     stdout.print(LEFT_OUT)
 
 

@@ -321,6 +321,33 @@ def test_a_run_of_another_model_is_refused(tmp_path):
         plan_module.measured(str(tmp_path), config)
 
 
+def test_a_run_that_changed_its_kind_of_device_has_no_one_utilisation(tmp_path):
+    config = config_file.load("tests/configs/tiny.py")
+    write_run(tmp_path, config.model.to_dict())
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["mfu"] = 0.4
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plan_module.measured(str(tmp_path), config).keys() == {
+        "seconds_per_step",
+        "tokens_per_second",
+    }
+
+
+@pytest.mark.parametrize("text", ['{"model":', "[1]"])
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        plan_module.config_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("residues, words", [(5_000, "1.50 times"), (300, "not comparable")])
+def test_a_run_of_another_batch_is_not_compared(residues, words):
+    run = {"seconds_per_step": 0.3, "tokens_per_second": residues / 0.3}
+    planned = {"seconds": 0.2, "residues_per_second": 5_100 / 0.2}
+    assert words in plan_module.beside_measured(planned | {"measured": run})
+
+
 def test_a_run_of_an_older_version_is_of_the_model_that_it_meant(tmp_path):
     config = config_file.load("tests/configs/tiny.py")
     model = config.model.to_dict()
