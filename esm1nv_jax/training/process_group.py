@@ -150,7 +150,7 @@ def assert_equal_across_processes(
         raise UserError(
             f"found {num_devices} devices in {group.size} processes, the launcher promised "
             f"{promised}; start one process for each GPU (see docs/clusters.md) and check that "
-            "all drivers work"
+            f"all drivers work; to use no more than these, set ESM1NV_DEVICES={num_devices}"
         )
     return [record["host"] for record in records]
 

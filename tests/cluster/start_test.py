@@ -99,7 +99,7 @@ def test_a_workdir_that_is_not_shared(tmp_path):
 
 @pytest.mark.integration
 def test_fewer_devices_than_promised(tmp_path):
-    words = "found 2 devices in 2 processes, the launcher promised 8"
+    words = "found 2 devices in 2 processes, the launcher promised 8; .* set ESM1NV_DEVICES=2"
     refused(tmp_path, f'exec "{sys.executable}" "$@"', words, ESM1NV_DEVICES="8")
 
 
