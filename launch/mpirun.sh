@@ -5,6 +5,7 @@
 #
 # Options before `--` are mpirun's, those after it the run's. JAX finds Open MPI 4 by itself. From
 # Open MPI 5 on it does not: set JAX_COORDINATOR_ADDRESS=HOST:PORT, HOST the first of the hosts.
+# To stop and save, send SIGTERM to one of the processes, not to mpirun, which kills all within a second.
 set -eu
 options=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
