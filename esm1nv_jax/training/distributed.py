@@ -56,21 +56,30 @@ def join(timeouts: ClusterConfig) -> Iterator[tuple[ProcessGroup, Watchdog]]:
 
 
 def _initialize(arguments: dict[str, Any], start_timeout: float) -> None:
+    def give_up(reason: str) -> None:
+        print(
+            f"the processes did not find each other in {start_timeout:.0f} s: {reason}; look for "
+            "one that did not start, and see docs/clusters.md",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    # JAX would abort the process, with a stack of C++ in place of words.
+    timer = threading.Timer(start_timeout, give_up, ["one is missing or cannot be reached"])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
             **arguments,
-            initialization_timeout=int(start_timeout),
+            initialization_timeout=int(start_timeout) + 10,
             heartbeat_timeout_seconds=JAX_HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=600,  # the others wait while process 0 summarises the run
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        print(
-            f"the processes did not find each other in {start_timeout:.0f} s: "
-            f"{str(error).splitlines()[0]}; look for one that did not start, and see "
-            "docs/clusters.md",
-            file=sys.stderr,
-        )
-        os._exit(1)
+        give_up(str(error).splitlines()[0])
+    finally:
+        timer.cancel()
 
 
 def _exit_group(group: ProcessGroup, error: BaseException) -> None:

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from esm1nv_jax.common import config_file
 from tests.training.processes import ROOT
 
 LIST = """
@@ -103,12 +104,24 @@ def test_every_config_runs_with_every_seed_once(sweep):
         f"--workdir={sweep.out}/baseline-0 --config.data.path=D",
         "-m esm1nv_jax.main --config=pretrain_small:width=32,seed=1 --config.steps=6 "
         f"--workdir={sweep.out}/baseline-1 --config.data.path=D",
-        "-m esm1nv_jax.main --config=ablations/rotary:layers=1,width=32,seed=0 --config.steps=6 "
+        "-m esm1nv_jax.main --config=ablations/rotary:width=32,layers=1,seed=0 --config.steps=6 "
         f"--config.steps=7 --workdir={sweep.out}/other-0 --config.data.path=D",
-        "-m esm1nv_jax.main --config=ablations/rotary:layers=1,width=32,seed=1 --config.steps=6 "
+        "-m esm1nv_jax.main --config=ablations/rotary:width=32,layers=1,seed=1 --config.steps=6 "
         f"--config.steps=7 --workdir={sweep.out}/other-1 --config.data.path=D",
     ]
     assert sweep.run()[0] == 0 and sweep.calls() == []
+
+
+def test_arguments_and_options_of_its_own_win(sweep):
+    (sweep.folder / "list.txt").write_text("seeds 0\nall --config.steps=6\na modern:steps=9\n")
+    assert sweep.run()[0] == 0
+    (line,) = sweep.calls()
+    assert line.startswith("-m esm1nv_jax.main --config=modern:,steps=9,seed=0 --config.steps=6 ")
+    (sweep.folder / "list.txt").write_text("seeds 0\nall width=32,steps=6\na modern:steps=9\n")
+    assert sweep.run()[0] == 0
+    (line,) = sweep.calls()
+    arguments = line.split()[2].partition(":")[2]
+    assert config_file.arguments(arguments, width=0, steps=0, seed=1)["steps"] == 9
 
 
 def test_runs_are_evaluated_alike(sweep):
