@@ -27,16 +27,18 @@ while read -r name config options || [ -n "$name" ]; do
       seeds="$config $options"
       [[ $seeds =~ ^[0-9[:blank:]]+$ ]] ||
         { echo "error: $list: seeds ${seeds@Q} are no numbers; write \`seeds 0 1 2\`" >&2; exit 2; } ;;
-    all) shared_arguments=$config shared_options=$options ;;
+    all)
+      shared_arguments=$config shared_options=$options
+      [[ $config != --* ]] || shared_arguments="" shared_options="$config $options" ;;
     *[!A-Za-z0-9_]*) echo "error: $list: name $name has more than letters, digits and _" >&2; exit 2 ;;
     *)
       [ -n "$config" ] || { echo "error: $list: $name has no config" >&2; exit 2; }
       [ -n "${seeds// }" ] ||
         { echo "error: $list: $name has no seeds; write \`seeds 0 1 2\` above it" >&2; exit 2; }
       for seed in $seeds; do
-        join=:; [[ $config != *:* ]] || join=,
+        own=""; [[ $config != *:* ]] || own=,${config#*:} # of two equal arguments the later one wins
         names+=("$name-$seed")
-        runs+=("--config=$config$join$shared_arguments,seed=$seed $shared_options $options")
+        runs+=("--config=${config%%:*}:$shared_arguments$own,seed=$seed $shared_options $options")
       done ;;
   esac
 done <"$list"
