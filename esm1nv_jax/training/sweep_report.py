@@ -186,9 +186,11 @@ def read_sweep(paths: list[str], baseline: str = BASELINE) -> Sweep:
 
 
 def _is_finished(run: Run) -> bool:
-    """Whether it has validated after its last step."""
+    """Whether it has validated after its last step. One that ends after some minutes has then
+    written its baselines."""
     last = max((line["step"] for line in run.validation), default=0)
-    return bool(last and (run.fields.get("minutes") or last >= run.fields["steps"]))
+    by_time = run.fields.get("minutes") and run.baselines
+    return bool(last and (by_time or last >= run.fields["steps"]))
 
 
 def _evaluated(folder: Path) -> tuple[float, dict[str, Any]]:

@@ -172,6 +172,19 @@ def test_a_run_under_way_is_left_out(tmp_path):
     ]
 
 
+def test_a_run_of_some_minutes_is_finished_once_it_has_baselines(tmp_path):
+    folder = make(tmp_path / "s", evaluated=False)
+    for run in folder.iterdir():  # ended before their last step
+        edit_config(run, minutes=5.0, steps=10_000)
+        (run / "baselines.json").write_text('{"unigram": 18.0, "composition": 17.4}')
+    assert read_sweep(runs_in(str(folder))).left_out == []
+    (folder / "better-1" / "baselines.json").unlink()
+    edit_lines(folder / "better-1", lambda line: line if line["step"] <= 100 else None)
+    sweep = read_sweep(runs_in(str(folder)))
+    assert sweep.question == "validation after 200 steps"
+    assert sweep.left_out == ["better-1 (not finished)"]
+
+
 def test_two_runs_of_one_seed_are_refused(tmp_path):
     folder = make(tmp_path / "s")
     edit_config(folder / "better-1", seed=0)
