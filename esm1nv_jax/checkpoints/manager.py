@@ -120,6 +120,8 @@ class RunCheckpoints:
         self.best_step, self._best = 0, float("inf")  # `_best` times the sign is the metric
         self._saved_bests = [self._best]  # on process 0; the last is on disk, or being written
         if jax.process_index() == 0:
+            with files.writing(self.workdir):
+                self.workdir.mkdir(parents=True, exist_ok=True)
             for folder in self._managers:
                 steps(self.workdir, folder)  # raises UserError where it cannot be read
                 with files.writing(self.workdir / folder):
