@@ -36,7 +36,7 @@ def torch_train(record, rehearse: bool) -> None:
     import torch
 
     from esm1nv_jax.data import tokenizer
-    from esm1nv_jax.training.metrics import PEAK_FLOPS, training_flops
+    from esm1nv_jax.training.metrics import PEAK_FLOPS, objective_flops
 
     run = card(rehearse, "hf")
     objective = run.step_config(jax.devices("cpu")[0]).objective
@@ -91,9 +91,8 @@ def torch_train(record, rehearse: bool) -> None:
                 targets += 0.15 * (lengths - 2).sum()
             second = statistics.median(times)
             # What they cannot do without, as for ours: see `training_flops`.
-            head = objective.head_flops(run.model) * targets
-            counted = tokens / STEPS, squares / STEPS, head / STEPS
-            work = training_flops(run.model, *counted, outputs=targets / STEPS)
+            counted = tokens / STEPS, squares / STEPS, targets / STEPS
+            work = objective_flops(objective, run.model, *counted)
             record(
                 label,
                 ms=1e3 * second,

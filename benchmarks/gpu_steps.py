@@ -158,7 +158,7 @@ def step(record, rehearse: bool, variant: str = "step") -> None:
     import jax
 
     from esm1nv_jax.planning.hlo import Program
-    from esm1nv_jax.training.metrics import PEAK_FLOPS, training_flops
+    from esm1nv_jax.training.metrics import PEAK_FLOPS, objective_flops
 
     arguments, fields = VARIANTS[variant]
     device = jax.devices()[0]
@@ -172,10 +172,8 @@ def step(record, rehearse: bool, variant: str = "step") -> None:
         times.append((time.perf_counter() - began) / STEPS)
     second = statistics.median(times)
     total = {name: statistics.fmean(m[name] for m in metrics) for name in metrics[0]}
-    targets = total["num_targets"]
-    head = settings.objective.head_flops(settings.model) * targets
-    counted = total["tokens"], total["sum_squared_lengths"], head
-    work = training_flops(settings.model, *counted, outputs=targets)
+    counted = total["tokens"], total["sum_squared_lengths"], total["num_targets"]
+    work = objective_flops(settings.objective, settings.model, *counted)
     chip = chips.by_device_kind(device.device_kind) or (chips.measured_cpu() if rehearse else None)
     peak = PEAK_FLOPS.get(device.device_kind, chip.flops if chip else 0.0)
     record(

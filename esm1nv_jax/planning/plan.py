@@ -64,7 +64,7 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
     from esm1nv_jax.planning import roofline
     from esm1nv_jax.planning.hlo import Program
     from esm1nv_jax.training import sharding
-    from esm1nv_jax.training.metrics import training_flops
+    from esm1nv_jax.training.metrics import objective_flops
     from esm1nv_jax.training.run_config import RunConfig
     from esm1nv_jax.training.run_data import masked_lm, open_data
     from esm1nv_jax.training.step import check_memory
@@ -102,9 +102,8 @@ def plan(config, chip_name: str, hosts: int = 1, per_host: int = 1) -> Plan:
             sizes = (leaf.nbytes for leaf in jax.tree.leaves(data.initial))
             memory["base model, on the host"] = sum(sizes)
     peak = sum(memory.values())
-    head = settings.objective.head_flops(model) * load.selected
-    outputs = None if settings.objective.reads_all else load.selected
-    useful = training_flops(model, load.tokens, load.squares, head, settings.tuning, outputs)
+    work = load.tokens, load.squares, load.selected
+    useful = objective_flops(settings.objective, model, *work, settings.tuning)
     return {
         "chip": chip.name,
         "hosts": hosts,

@@ -110,6 +110,20 @@ def training_flops(
     return forward + backward + 3 * factors + 2 * head
 
 
+def objective_flops(
+    objective: Objective,
+    config: EncoderConfig,
+    tokens: float,
+    sum_squared_lengths: float,
+    targets: float,
+    tuning: Tuning | None = None,
+) -> float:
+    """Return `training_flops` where `targets` of the tokens are predicted."""
+    head = objective.head_flops(config) * targets
+    outputs = None if objective.reads_all else targets
+    return training_flops(config, tokens, sum_squared_lengths, head, tuning, outputs)
+
+
 class ThroughputWindow:
     """Consecutive steps between two lines of the log: their sums, and the time they took."""
 
@@ -150,11 +164,8 @@ class ThroughputWindow:
             "sequences_per_step": total["sequences"] / self.steps,
             "padding_share": 1 - total["tokens"] / total["num_slots"],
         }
-        targets = total["num_targets"]
-        head = self.objective.head_flops(self.model) * targets
-        work = total["tokens"], total["sum_squared_lengths"], head
-        outputs = None if self.objective.reads_all else targets
-        flops = training_flops(self.model, *work, self.tuning, outputs)
+        work = total["tokens"], total["sum_squared_lengths"], total["num_targets"]
+        flops = objective_flops(self.objective, self.model, *work, self.tuning)
         metrics["flops_per_step"] = flops / self.steps
         if self.peak:
             metrics["mfu"] = flops / seconds / (self.peak * self.num_devices)

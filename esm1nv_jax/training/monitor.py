@@ -210,8 +210,8 @@ class PreemptionHandler:
 
     Without a launcher a plain handler does it. With one, a SIGTERM to any process, at any time
     since JAX was initialized, goes through JAX's preemption `service`, which makes all of them stop
-    after the same step. SIGHUP, the signal
-    of a lost terminal, is handled unless it is ignored, as under `nohup`.
+    after the same step. SIGHUP, the signal of a lost terminal, is handled unless it is ignored, as
+    under `nohup`.
     """
 
     def __init__(self, service: bool = False):
